@@ -1,0 +1,66 @@
+"""Hugging Face ``config.json`` → :class:`ullage.spec.model.Model`, by explicit evidence.
+
+Each model type names the reader that understands it (:data:`FAMILIES`); a reader takes the keys it understands, and a
+key that is left over is an error that names it. Nothing falls back to multi-head attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ullage.errors import InputError, UnknownArchitectureError
+from ullage.i18n import _
+from ullage.read.hf_config.families import FAMILIES
+from ullage.read.hf_config.keys import Keys
+from ullage.read.jsonfile import read_json_object
+from ullage.spec.model import Model
+
+__all__ = ["FAMILIES", "read_config", "read_config_object"]
+
+
+def read_config(path: Path, *, assume: bool = False) -> Model:
+    """Read a ``config.json``.
+
+    Args:
+        path: the file.
+        assume: go on when keys are not understood; they are listed in ``Model.ignored_keys`` and ``assumed``.
+
+    Raises:
+        InputError: not a usable config.
+        UnknownArchitectureError: an architecture or key that is not understood.
+    """
+    return read_config_object(read_json_object(path), where=str(path), name=_name_of(path), assume=assume)
+
+
+def read_config_object(values: dict[str, Any], *, where: str, name: str, assume: bool = False) -> Model:
+    """Read a config that is already parsed (see :func:`read_config`)."""
+    keys = Keys(values, where)
+    model_type = keys.text("model_type", "")
+    if model_type not in FAMILIES:
+        raise UnknownArchitectureError(
+            _("the model type {model_type!r} is not understood").format(model_type=model_type[:80]),
+            where=where,
+            keys=sorted(values)[:40],
+        )
+    module, function = FAMILIES[model_type].split(":")
+    reader = getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)
+    model: Model = reader(keys)
+    ignored = keys.finish(model_type, assume=assume)
+    assumed = (_("keys not understood, taken to be without effect: {keys}").format(keys=", ".join(ignored)),)
+    return replace(
+        model,
+        name=name or model.name,
+        source=where,
+        ignored_keys=ignored,
+        assumed=model.assumed + (assumed if ignored else ()),
+    )
+
+
+def _name_of(path: Path) -> str:
+    stem = path.parent.name if path.name == "config.json" else path.stem
+    if not stem:
+        raise InputError(_("no model name can be read from this path"), where=str(path))
+    return stem.replace("__", "/", 1)

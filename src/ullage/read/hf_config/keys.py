@@ -1,0 +1,144 @@
+"""Typed access to a config's keys that remembers which were read, so that none is passed over in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ullage.errors import InputError, UnknownArchitectureError
+from ullage.i18n import _
+from ullage.read.hf_config.harmless import HARMLESS, HARMLESS_PREFIXES
+
+MAX_DIMENSION = 2**40
+MAX_LAYERS = 10_000
+_MISSING = object()
+
+
+class Keys:
+    """A config (or a part of one) whose keys are taken one by one.
+
+    Args:
+        values: the JSON object.
+        where: file and path, for errors.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self._taken: set[str] = set()
+        self._parts: list[Keys] = []
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def at(self, key: str) -> str:
+        """Return the path of ``key``, for an error."""
+        return f"{self.where}: {key}"
+
+    def raw(self, key: str, default: Any = None) -> Any:
+        """Take a key of any type."""
+        self._taken.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def skip(self, *keys: str) -> None:
+        """Take keys that are known to have no effect on memory in this family."""
+        self._taken.update(keys)
+
+    def _need(self, key: str, default: Any) -> Any:
+        value = self.raw(key)
+        if value is None:
+            if default is _MISSING:
+                raise InputError(_("the key is missing"), where=self.at(key))
+            return default
+        return value
+
+    def integer(self, key: str, default: Any = _MISSING, *, low: int = 1, high: int = MAX_DIMENSION) -> Any:
+        """Take an integer in ``low..high`` (a float with an integral value passes)."""
+        value = self._need(key, default)
+        if value is default:
+            return value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InputError(
+                _("{value} is not an integer from {low} to {high}").format(value=repr(value)[:60], low=low, high=high),
+                where=self.at(key),
+            )
+        return value
+
+    def first_integer(self, *names: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION) -> Any:
+        """Take an integer under the first of several names that is there."""
+        for name in names:
+            if name in self:
+                return self.integer(name, low=low, high=high)
+        return self.integer(names[0], default, low=low, high=high)
+
+    def flag(self, key: str, default: Any = _MISSING) -> Any:
+        """Take a boolean."""
+        value = self._need(key, default)
+        if value is not default and not isinstance(value, bool):
+            raise InputError(_("{value} is not true or false").format(value=repr(value)[:60]), where=self.at(key))
+        return value
+
+    def text(self, key: str, default: Any = _MISSING) -> Any:
+        """Take a string."""
+        value = self._need(key, default)
+        if value is not default and not isinstance(value, str):
+            raise InputError(_("{value} is not a string").format(value=repr(value)[:60]), where=self.at(key))
+        return value
+
+    def items(self, key: str, default: Any = _MISSING, *, length: Any = None) -> Any:
+        """Take a list, of ``length`` entries when given."""
+        value = self._need(key, default)
+        if value is default:
+            return value
+        if not isinstance(value, list) or len(value) > MAX_LAYERS * 100:
+            raise InputError(_("{value} is not a list").format(value=repr(value)[:60]), where=self.at(key))
+        if length is not None and len(value) != length:
+            raise InputError(
+                _("has {got} entries, {want} are needed").format(got=len(value), want=length), where=self.at(key)
+            )
+        return value
+
+    def part(self, key: str) -> Keys | None:
+        """Take a nested object, or None when it is missing."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise InputError(_("{value} is not an object").format(value=repr(value)[:60]), where=self.at(key))
+        part = Keys(value, self.at(key))
+        self._parts.append(part)
+        return part
+
+    def layers(self, key: str = "num_hidden_layers", **kwargs: Any) -> Any:
+        """Take a number of layers."""
+        return self.integer(key, high=MAX_LAYERS, **kwargs)
+
+    def unread(self) -> list[str]:
+        """Return the paths of keys nobody took and that are not known to be harmless."""
+        left = [
+            key
+            for key, value in self.values.items()
+            if key not in self._taken
+            and key not in HARMLESS
+            and value is not None
+            and not key.startswith(HARMLESS_PREFIXES)
+        ]
+        for part in self._parts:
+            left += [f"{part.where.rsplit(': ', 1)[-1]}.{key}" for key in part.unread()]
+        return left
+
+    def finish(self, architecture: str, *, assume: bool) -> tuple[str, ...]:
+        """Check that every key was understood; return those passed over on the user's word.
+
+        Raises:
+            UnknownArchitectureError: keys are left and ``assume`` is False.
+        """
+        left = self.unread()
+        if left and not assume:
+            raise UnknownArchitectureError(
+                _("{architecture} has settings that ullage does not understand").format(architecture=architecture),
+                where=self.where,
+                keys=left,
+            )
+        return tuple(left)

@@ -1,0 +1,1 @@
+"""What is asked: frozen keyword-only dataclasses, without arithmetic and without I/O."""
