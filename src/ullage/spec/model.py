@@ -161,6 +161,7 @@ class GatedDeltaNet:
 
     State per request: num_v_heads x k_head_dim x v_head_dim, and conv_kernel - 1 columns of the convolution.
     ``fused``: Qwen3-Next stores in_proj_qkvz and in_proj_ba; Qwen3.5 stores four projections.
+    ``state_dtype``: of the recurrent state, where the config fixes it.
     """
 
     num_k_heads: int
@@ -169,6 +170,7 @@ class GatedDeltaNet:
     v_head_dim: int
     conv_kernel: int
     fused: bool = True
+    state_dtype: str | None = None
     prefix: str = "linear_attn"
     extras: tuple[ExtraTensor, ...] = ()
 
@@ -212,7 +214,10 @@ class Mamba:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2:
-    """Mamba-2 layer (Nemotron-H, Falcon-H1): inner size = num_heads x head_dim; B and C shared per group."""
+    """Mamba-2 layer (Nemotron-H, Falcon-H1): inner size = num_heads x head_dim; B and C shared per group.
+
+    ``state_dtype``: of the recurrent state, where the config fixes it.
+    """
 
     num_heads: int
     head_dim: int
@@ -222,6 +227,7 @@ class Mamba2:
     conv_bias: bool = True
     proj_bias: bool = False
     gated_norm: bool = True
+    state_dtype: str | None = None
     prefix: str = "mixer"
     extras: tuple[ExtraTensor, ...] = ()
 
