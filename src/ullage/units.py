@@ -178,12 +178,15 @@ class WeightFormat:
         block: (rows, columns) that share one scale; 0 means the whole axis. ``None``: no scales.
         scale_dtype: format of a scale.
         zero_point_dtype: format of the zero point that each block also has, or ``None``.
+        scales_per_scale: scales that share a further fp32 scale (bitsandbytes double quantisation: 256); 0: none.
         tensor_scales: number of further fp32 scalars of the whole tensor (NVFP4 has its second-level scale, static
             activation scales come on top).
         column_index_bytes: bytes of an index kept per input column (GPTQ ``g_idx``: int32).
-        kept_of: ``(2, 4)`` for 2:4 sparse storage: values kept, out of how many. The position metadata is counted:
-            2 bits for each kept value in 2:4 (4 bits per group of 4), 3 bits in 4:8.
+        kept_of: ``(2, 4)`` for 2:4 sparse storage: values kept, out of how many. The position metadata is counted as
+            ceil(log2(of)) bits for each kept value: 2 bits in 2:4 (half a byte per group of 4), 3 bits in 4:8.
         pad_columns_to: the engine or format pads the input axis to this multiple.
+        packed: (values in a block, bytes of a block, further bytes per row), for formats whose blocks interleave
+            values and scales (GGUF); then nothing above but ``name`` counts.
     """
 
     name: str
@@ -191,13 +194,19 @@ class WeightFormat:
     block: tuple[int, int] | None = None
     scale_dtype: str = "float32"
     zero_point_dtype: str | None = None
+    scales_per_scale: int = 0
     tensor_scales: int = 0
     column_index_bytes: int = 0
     kept_of: tuple[int, int] | None = None
     pad_columns_to: int = 1
+    packed: tuple[int, int, int] | None = None
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a tensor of ``shape`` (rows = first axis, columns = the rest), scales included."""
+        if self.packed is not None:
+            values_per_block, block_bytes, row_bytes = self.packed
+            length = shape[-1] if shape else 1
+            return math.prod(shape[:-1]) * (row_bytes + cdiv(length, values_per_block) * block_bytes)
         rows = shape[0] if shape else 1
         columns = round_up(math.prod(shape[1:]), self.pad_columns_to)
         values = Fraction(rows * columns)
@@ -208,12 +217,20 @@ class WeightFormat:
             total += values * math.ceil(math.log2(of)) / 8
         total += values * dtype_bytes(self.dtype)
         if self.block is not None:
-            num_blocks = cdiv(rows, self.block[0] or rows or 1) * cdiv(columns, self.block[1] or columns or 1)
-            total += num_blocks * dtype_bytes(self.scale_dtype)
-            if self.zero_point_dtype is not None:
-                total += num_blocks * dtype_bytes(self.zero_point_dtype)
+            total += self._scale_bytes(rows, columns)
         total += 4 * self.tensor_scales + self.column_index_bytes * columns
         return math.ceil(total)
+
+    def _scale_bytes(self, rows: int, columns: int) -> Fraction:
+        """Return the bytes of scales and zero points of ``rows`` x ``columns`` values."""
+        assert self.block is not None
+        num_blocks = cdiv(rows, self.block[0] or rows or 1) * cdiv(columns, self.block[1] or columns or 1)
+        total = num_blocks * dtype_bytes(self.scale_dtype)
+        if self.zero_point_dtype is not None:
+            total += num_blocks * dtype_bytes(self.zero_point_dtype)
+        if self.scales_per_scale:
+            total += 4 * cdiv(num_blocks, self.scales_per_scale)
+        return total
 
 
 def plain(dtype: str) -> WeightFormat:

@@ -1,155 +1,170 @@
-"""The storage types of ggml tensors: how many bytes a row of a type takes.
+"""The block formats of GGUF files: how many bytes a row of values takes in each ggml type.
 
-A row (the last axis of a checkpoint tensor, ``ne[0]`` in ggml) is stored as blocks of ``block_elements`` values in
-``block_bytes`` bytes, after ``row_meta_bytes`` of its own (ik_llama.cpp's per-row scales).
-
-Formula: row_bytes = row_meta_bytes + columns / block_elements x block_bytes
-Source: gguf@0.19.0:gguf/constants.py:GGML_QUANT_SIZES (ggml-common.h block structs);
-    ik_llama.cpp@8337e4cd:gguf-py/gguf/constants.py:GGML_QUANT_SIZES and ggml/src/ggml.c:type_traits (row_meta_size).
+Formula: bytes of a row of n values = row_bytes + ceil(n / block_size) x block_bytes.
+Source: ggml (llama.cpp):ggml/src/ggml-common.h, the ``block_*`` structs; the numbers of the types are those of
+``enum ggml_type`` in ggml.h. Types from 97 on, and the row scales, are ik_llama.cpp@8337e4cd3:ggml/include/ggml.h and
+ggml/src/ggml.c:type_traits (``row_meta_size``).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.units import WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgmlType:
-    """One storage type. ``number`` is its id in a GGUF header."""
+    """One ggml type.
+
+    Attributes:
+        name: as in ``GGML_TYPE_<name>``.
+        number: as stored in a GGUF file.
+        block_size: values in a block; a row is a whole number of blocks.
+        block_bytes: bytes of a block, scales included.
+        row_bytes: bytes that each row has on top (ik_llama.cpp's types with one scale per row).
+    """
 
     name: str
     number: int
-    block_elements: int
+    block_size: int
     block_bytes: int
-    row_meta_bytes: int = 0
-
-    def row_bytes(self, columns: int) -> int:
-        """Return the bytes of a row of ``columns`` values (which fill whole blocks, or the last one is padded)."""
-        return self.row_meta_bytes + -(-columns // self.block_elements) * self.block_bytes
+    row_bytes: int = 0
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor of ``shape`` (slowest axis first, as in checkpoints)."""
-        if not shape:
-            return self.row_bytes(1)
-        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
+        """Return the bytes of a tensor; ``shape`` has the row length last."""
+        columns = shape[-1] if shape else 1
+        rows = math.prod(shape[:-1])
+        return rows * (self.row_bytes + -(-columns // self.block_size) * self.block_bytes)
 
 
-#: name: (number, elements of a block, bytes of a block, bytes per row)
-_MAINLINE = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q4_1": (3, 32, 20),
-    "Q5_0": (6, 32, 22),
-    "Q5_1": (7, 32, 24),
-    "Q8_0": (8, 32, 34),
-    "Q8_1": (9, 32, 36),
-    "Q2_K": (10, 256, 84),
-    "Q3_K": (11, 256, 110),
-    "Q4_K": (12, 256, 144),
-    "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-    "Q8_K": (15, 256, 292),
-    "IQ2_XXS": (16, 256, 66),
-    "IQ2_XS": (17, 256, 74),
-    "IQ3_XXS": (18, 256, 98),
-    "IQ1_S": (19, 256, 50),
-    "IQ4_NL": (20, 32, 18),
-    "IQ3_S": (21, 256, 110),
-    "IQ2_S": (22, 256, 82),
-    "IQ4_XS": (23, 256, 136),
-    "I8": (24, 1, 1),
-    "I16": (25, 1, 2),
-    "I32": (26, 1, 4),
-    "I64": (27, 1, 8),
-    "F64": (28, 1, 8),
-    "IQ1_M": (29, 256, 56),
-    "BF16": (30, 1, 2),
-    "Q4_0_4_4": (31, 32, 18),
-    "Q4_0_4_8": (32, 32, 18),
-    "Q4_0_8_8": (33, 32, 18),
-    "TQ1_0": (34, 256, 54),
-    "TQ2_0": (35, 256, 66),
-    "MXFP4": (39, 32, 17),
-    "NVFP4": (40, 64, 36),
-    "Q1_0": (41, 128, 18),
-}
-_IK = {
-    "Q6_0": (133, 32, 26),
-    "IQ1_BN": (134, 64, 13, 2),
-    "IQ2_BN": (135, 64, 16, 4),
-    "IQ2_K": (137, 256, 76),
-    "IQ3_K": (138, 256, 110),
-    "IQ4_K": (139, 256, 144),
-    "IQ5_K": (140, 256, 176),
-    "IQ6_K": (141, 256, 212),
-    "IQ4_KS": (144, 256, 136, 4),
-    "IQ2_KS": (145, 256, 70, 2),
-    "IQ4_KSS": (146, 256, 128, 4),
-    "Q8_KV": (151, 32, 32, 8),
-    "IQ5_KS": (152, 256, 168, 4),
-    "IQ2_KT": (153, 256, 68, 4),
-    "IQ3_KT": (154, 256, 100, 4),
-    "IQ4_KT": (155, 256, 128, 4),
-    "IQ3_KS": (156, 256, 102, 2),
-    "IQ2_KL": (157, 256, 86, 2),
-    "IQ1_KT": (158, 256, 56, 4),
-    "Q4_0_R8": (202, 32, 18),
-    "Q5_0_R4": (206, 32, 22),
-    "Q8_0_R8": (208, 32, 34),
-    "Q2_K_R4": (210, 256, 84),
-    "Q3_K_R4": (211, 256, 110),
-    "Q4_K_R4": (212, 256, 144),
-    "Q5_K_R4": (213, 256, 176),
-    "Q6_K_R4": (214, 256, 210),
-    "IQ2_XXS_R4": (216, 256, 66),
-    "IQ2_XS_R4": (217, 256, 74),
-    "IQ3_XXS_R4": (218, 256, 98),
-    "IQ1_S_R4": (219, 32, 6, 2),
-    "IQ4_NL_R4": (220, 32, 18),
-    "IQ3_S_R4": (221, 256, 110),
-    "IQ2_S_R4": (222, 256, 82),
-    "IQ4_XS_R8": (223, 256, 136),
-    "IQ1_M_R4": (229, 32, 7, 2),
-    "BF16_R16": (230, 1, 2),
-    "Q6_0_R4": (233, 32, 26),
-    "IQ2_BN_R4": (335, 64, 16, 4),
-    "IQ2_K_R4": (337, 256, 76),
-    "IQ3_K_R4": (338, 256, 110),
-    "IQ4_K_R4": (339, 256, 144),
-    "IQ5_K_R4": (340, 256, 176),
-    "IQ4_KS_R4": (344, 256, 136, 4),
-    "IQ5_KS_R4": (352, 256, 168, 4),
-    "Q8_KV_R8": (398, 32, 32, 4),
-    "Q8_K_R8": (399, 256, 258),
-}
+_MAINLINE = (
+    GgmlType(name="F32", number=0, block_size=1, block_bytes=4),
+    GgmlType(name="F16", number=1, block_size=1, block_bytes=2),
+    GgmlType(name="Q4_0", number=2, block_size=32, block_bytes=18),
+    GgmlType(name="Q4_1", number=3, block_size=32, block_bytes=20),
+    GgmlType(name="Q5_0", number=6, block_size=32, block_bytes=22),
+    GgmlType(name="Q5_1", number=7, block_size=32, block_bytes=24),
+    GgmlType(name="Q8_0", number=8, block_size=32, block_bytes=34),
+    GgmlType(name="Q8_1", number=9, block_size=32, block_bytes=36),
+    GgmlType(name="Q2_K", number=10, block_size=256, block_bytes=84),
+    GgmlType(name="Q3_K", number=11, block_size=256, block_bytes=110),
+    GgmlType(name="Q4_K", number=12, block_size=256, block_bytes=144),
+    GgmlType(name="Q5_K", number=13, block_size=256, block_bytes=176),
+    GgmlType(name="Q6_K", number=14, block_size=256, block_bytes=210),
+    GgmlType(name="Q8_K", number=15, block_size=256, block_bytes=292),
+    GgmlType(name="IQ2_XXS", number=16, block_size=256, block_bytes=66),
+    GgmlType(name="IQ2_XS", number=17, block_size=256, block_bytes=74),
+    GgmlType(name="IQ3_XXS", number=18, block_size=256, block_bytes=98),
+    GgmlType(name="IQ1_S", number=19, block_size=256, block_bytes=50),
+    GgmlType(name="IQ4_NL", number=20, block_size=32, block_bytes=18),
+    GgmlType(name="IQ3_S", number=21, block_size=256, block_bytes=110),
+    GgmlType(name="IQ2_S", number=22, block_size=256, block_bytes=82),
+    GgmlType(name="IQ4_XS", number=23, block_size=256, block_bytes=136),
+    GgmlType(name="I8", number=24, block_size=1, block_bytes=1),
+    GgmlType(name="I16", number=25, block_size=1, block_bytes=2),
+    GgmlType(name="I32", number=26, block_size=1, block_bytes=4),
+    GgmlType(name="I64", number=27, block_size=1, block_bytes=8),
+    GgmlType(name="F64", number=28, block_size=1, block_bytes=8),
+    GgmlType(name="IQ1_M", number=29, block_size=256, block_bytes=56),
+    GgmlType(name="BF16", number=30, block_size=1, block_bytes=2),
+    GgmlType(name="TQ1_0", number=34, block_size=256, block_bytes=54),
+    GgmlType(name="TQ2_0", number=35, block_size=256, block_bytes=66),
+    GgmlType(name="MXFP4", number=39, block_size=32, block_bytes=17),
+    GgmlType(name="NVFP4", number=40, block_size=64, block_bytes=36),
+    GgmlType(name="Q1_0", number=41, block_size=128, block_bytes=18),
+)
 
+#: Runtime and repacked types, and those that only ik_llama.cpp reads.
+_IK_LLAMA = (
+    GgmlType(name="Q4_0_4_4", number=31, block_size=32, block_bytes=18),
+    GgmlType(name="Q4_0_4_8", number=32, block_size=32, block_bytes=18),
+    GgmlType(name="Q4_0_8_8", number=33, block_size=32, block_bytes=18),
+    GgmlType(name="Q8_0_X4", number=97, block_size=32, block_bytes=34),
+    GgmlType(name="Q8_1_X4", number=98, block_size=32, block_bytes=36),
+    GgmlType(name="Q8_2_X4", number=99, block_size=32, block_bytes=36),
+    GgmlType(name="Q6_0", number=133, block_size=32, block_bytes=26),
+    GgmlType(name="IQ1_BN", number=134, block_size=64, block_bytes=13, row_bytes=2),
+    GgmlType(name="IQ2_BN", number=135, block_size=64, block_bytes=16, row_bytes=4),
+    GgmlType(name="Q8_K64", number=136, block_size=64, block_bytes=68),
+    GgmlType(name="IQ2_K", number=137, block_size=256, block_bytes=76),
+    GgmlType(name="IQ3_K", number=138, block_size=256, block_bytes=110),
+    GgmlType(name="IQ4_K", number=139, block_size=256, block_bytes=144),
+    GgmlType(name="IQ5_K", number=140, block_size=256, block_bytes=176),
+    GgmlType(name="IQ6_K", number=141, block_size=256, block_bytes=212),
+    GgmlType(name="IQ4_KS", number=144, block_size=256, block_bytes=136, row_bytes=4),
+    GgmlType(name="IQ2_KS", number=145, block_size=256, block_bytes=70, row_bytes=2),
+    GgmlType(name="IQ4_KSS", number=146, block_size=256, block_bytes=128, row_bytes=4),
+    GgmlType(name="Q8_K16", number=147, block_size=64, block_bytes=64, row_bytes=20),
+    GgmlType(name="Q8_K32", number=148, block_size=256, block_bytes=296),
+    GgmlType(name="Q8_KR8", number=149, block_size=256, block_bytes=296),
+    GgmlType(name="Q8_K128", number=150, block_size=128, block_bytes=140),
+    GgmlType(name="Q8_KV", number=151, block_size=32, block_bytes=32, row_bytes=8),
+    GgmlType(name="IQ5_KS", number=152, block_size=256, block_bytes=168, row_bytes=4),
+    GgmlType(name="IQ2_KT", number=153, block_size=256, block_bytes=68, row_bytes=4),
+    GgmlType(name="IQ3_KT", number=154, block_size=256, block_bytes=100, row_bytes=4),
+    GgmlType(name="IQ4_KT", number=155, block_size=256, block_bytes=128, row_bytes=4),
+    GgmlType(name="IQ3_KS", number=156, block_size=256, block_bytes=102, row_bytes=2),
+    GgmlType(name="IQ2_KL", number=157, block_size=256, block_bytes=86, row_bytes=2),
+    GgmlType(name="IQ1_KT", number=158, block_size=256, block_bytes=56, row_bytes=4),
+    GgmlType(name="Q4_0_R8", number=202, block_size=32, block_bytes=18),
+    GgmlType(name="Q5_0_R4", number=206, block_size=32, block_bytes=22),
+    GgmlType(name="Q8_0_R8", number=208, block_size=32, block_bytes=34),
+    GgmlType(name="Q2_K_R4", number=210, block_size=256, block_bytes=84),
+    GgmlType(name="Q3_K_R4", number=211, block_size=256, block_bytes=110),
+    GgmlType(name="Q4_K_R4", number=212, block_size=256, block_bytes=144),
+    GgmlType(name="Q5_K_R4", number=213, block_size=256, block_bytes=176),
+    GgmlType(name="Q6_K_R4", number=214, block_size=256, block_bytes=210),
+    GgmlType(name="IQ2_XXS_R4", number=216, block_size=256, block_bytes=66),
+    GgmlType(name="IQ2_XS_R4", number=217, block_size=256, block_bytes=74),
+    GgmlType(name="IQ3_XXS_R4", number=218, block_size=256, block_bytes=98),
+    GgmlType(name="IQ1_S_R4", number=219, block_size=32, block_bytes=6, row_bytes=2),
+    GgmlType(name="IQ4_NL_R4", number=220, block_size=32, block_bytes=18),
+    GgmlType(name="IQ3_S_R4", number=221, block_size=256, block_bytes=110),
+    GgmlType(name="IQ2_S_R4", number=222, block_size=256, block_bytes=82),
+    GgmlType(name="IQ4_XS_R8", number=223, block_size=256, block_bytes=136),
+    GgmlType(name="IQ1_M_R4", number=229, block_size=32, block_bytes=7, row_bytes=2),
+    GgmlType(name="BF16_R16", number=230, block_size=1, block_bytes=2),
+    GgmlType(name="Q6_0_R4", number=233, block_size=32, block_bytes=26),
+    GgmlType(name="IQ2_BN_R4", number=335, block_size=64, block_bytes=16, row_bytes=4),
+    GgmlType(name="IQ2_K_R4", number=337, block_size=256, block_bytes=76),
+    GgmlType(name="IQ3_K_R4", number=338, block_size=256, block_bytes=110),
+    GgmlType(name="IQ4_K_R4", number=339, block_size=256, block_bytes=144),
+    GgmlType(name="IQ5_K_R4", number=340, block_size=256, block_bytes=176),
+    GgmlType(name="IQ4_KS_R4", number=344, block_size=256, block_bytes=136, row_bytes=4),
+    GgmlType(name="IQ5_KS_R4", number=352, block_size=256, block_bytes=168, row_bytes=4),
+    GgmlType(name="MXFP4_R8", number=353, block_size=32, block_bytes=17),
+    GgmlType(name="Q8_K_R16", number=397, block_size=256, block_bytes=258),
+    GgmlType(name="Q8_KV_R8", number=398, block_size=32, block_bytes=32, row_bytes=4),
+    GgmlType(name="Q8_K_R8", number=399, block_size=256, block_bytes=258),
+)
 
-def _type(name: str, facts: tuple[int, ...]) -> GgmlType:
-    number, elements, block_bytes, *meta = facts
-    return GgmlType(
-        name=name, number=number, block_elements=elements, block_bytes=block_bytes, row_meta_bytes=sum(meta)
-    )
-
-
-GGML_TYPES: dict[str, GgmlType] = {name: _type(name, facts) for name, facts in {**_MAINLINE, **_IK}.items()}
-GGML_TYPES_BY_NUMBER: dict[int, GgmlType] = {kind.number: kind for kind in GGML_TYPES.values()}
+GGML_TYPES: tuple[GgmlType, ...] = _MAINLINE + _IK_LLAMA
+BY_NUMBER: dict[int, GgmlType] = {kind.number: kind for kind in GGML_TYPES}
+BY_NAME: dict[str, GgmlType] = {kind.name: kind for kind in GGML_TYPES}
 
 
 def ggml_type(name: str) -> GgmlType:
-    """Return the type called ``name`` (any case).
+    """Return the type called ``name``, whatever the case: ``q8_0``, ``Q4_K``, ``iq4_ks``.
 
     Raises:
-        InputError: no such type.
+        InputError: there is no such type.
     """
-    found = GGML_TYPES.get(name.strip().upper())
-    if found is None:
+    kind = BY_NAME.get(name.upper())
+    if kind is None:
         raise InputError(
-            _("unknown ggml type {name!r}").format(name=name[:40]),
-            remedy=_("known are {known}").format(known=", ".join(GGML_TYPES)),
+            _("unknown GGUF type {name!r}").format(name=name[:40]),
+            remedy=_("known are {known}").format(known=", ".join(BY_NAME)),
         )
-    return found
+    return kind
+
+
+@lru_cache(maxsize=256)
+def ggml_format(name: str) -> WeightFormat:
+    """Return the :class:`~ullage.units.WeightFormat` of a ggml type, for the weights term and for caches."""
+    kind = ggml_type(name)
+    return WeightFormat(name=kind.name, dtype="uint8", packed=(kind.block_size, kind.block_bytes, kind.row_bytes))

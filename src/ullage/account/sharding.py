@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ullage.account.parameters import Parameter, Placed, Role, layer_parameters, model_parameters
+from ullage.account.parameters import Parameter, Placed, Role, layer_parameters, model_parameters, mtp_prefix
 from ullage.errors import LayoutError
 from ullage.i18n import _
 from ullage.spec import model as spec
@@ -48,6 +48,8 @@ class RankShare:
         vocab_padding: vocabulary rows are padded to this multiple before the split.
             Source: vllm@0.33.0:vllm/model_executor/layers/vocab_parallel_embedding.py:DEFAULT_VOCAB_PADDING_SIZE,
             sglang@0.5.23:srt/layers/vocab_parallel_embedding.py (both 64).
+        stored_copies: count the copies of embedding and head that a checkpoint stores with its MTP modules although
+            engines share the model's own.
     """
 
     layers: tuple[int, int]
@@ -65,6 +67,7 @@ class RankShare:
     head_tp: int = 1
     tower_tp: int = 1
     vocab_padding: int = 64
+    stored_copies: bool = False
 
     def tp_of(self, component: str) -> int:
         """Return how many ranks share a tensor of ``component``; routers, norms and extras are not split."""
@@ -82,7 +85,14 @@ class RankShare:
 def whole(model: spec.Model) -> RankShare:
     """Return the share of a rank that holds everything, unpadded: what a checkpoint stores."""
     return RankShare(
-        layers=(0, len(model.layers)), embedding=True, head=True, final=True, mtp=True, towers=True, vocab_padding=1
+        layers=(0, len(model.layers)),
+        embedding=True,
+        head=True,
+        final=True,
+        mtp=True,
+        towers=True,
+        vocab_padding=1,
+        stored_copies=True,
     )
 
 
@@ -245,24 +255,27 @@ def _unsplit(parameter: Parameter) -> LocalParameter:
 
 def _mtp_share(model: spec.Model, share: RankShare) -> Iterator[RankParameter]:
     """Yield the multi-token-prediction modules: split like a layer, counted as ``mtp``."""
-    first = len(model.layers)
-    local = {
-        local.parameter.name: local
-        for module in model.mtp
-        for local in layer_share(module.layer, model.hidden_size, share)
-    }
-    for placed in model_parameters(replace(model, layers=()), towers=False):
-        if placed.section != "mtp":
-            continue
-        prefix = f"{model.layers_name}.{placed.layer}."
-        held = local.get(placed.name.removeprefix(prefix)) or _whole_section(placed, share)
-        name = f"{model.layers_name}.{placed.layer + first}." + placed.name.removeprefix(prefix)
-        yield RankParameter(
-            placed=replace(placed, layer=placed.layer + first, parameter=replace(placed.parameter, name=name)),
-            component="mtp",
-            shape=held.shape,
-            copies=held.copies,
-        )
+    for offset, module in enumerate(model.mtp):
+        prefix = mtp_prefix(model, offset)
+        frame = spec.Layer(mixers=(), ffns=(), norms=module.norms, extras=module.extras)
+        found = [_unsplit(parameter) for parameter in layer_parameters(frame, model.hidden_size)]
+        found += layer_share(module.layer, model.hidden_size, share)
+        for name, tp in _mtp_copies(module, share):
+            table = replace(_vocab_table(model), name=name)
+            shape = split_shape(table, tp, vocab_padding=share.vocab_padding)
+            found.append(LocalParameter(parameter=table, component="mtp", shape=shape, copies=1))
+        for local in found:
+            parameter = replace(local.parameter, name=prefix + local.parameter.name)
+            placed = Placed(section="mtp", layer=len(model.layers) + offset, parameter=parameter)
+            yield RankParameter(placed=placed, component="mtp", shape=local.shape, copies=local.copies)
+
+
+def _mtp_copies(module: spec.MtpModule, share: RankShare) -> Iterator[tuple[str, int]]:
+    """Yield name and split of the embedding and head that a module has for itself on this rank."""
+    if not module.shares_embedding or (share.stored_copies and module.stores_embedding):
+        yield "embed_tokens.weight", share.vocab_tp
+    if not module.shares_head or (share.stored_copies and module.stores_head):
+        yield "shared_head.head.weight", share.head_tp
 
 
 _SECTION_COMPONENTS = {"embedding": "embedding", "head": "lm_head", "tower": "towers"}
@@ -272,20 +285,20 @@ def _whole_section(placed: Placed, share: RankShare) -> RankParameter:
     """Return the share of a tensor outside the decoder layers."""
     parameter = placed.parameter
     component = _SECTION_COMPONENTS.get(placed.section) or ("norms" if parameter.role is Role.NORM else "other")
-    tp = share.vocab_tp if parameter.split == "vocab" and placed.section == "mtp" else share.tp_of(component)
-    shape = split_shape(parameter, tp, vocab_padding=share.vocab_padding if placed.section != "tower" else 1)
+    shape = split_shape(
+        parameter, share.tp_of(component), vocab_padding=share.vocab_padding if placed.section != "tower" else 1
+    )
     return RankParameter(placed=placed, component=component, shape=shape, copies=parameter.copies)
 
 
-def _tied_head(model: spec.Model) -> Placed:
-    """Return the copy of a tied head that a stage without the embedding holds."""
-    parameter = Parameter(
+def _vocab_table(model: spec.Model) -> Parameter:
+    """Return the head as a tensor of its own: what a stage holds of a tied head when it has no embedding."""
+    return Parameter(
         name=f"{model.head_name}.weight",
         shape=(model.vocab_size, model.embedding_size or model.hidden_size),
         role=Role.EMBEDDING,
         split="vocab",
     )
-    return Placed(section="head", layer=-1, parameter=parameter)
 
 
 def frame_share(model: spec.Model, share: RankShare) -> Iterator[RankParameter]:
@@ -299,7 +312,7 @@ def frame_share(model: spec.Model, share: RankShare) -> Iterator[RankParameter]:
         if held[placed.section]:
             yield _whole_section(placed, share)
     if model.tied_embeddings and share.head and not share.embedding:
-        yield _whole_section(_tied_head(model), share)
+        yield _whole_section(Placed(section="head", layer=-1, parameter=_vocab_table(model)), share)
     if share.mtp and model.mtp:
         yield from _mtp_share(model, share)
 
