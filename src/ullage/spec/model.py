@@ -32,7 +32,8 @@ class ExtraTensor:
 
     ``prefix`` names the module it stands in (checkpoint name without the layer's own prefix). ``buffer``: stored, but
     not a parameter (not counted). ``dtype`` when it differs from the model's. ``split``: see
-    :class:`ullage.account.parameters.Parameter`.
+    :class:`ullage.account.parameters.Parameter`. ``linear`` False: no linear layer's weight, although it is a matrix
+    (tables of positions or of tokens).
     """
 
     name: str
@@ -40,6 +41,7 @@ class ExtraTensor:
     dtype: str | None = None
     buffer: bool = False
     split: Literal["none", "out", "in", "vocab"] = "none"
+    linear: bool = True
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -55,12 +57,13 @@ class Attention:
         qk_norm: "head" one norm of head_dim for all heads; "full" over the whole projection.
         window: sliding window in tokens, or None for full attention.
         chunk: attention within chunks of this many tokens (Llama 4), or None.
-        sinks: one learned sink per head (gpt-oss).
+        sinks: one learned sink per head (gpt-oss), stored under ``sinks_name``.
         output_gate: the query projection has a second half that gates the output (Qwen3-Next).
         fused_qkv: name of the one projection that holds q, k and v, or None.
         shared_kv: keys and values are those of an earlier layer: no projections, no cache (Gemma 3n, Gemma 4).
         value_is_key: values reuse the key projection: no v_proj (Gemma 4 global layers). Both are cached.
         cross: keys and values come from the vision tower, not from the tokens (Llama 3.2 Vision).
+        index_key_dim: width of one key per token that is cached besides, to choose blocks by (MiniMax-M3); 0 for none.
         prefix: module name in the checkpoint.
     """
 
@@ -82,12 +85,16 @@ class Attention:
     shared_kv: bool = False
     value_is_key: bool = False
     cross: bool = False
+    index_key_dim: int = 0
     rotary_dim: int | None = None
     prefix: str = "self_attn"
     q_name: str = "q_proj"
     k_name: str = "k_proj"
     v_name: str = "v_proj"
     o_name: str = "o_proj"
+    q_norm_name: str = "q_norm"
+    k_norm_name: str = "k_norm"
+    sinks_name: str = "sinks"
     extras: tuple[ExtraTensor, ...] = ()
 
 
@@ -95,8 +102,8 @@ class Attention:
 class Indexer:
     """The lightning indexer of DeepSeek sparse attention: picks ``top_k`` tokens for each query.
 
-    One key of ``head_dim`` per token is cached for all index heads. ``shared``: the layer reuses the previous layer's
-    choice and has no indexer of its own (GLM-5.2 index sharing).
+    One key of ``head_dim`` per token is cached for all index heads. A layer that reuses an earlier layer's choice has
+    no indexer (see :attr:`LatentAttention.shared_indexer`).
     """
 
     num_heads: int
@@ -111,6 +118,8 @@ class LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 eq. 9-19): one latent per token is cached.
 
     ``q_lora_rank`` None: queries are projected directly (V2-Lite). ``indexer``: DeepSeek sparse attention (V3.2).
+    ``shared_indexer``: sparse attention too, over the tokens an earlier layer's indexer chose: no indexer tensors and
+    no index keys here (GLM-5.2 index sharing).
     """
 
     num_heads: int
@@ -121,6 +130,7 @@ class LatentAttention:
     v_head_dim: int
     bias: bool = False
     indexer: Indexer | None = None
+    shared_indexer: bool = False
     rope: bool = True
     output_gate_rank: int | None = None
     prefix: str = "self_attn"
@@ -136,6 +146,7 @@ class CompressedAttention:
         compress_ratio: tokens per compressed entry; 0: window only.
         window: raw entries kept, in tokens.
         o_groups, o_lora_rank: grouped low-rank output projection.
+        overlap: each compressed entry draws on two windows, so the compressor projects to twice head_dim.
         indexer: chooses among compressed entries (ratio 4 layers), with a compressor of its own.
     """
 
@@ -147,8 +158,9 @@ class CompressedAttention:
     o_lora_rank: int
     window: int
     compress_ratio: int
+    overlap: bool = False
     indexer: Indexer | None = None
-    prefix: str = "self_attn"
+    prefix: str = "attn"
     extras: tuple[ExtraTensor, ...] = ()
 
 
@@ -177,12 +189,16 @@ class GatedDeltaNet:
 
 @dataclass(frozen=True, kw_only=True)
 class KimiDeltaAttention:
-    """Kimi Delta Attention (Kimi Linear): per-channel gated delta rule, separate convolutions for q, k and v."""
+    """Kimi Delta Attention (Kimi Linear): per-channel gated delta rule, separate convolutions for q, k and v.
+
+    ``gate_rank``: of the forget gate; ``output_gate_rank``: of the output gate, None for one projection (Kimi K3).
+    """
 
     num_heads: int
     head_dim: int
     conv_kernel: int
     gate_rank: int
+    output_gate_rank: int | None = None
     prefix: str = "self_attn"
     extras: tuple[ExtraTensor, ...] = ()
 
@@ -277,7 +293,8 @@ class MoEFFN:
         gated: gate and up projections in each expert.
         latent_size: experts work in this smaller space between two projections (Nemotron 3), or None.
         hash_routed: experts chosen by token id, no learned choice (DeepSeek-V4's first layers).
-        fused_experts: checkpoint stores all experts of a layer in one tensor (gpt-oss, Llama 4).
+        fused_experts: checkpoint stores all experts of a layer in one tensor, gate and up together (gpt-oss, Llama 4).
+        correction_bias_name: its name when it is not the router's own.
     """
 
     num_experts: int
@@ -296,6 +313,7 @@ class MoEFFN:
     router_name: str = "gate"
     experts_name: str = "experts"
     shared_name: str = "shared_experts"
+    correction_bias_name: str | None = None
     gate_name: str = "gate_proj"
     up_name: str = "up_proj"
     down_name: str = "down_proj"
@@ -311,9 +329,13 @@ FeedForward = Union[DenseFFN, MoEFFN]
 
 @dataclass(frozen=True, kw_only=True)
 class HyperConnections:
-    """Residual streams: ``num_streams`` copies of the hidden state, mixed by learned maps (DeepSeek-V4)."""
+    """Residual streams: ``num_streams`` copies of the hidden state, mixed by learned maps (DeepSeek-V4).
+
+    ``prefixes``: one map around each block of the layer, under these checkpoint names.
+    """
 
     num_streams: int
+    prefixes: tuple[str, ...] = ("hc_attn", "hc_ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +357,8 @@ class MtpModule:
     """One multi-token-prediction module: a layer with its own norms and projection, counted apart.
 
     ``shares_embedding``/``shares_head``: nothing of its own is loaded for them by engines, although a checkpoint may
-    hold copies.
+    hold copies (``stores_embedding``, ``stores_head``). ``prefix``: what its tensors' names begin with, dot included;
+    None: the next decoder layer's number.
     """
 
     layer: Layer
@@ -343,6 +366,9 @@ class MtpModule:
     extras: tuple[ExtraTensor, ...] = ()
     shares_embedding: bool = True
     shares_head: bool = True
+    stores_embedding: bool = False
+    stores_head: bool = False
+    prefix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +384,8 @@ class Tower:
 class QuantRule:
     """The first rule whose ``pattern`` (a regular expression, searched in the full parameter name) hits, decides.
 
-    ``format`` None: the tensor stays in the model's own dtype.
+    An empty pattern means every linear layer, experts included; it leaves embeddings, heads, routers and convolutions
+    alone. Tensors of one axis are never quantised. ``format`` None: the tensor stays in the model's own dtype.
     """
 
     pattern: str
@@ -384,6 +411,7 @@ class Model:
         dtype: of the parameters that are not quantised.
         layers: in order.
         tied_embeddings: the output head is the embedding.
+        extra_embedding_rows: rows of the embedding beyond the vocabulary, which the head lacks (Llama 3.2 Vision).
         learned_positions: rows of a learned position table, 0 for none.
         final_norms: norms after the last layer.
         extras: tensors of the whole model (embedding norms, hyper-connection head, ...).
@@ -403,6 +431,7 @@ class Model:
     tied_embeddings: bool = False
     lm_head_bias: bool = False
     embedding_size: int | None = None
+    extra_embedding_rows: int = 0
     learned_positions: int = 0
     max_position_embeddings: int = 0
     mtp: tuple[MtpModule, ...] = ()
@@ -412,6 +441,7 @@ class Model:
     embedding_name: str = "model.embed_tokens"
     layers_name: str = "model.layers"
     head_name: str = "lm_head"
+    positions_name: str = "position_embeddings"
     source: str = ""
     assumed: tuple[str, ...] = ()
     ignored_keys: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ullage.account.parameters import attention, ffn, linear
+from ullage.account.parameters import attention, ffn, linear, residual
 from ullage.account.parameters.parameter import Parameter, Role, norm_parameters, of_extra
 from ullage.spec import model as spec
 
@@ -74,31 +74,16 @@ def layer_parameters(layer: spec.Layer, hidden_size: int) -> tuple[Parameter, ..
         found += _FFNS[type(block)](block, hidden_size)
     for norm in layer.norms:
         found += norm_parameters(norm)
+    if layer.residual is not None:
+        found += residual.hyper_connections(layer.residual, hidden_size)
     found += [of_extra(extra) for extra in layer.extras]
     return tuple(found)
 
 
 def model_parameters(model: spec.Model, *, mtp: bool = True, towers: bool = True) -> Iterator[Placed]:
     """Yield every stored tensor of the model once, in checkpoint order; a tied head is not repeated."""
-    embedding_size = model.embedding_size or model.hidden_size
-    yield Placed(
-        section="embedding",
-        layer=-1,
-        parameter=Parameter(
-            name=f"{model.embedding_name}.weight",
-            shape=(model.vocab_size, embedding_size),
-            role=Role.EMBEDDING,
-            split="vocab",
-        ),
-    )
-    if model.learned_positions:
-        yield Placed(
-            section="embedding",
-            layer=-1,
-            parameter=Parameter(
-                name="position_embeddings.weight", shape=(model.learned_positions, model.hidden_size), role=Role.OTHER
-            ),
-        )
+    for parameter in _embedding_parameters(model):
+        yield Placed(section="embedding", layer=-1, parameter=parameter)
     kinds: dict[int, tuple[Parameter, ...]] = {}
     for index, layer in enumerate(model.layers):
         parameters = kinds.get(id(layer))
@@ -111,25 +96,8 @@ def model_parameters(model: spec.Model, *, mtp: bool = True, towers: bool = True
             yield Placed(section="final", layer=-1, parameter=parameter)
     for extra in model.extras:
         yield Placed(section="final", layer=-1, parameter=of_extra(extra))
-    if not model.tied_embeddings:
-        yield Placed(
-            section="head",
-            layer=-1,
-            parameter=Parameter(
-                name=f"{model.head_name}.weight",
-                shape=(model.vocab_size, embedding_size),
-                role=Role.EMBEDDING,
-                split="vocab",
-            ),
-        )
-    if model.lm_head_bias:
-        yield Placed(
-            section="head",
-            layer=-1,
-            parameter=Parameter(
-                name=f"{model.head_name}.bias", shape=(model.vocab_size,), role=Role.BIAS, split="vocab"
-            ),
-        )
+    for parameter in _head_parameters(model):
+        yield Placed(section="head", layer=-1, parameter=parameter)
     if mtp:
         yield from _mtp_parameters(model)
     if towers:
@@ -138,14 +106,41 @@ def model_parameters(model: spec.Model, *, mtp: bool = True, towers: bool = True
                 yield Placed(section="tower", layer=-1, parameter=replace(of_extra(extra), copies=tower.copies))
 
 
+def _embedding_parameters(model: spec.Model) -> Iterator[Parameter]:
+    rows = model.vocab_size + model.extra_embedding_rows
+    yield Parameter(
+        name=f"{model.embedding_name}.weight",
+        shape=(rows, model.embedding_size or model.hidden_size),
+        role=Role.EMBEDDING,
+        split="vocab",
+    )
+    if model.learned_positions:
+        shape = (model.learned_positions, model.hidden_size)
+        yield Parameter(name=f"{model.positions_name}.weight", shape=shape, role=Role.OTHER)
+
+
+def _head_parameters(model: spec.Model) -> Iterator[Parameter]:
+    if not model.tied_embeddings:
+        shape = (model.vocab_size, model.embedding_size or model.hidden_size)
+        yield Parameter(name=f"{model.head_name}.weight", shape=shape, role=Role.EMBEDDING, split="vocab")
+    if model.lm_head_bias:
+        yield Parameter(name=f"{model.head_name}.bias", shape=(model.vocab_size,), role=Role.BIAS, split="vocab")
+
+
 def _placed(section: str, index: int, prefix: str, parameter: Parameter) -> Placed:
     return Placed(section=section, layer=index, parameter=replace(parameter, name=prefix + parameter.name))
+
+
+def mtp_prefix(model: spec.Model, offset: int) -> str:
+    """Return what the names of MTP module ``offset`` begin with, dot included."""
+    prefix = model.mtp[offset].prefix
+    return f"{model.layers_name}.{len(model.layers) + offset}." if prefix is None else prefix
 
 
 def _mtp_parameters(model: spec.Model) -> Iterator[Placed]:
     for offset, module in enumerate(model.mtp):
         index = len(model.layers) + offset
-        prefix = f"{model.layers_name}.{index}."
+        prefix = mtp_prefix(model, offset)
         for norm in module.norms:
             for parameter in norm_parameters(norm):
                 yield _placed("mtp", index, prefix, parameter)

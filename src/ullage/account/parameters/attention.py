@@ -35,13 +35,13 @@ def attention(part: spec.Attention, hidden_size: int) -> list[Parameter]:
     found += linear_parameters(at + part.o_name, hidden_size, heads * v_dim, bias=part.o_bias, split="in")
     if part.qk_norm:
         full = part.qk_norm == "full"
-        sizes = {"q_norm": heads * dim if full else dim}
+        sizes = {part.q_norm_name: heads * dim if full else dim}
         if not part.shared_kv:
-            sizes["k_norm"] = kv_heads * dim if full else dim
+            sizes[part.k_norm_name] = kv_heads * dim if full else dim
         for name, size in sizes.items():
             found += norm_parameters(spec.Norm(name=at + name, size=size, kind=part.qk_norm_kind))
     if part.sinks:
-        found.append(Parameter(name=at + "sinks", shape=(heads,), role=Role.OTHER, split="out", units=heads))
+        found.append(Parameter(name=at + part.sinks_name, shape=(heads,), role=Role.OTHER, split="out", units=heads))
     return found + [of_extra(extra, at) for extra in part.extras]
 
 
@@ -88,5 +88,49 @@ def _indexer(part: spec.Indexer, at: str, hidden_size: int, query_size: int) -> 
 
 
 def compressed_attention(part: spec.CompressedAttention, hidden_size: int) -> list[Parameter]:
-    """Tensors of DeepSeek-V4's compressed attention."""
-    raise NotImplementedError
+    """Tensors of DeepSeek-V4's compressed attention, under the names of its checkpoint.
+
+    Formula: wq_a (rq, H), wq_b (N*D, rq); wkv (D, H); wo_a (g*ro, N*D/g), wo_b (H, g*ro); attn_sink (N); norms of rq
+        and D; the compressor of D over m tokens; an indexer with a compressor of its own head_dim.
+    Symbols: rq q_lora_rank, g o_groups, ro o_lora_rank, m compress_ratio.
+    Source: transformers@5.23.0:models/deepseek_v4/modeling_deepseek_v4.py:DeepseekV4Attention; split and replicated
+        tensors: vllm@0.33.0:models/deepseek_v4/attention.py:DeepseekV4Attention. vLLM pads the sinks to the heads its
+        kernel works on, a few hundred bytes more.
+    """
+    at, heads, dim = f"{part.prefix}.", part.num_heads, part.head_dim
+    groups, rank = part.o_groups, part.o_lora_rank
+    found = [
+        Parameter(name=at + "attn_sink", shape=(heads,), role=Role.OTHER, split="out", units=heads, dtype="float32")
+    ]
+    found += linear_parameters(at + "wq_a", part.q_lora_rank, hidden_size)
+    found += norm_parameters(spec.Norm(name=at + "q_norm", size=part.q_lora_rank))
+    found += linear_parameters(at + "wq_b", heads * dim, part.q_lora_rank, split="out", units=heads)
+    found += linear_parameters(at + "wkv", dim, hidden_size)
+    found += norm_parameters(spec.Norm(name=at + "kv_norm", size=dim))
+    found += linear_parameters(at + "wo_a", groups * rank, heads * dim // groups, split="out", units=groups)
+    found += linear_parameters(at + "wo_b", hidden_size, groups * rank, split="in")
+    if part.compress_ratio:
+        found += _compressor(part, dim, at + "compressor.", hidden_size)
+    if part.indexer is not None:
+        index = part.indexer
+        found += linear_parameters(at + "indexer.wq_b", index.num_heads * index.head_dim, part.q_lora_rank)
+        found += linear_parameters(at + "indexer.weights_proj", index.num_heads, hidden_size)
+        found += _compressor(part, index.head_dim, at + "indexer.compressor.", hidden_size)
+    return found + [of_extra(extra, at) for extra in part.extras]
+
+
+def _compressor(part: spec.CompressedAttention, head_dim: int, at: str, hidden_size: int) -> list[Parameter]:
+    """Tensors that compress entries of ``head_dim``: wkv and wgate (c*d, H), position bias ape (m, c*d), norm (d).
+
+    Symbols: c 2 where windows overlap, else 1; m compress_ratio; d head_dim.
+    Source: transformers@5.23.0:models/deepseek_v4/modeling_deepseek_v4.py:DeepseekV4CSACompressor; replicated:
+        vllm@0.33.0:models/deepseek_v4/compressor.py:DeepseekCompressor.
+    """
+    width = head_dim * (2 if part.overlap else 1)
+    ape = Parameter(name=at + "ape", shape=(part.compress_ratio, width), role=Role.OTHER, dtype="float32")
+    found = [
+        ape,
+        *linear_parameters(at + "wkv", width, hidden_size),
+        *linear_parameters(at + "wgate", width, hidden_size),
+    ]
+    return found + norm_parameters(spec.Norm(name=at + "norm", size=head_dim))

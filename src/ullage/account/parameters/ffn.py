@@ -38,7 +38,7 @@ def mixture_of_experts(part: spec.MoEFFN, hidden_size: int) -> list[Parameter]:
     if part.correction_bias:
         found.append(
             Parameter(
-                name=at + part.router_name + ".e_score_correction_bias",
+                name=at + (part.correction_bias_name or part.router_name + ".e_score_correction_bias"),
                 shape=(part.num_experts,),
                 role=Role.ROUTER,
                 buffer=True,
@@ -68,34 +68,22 @@ def mixture_of_experts(part: spec.MoEFFN, hidden_size: int) -> list[Parameter]:
 def _experts(part: spec.MoEFFN, at: str, width: int) -> list[Parameter]:
     """The routed experts: ``copies`` equal tensors each; all but ``top_k`` sleep for a given token."""
     inner = part.intermediate_size
-    layers: list[tuple[str, int, int, Split]] = [
-        (part.up_name, inner, width, "out"),
-        (part.down_name, width, inner, "in"),
-    ]
-    if part.gated:
-        layers.insert(0, (part.gate_name, inner, width, "out"))
+    up: list[tuple[str, int, int, Split]] = [(part.up_name, inner, width, "out")]
+    if part.gated and part.fused_experts:
+        up = [("gate_up_proj", 2 * inner, width, "out")]
+    elif part.gated:
+        up.insert(0, (part.gate_name, inner, width, "out"))
     found = []
-    for name, rows, columns, split in layers:
-        base = f"{at}{part.experts_name}.{{e}}.{name}"
-        found.append(
-            Parameter(
-                name=base + ".weight",
-                shape=(rows, columns),
-                role=Role.EXPERT,
-                split=split,
-                copies=part.num_experts,
-                active_copies=part.top_k,
-            )
-        )
+    for name, rows, columns, split in [*up, (part.down_name, width, inner, "in")]:
+        base = f"{at}{part.experts_name}." + (name if part.fused_experts else f"{{e}}.{name}")
+        found.append(_expert(part, base + ("" if part.fused_experts else ".weight"), (rows, columns), split))
         if part.expert_bias:
-            found.append(
-                Parameter(
-                    name=base + ".bias",
-                    shape=(rows,),
-                    role=Role.EXPERT,
-                    split="out" if split == "out" else "none",
-                    copies=part.num_experts,
-                    active_copies=part.top_k,
-                )
-            )
+            bias_split: Split = "out" if split == "out" else "none"
+            found.append(_expert(part, base + ("_bias" if part.fused_experts else ".bias"), (rows,), bias_split))
     return found
+
+
+def _expert(part: spec.MoEFFN, name: str, shape: tuple[int, ...], split: Split) -> Parameter:
+    return Parameter(
+        name=name, shape=shape, role=Role.EXPERT, split=split, copies=part.num_experts, active_copies=part.top_k
+    )

@@ -87,7 +87,7 @@ def norm_parameters(norm: spec.Norm) -> list[Parameter]:
 
 def of_extra(extra: spec.ExtraTensor, prefix: str = "") -> Parameter:
     """Return the parameter of an extra tensor, under ``prefix`` (which ends with a dot when it is given)."""
-    is_matrix = len(extra.shape) == 2 and extra.name.endswith(".weight")
+    is_matrix = extra.linear and len(extra.shape) == 2 and extra.name.endswith(".weight")
     return Parameter(
         name=prefix + extra.name,
         shape=extra.shape,

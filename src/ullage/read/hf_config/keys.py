@@ -19,10 +19,11 @@ class Keys:
     Args:
         values: the JSON object.
         where: file and path, for errors.
+        parent: the object this one is a part of; a few facts (dtype, tying, quantisation) may stand there instead.
     """
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+    def __init__(self, values: dict[str, Any], where: str, parent: Keys | None = None) -> None:
+        self.values, self.where, self.parent = values, where, parent
         self._taken: set[str] = set()
         self._parts: list[Keys] = []
 
@@ -66,11 +67,27 @@ class Keys:
         return value
 
     def first_integer(self, *names: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION) -> Any:
-        """Take an integer under the first of several names that is there."""
-        for name in names:
-            if name in self:
-                return self.integer(name, low=low, high=high)
-        return self.integer(names[0], default, low=low, high=high)
+        """Take an integer that may stand under several names; those that are there must agree."""
+        found = {name: self.integer(name, low=low, high=high) for name in names if name in self}
+        if not found:
+            return self.integer(names[0], default, low=low, high=high)
+        if len(set(found.values())) > 1:
+            raise InputError(
+                _("these keys say the same thing and disagree: {keys}").format(
+                    keys=", ".join(f"{name} {value}" for name, value in found.items())
+                ),
+                where=self.where,
+            )
+        return next(iter(found.values()))
+
+    def holder(self, key: str) -> Keys:
+        """Return the object that has ``key``: this one, or the nearest it is a part of; this one when none has."""
+        at: Keys | None = self
+        while at is not None:
+            if key in at:
+                return at
+            at = at.parent
+        return self
 
     def flag(self, key: str, default: Any = _MISSING) -> Any:
         """Take a boolean."""
@@ -99,6 +116,29 @@ class Keys:
             )
         return value
 
+    def integers(self, key: str, default: Any = _MISSING, *, length: Any = None, low: int = 0) -> Any:
+        """Take a list of integers, each at least ``low``."""
+        return self._all_of(key, default, length, _("an integer of at least {low}").format(low=low), low)
+
+    def texts(self, key: str, default: Any = _MISSING, *, length: Any = None) -> Any:
+        """Take a list of strings."""
+        return self._all_of(key, default, length, _("a string"), None)
+
+    def _all_of(self, key: str, default: Any, length: Any, wanted: str, low: int | None) -> Any:
+        value = self.items(key, default, length=length)
+        if value is default:
+            return value
+        for index, item in enumerate(value):
+            right = isinstance(item, str) if low is None else type(item) is int and low <= item <= MAX_DIMENSION
+            if not right:
+                raise InputError(
+                    _("entry {index} is {value}, not {wanted}").format(
+                        index=index, value=repr(item)[:60], wanted=wanted
+                    ),
+                    where=self.at(key),
+                )
+        return value
+
     def part(self, key: str) -> Keys | None:
         """Take a nested object, or None when it is missing."""
         value = self.raw(key)
@@ -106,7 +146,7 @@ class Keys:
             return None
         if not isinstance(value, dict):
             raise InputError(_("{value} is not an object").format(value=repr(value)[:60]), where=self.at(key))
-        part = Keys(value, self.at(key))
+        part = Keys(value, self.at(key), self)
         self._parts.append(part)
         return part
 
