@@ -1,0 +1,125 @@
+"""Judge the predictions by measured runs: every record is predicted, compared, or skipped for a reason that is said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from ullage.errors import UllageError
+from ullage.i18n import _
+from ullage.records.compare import Comparison, NotComparableError, Prediction, Verdict, compare, skipped, started
+from ullage.records.schema import Measured, Record
+from ullage.records.store import read_records
+
+#: kind of job -> module with ``predict(record) -> Prediction``; imported only when a record of the kind comes.
+PREDICTORS = {"serve": "ullage.records.serving"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """All rows, in the order of the records. ``warnings`` are sentences on the files."""
+
+    comparisons: tuple[Comparison, ...]
+    verdicts: tuple[Verdict, ...]
+    warnings: tuple[str, ...]
+    num_records: int
+    internal_errors: tuple[str, ...] = ()
+
+
+def validate_files(
+    paths: Iterable[Path], *, include_partial: bool = False, progress: Callable[[int], None] | None = None
+) -> ValidationReport:
+    """Predict and compare every record of ``paths``.
+
+    Args:
+        paths: JSONL files of records.
+        include_partial: judge records of completeness ``partial`` too (they miss a field that matters).
+        progress: called with the number of records done.
+
+    Raises:
+        InputError: a file or line that cannot be read.
+    """
+    rows: list[Comparison] = []
+    verdicts: list[Verdict] = []
+    unknown: Counter[str] = Counter()
+    broken: list[str] = []
+    done = 0
+    for path in paths:
+        for record in read_records(path):
+            unknown.update(set(record.unknown_keys))
+            found, verdict = judge(record, include_partial=include_partial, broken=broken)
+            rows += found
+            verdicts += [verdict] if verdict else []
+            done += 1
+            if progress:
+                progress(done)
+    warnings = tuple(
+        _("unknown key {key} in {count} records, not used").format(key=key, count=count)
+        for key, count in sorted(unknown.items())
+    )
+    return ValidationReport(
+        comparisons=tuple(rows),
+        verdicts=tuple(verdicts),
+        warnings=warnings,
+        num_records=done,
+        internal_errors=tuple(broken),
+    )
+
+
+def judge(
+    record: Record, *, include_partial: bool = False, broken: list[str] | None = None
+) -> tuple[list[Comparison], Verdict | None]:
+    """Return the rows of one record and the verdict on its start, if the record says whether it started."""
+    if record.completeness == "partial" and not include_partial:
+        return _skip_all(record, _("the record misses a field that matters (partial)")), None
+    if record.kind not in PREDICTORS:
+        return _skip_all(record, _no_room(record.kind)), None
+    try:
+        prediction: Prediction = import_module(PREDICTORS[record.kind]).predict(record)
+        rows = list(compare(record, prediction))
+    except NotComparableError as error:
+        return _skip_all(record, str(error)), None
+    except UllageError as error:
+        return _skip_all(record, str(error), failed=True), None
+    except Exception as error:  # one record must not hide the others; the caller reports it as a bug
+        if broken is None:
+            raise
+        sentence = f"{record.record_id}: {type(error).__name__}: {error}"
+        broken.append(sentence)
+        return _skip_all(record, _("internal error: {error}").format(error=sentence), failed=True), None
+    return rows, _verdict(record, prediction)
+
+
+def _verdict(record: Record, prediction: Prediction) -> Verdict | None:
+    measured = started(record)
+    if measured is None:
+        return None
+    why = prediction.not_comparable.get("starts")
+    return Verdict(
+        record_id=record.record_id,
+        group=record.group,
+        engine=prediction.engine,
+        measured=measured,
+        predicted=None if why else prediction.starts,
+        reason=prediction.reason,
+        skipped=why,
+    )
+
+
+def _skip_all(record: Record, why: str, *, failed: bool = False) -> list[Comparison]:
+    figures = record.measured
+    if record.fits_in_gib is not None:
+        size = record.fits_in_gib * 2**30
+        figures = (*figures, Measured(quantity="fits_in", value=size, low=size, high=size, is_bytes=True))
+    return [skipped(record, figure, why, failed=failed) for figure in figures]
+
+
+def _no_room(kind: str) -> str:
+    if kind == "train":
+        return _("no training engine yet")
+    if kind == "kernel":
+        return _("no model of single kernels yet")
+    return _("jobs of kind {kind!r} are not known").format(kind=kind[:40])
