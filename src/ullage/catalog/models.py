@@ -1,0 +1,142 @@
+"""The catalog of models: names and aliases → the file that holds the model, opened one at a time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from ullage.catalog import FOLDER, load, nearest
+from ullage.i18n import _
+from ullage.spec.model import Model
+
+INDEX = "models/index.json"
+#: Endings of re-uploads → what their makers write as ``quantization_config`` when they change nothing.
+#: Sources: autoawq@0.2.9:awq/models/_config.py:AwqConfig; auto-gptq@0.7.1:auto_gptq/modeling/_base.py:
+#: BaseQuantizeConfig; compressed-tensors@0.12:quantization/quant_scheme.py presets; DeepSeek-V3's config.json (FP8);
+#: modelopt: hf_quant_config.json of nvidia/*-NVFP4; bitsandbytes: transformers@5.23.0:utils/quantization_config.py.
+_CHANNEL_FP8 = {"type": "float", "num_bits": 8, "strategy": "channel", "symmetric": True}
+_FP8_CHANNEL = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL_FP8}},
+}
+SUFFIXES: dict[str, dict[str, Any] | None] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False, "sym": True},
+    "fp8-dynamic": _FP8_CHANNEL,
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]},
+    "bnb-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "gguf": None,
+}
+#: Endings of further training and of releases: the shape is that of the model without them.
+_TUNED = re.compile(r"-(instruct|chat|it|base|hf|preview|thinking|abliterated|\d{4}|v\d+(\.\d+)?)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An entry of the catalog. ``quantization`` is the config of a quantised copy; ``assumed`` says what was taken."""
+
+    entry: dict[str, Any]
+    name: str
+    quantization: dict[str, Any] | None = None
+    assumed: tuple[str, ...] = ()
+
+
+def entries() -> list[dict[str, Any]]:
+    """Return the index: one object per model with name, file, aliases and counts."""
+    found: list[dict[str, Any]] = load(INDEX)["models"]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _by_key() -> dict[str, tuple[dict[str, Any], str]]:
+    """Every name and alias, with and without owner → (entry, the name it stands for). Full names win."""
+    keys: dict[str, tuple[dict[str, Any], str]] = {}
+    for entry in entries():
+        for name in (entry["name"], *entry.get("aliases", ())):
+            keys[_key(name)] = (entry, name)
+    for entry in entries():
+        for name in (entry["name"], *entry.get("aliases", ())):
+            keys.setdefault(_key(name.rpartition("/")[2]), (entry, name))
+    return keys
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_]+", "-", name.strip().lower())
+
+
+def find(text: str) -> Found | None:
+    """Find the model that ``text`` names: a name or alias, a quantised copy of one, or a tuned release of one."""
+    keys = _by_key()
+    key = _key(text)
+    for candidate in (key, key.rpartition("/")[2]):
+        if candidate in keys:
+            entry, name = keys[candidate]
+            return Found(entry=entry, name=name)
+    short = key.rpartition("/")[2]
+    base, quantization, suffix = _without_suffix(short)
+    if suffix and base in keys:
+        entry, name = keys[base]
+        return _copy_of(text, entry, name, suffix, quantization)
+    tuned = base
+    while match := _TUNED.search(tuned):
+        tuned = tuned[: match.start()]
+        if tuned in keys:
+            entry, name = keys[tuned]
+            if suffix:
+                return _copy_of(text, entry, name, suffix, quantization)
+            return Found(entry=entry, name=text.strip(), assumed=(_dimensions_of(name),))
+    return None
+
+
+def _without_suffix(short: str) -> tuple[str, dict[str, Any] | None, str]:
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if short.endswith(f"-{suffix}"):
+            return short[: -len(suffix) - 1], SUFFIXES[suffix], suffix
+    return short, None, ""
+
+
+def _dimensions_of(name: str) -> str:
+    return _("the dimensions are those of {name}").format(name=name)
+
+
+def _copy_of(text: str, entry: dict[str, Any], name: str, suffix: str, quantization: dict[str, Any] | None) -> Found:
+    how = (
+        _("the weights are taken as its ending -{suffix} says, as its usual tool writes them").format(suffix=suffix)
+        if quantization
+        else _("the type of the GGUF file is not known from its name")
+    )
+    return Found(entry=entry, name=text.strip(), quantization=quantization, assumed=(_dimensions_of(name), how))
+
+
+def load_entry(found: Found) -> Model:
+    """Open the one file of a found entry and build its model."""
+    from ullage.spec.codec import decode_model
+
+    file = found.entry["file"]
+    model = decode_model(load(f"models/{file}")["model"], where=f"catalog: {file}")
+    model = replace(model, name=found.name, assumed=(*model.assumed, *found.assumed))
+    if found.quantization is None:
+        return model
+    from ullage.read.hf_config.keys import Keys
+    from ullage.read.hf_config.quantization import read_quantization
+
+    keys = Keys({"quantization_config": found.quantization}, found.name)
+    return replace(model, quantization=read_quantization(keys))
+
+
+def near_names(text: str) -> list[str]:
+    """Return the names of the catalog that look most like ``text``."""
+    by_short = {entry["name"].rpartition("/")[2]: entry["name"] for entry in entries()}
+    return [by_short[short] for short in nearest(text.rpartition("/")[2], list(by_short))]
+
+
+def folder_exists() -> bool:
+    """Say whether the catalog was built (a checkout without it cannot name models)."""
+    return (FOLDER / INDEX).is_file()
