@@ -3,4 +3,13 @@
 FAMILIES: dict[str, str] = {
     "llama": "llama:read",
     "deepseek_v3": "deepseek:read_v3",
+    "falcon_h1": "falcon_h1:read",
+    "jamba": "jamba:read",
+    "kimi_linear": "kimi_linear:read",
+    "minimax_m1": "minimax:read_m1",
+    "minimax_m3": "minimax:read_m3",
+    "nemotron_h": "nemotron_h:read",
+    "qwen3_next": "qwen_next:read_next",
+    "qwen3_5_text": "qwen_next:read_3_5_text",
+    "qwen3_5_moe_text": "qwen_next:read_3_5_text",
 }
