@@ -53,6 +53,10 @@ DTYPE_BYTES: dict[str, Fraction] = {
     "bool": Fraction(1),
     "float4_e2m1": Fraction(1, 2),
     "int4": Fraction(1, 2),
+    "int2": Fraction(1, 4),
+    "int3": Fraction(3, 8),
+    "int5": Fraction(5, 8),
+    "int6": Fraction(3, 4),
 }
 DTYPE_ALIASES = {
     "fp64": "float64",
