@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ullage.engines.serving import Amount
 from ullage.i18n import _
 from ullage.records.schema import Measured, Record
+
+#: A note that says a figure is that of several replicas together; rooms answer for one.
+_SUM_OVER_REPLICAS = re.compile(r"sum over the (\d{1,4}) DP ranks")
 
 
 class NotComparableError(Exception):
@@ -189,9 +193,12 @@ def _amount(measured: Measured, prediction: Prediction) -> Amount | None:
         return ranks[-1].get(quantity)
     if measured.rank and measured.rank.isdecimal() and int(measured.rank) > 0 and int(measured.rank) < len(ranks):
         return ranks[int(measured.rank)].get(quantity)
-    if quantity in prediction.figures:
-        return prediction.figures[quantity]
-    return ranks[0].get(quantity) if ranks else None
+    replicas = _SUM_OVER_REPLICAS.search(measured.note)
+    amount = prediction.figures.get(quantity) or (ranks[0].get(quantity) if ranks else None)
+    if amount and replicas:
+        times = int(replicas.group(1))
+        return Amount(value=times * amount.value, low=times * amount.low, high=times * amount.high)
+    return amount
 
 
 def _compared(

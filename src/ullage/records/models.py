@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ullage.errors import InputError, UnknownArchitectureError
+from ullage.catalog import models as catalog
+from ullage.catalog.models import SUFFIXES
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config import read_config_object
 from ullage.read.hf_config.keys import Keys
 from ullage.read.hf_config.quantization import read_quantization
-from ullage.read.model_source import load_model
 from ullage.records.compare import NotComparableError
 from ullage.records.schema import Record
 from ullage.spec.model import Model
 
-#: What checkpoints of a method write as ``quantization_config`` when their makers changed nothing.
-#: Sources: autoawq@0.2.9:awq/models/_config.py:AwqConfig (4 bits, group 128, zero point);
-#: auto-gptq@0.7.1:auto_gptq/modeling/_base.py:BaseQuantizeConfig; DeepSeek-V3's config.json (fp8, 128 x 128);
-#: compressed-tensors@0.12:quant_scheme.py presets FP8_DYNAMIC and W8A8; fbgemm: Meta-Llama-3.1-405B-FP8's config.json.
-_CHANNEL = {"type": "float", "num_bits": 8, "strategy": "channel", "symmetric": True}
-STANDARD_CONFIGS: dict[str, dict[str, Any]] = {
-    "awq_int4": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "gptq_int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
-    "fp8_block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-    "fp8_channel": {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL}},
-    },
-    "w8a8_int8": {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**_CHANNEL, "type": "int"}}},
+_W8A8_INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True},
+        }
     },
 }
-#: Words of a record -> standard config; searched in order.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scheme:
+    """Words of a record and the ``quantization_config`` of a usual checkpoint of the kind.
+
+    ``replaces``: a catalog checkpoint that has another quantisation of its own is not the one these words speak of.
+    """
+
+    pattern: re.Pattern[str]
+    config: dict[str, Any] | None
+    method: str
+    replaces: bool
+
+
+#: Searched in order. Sources: :data:`ullage.catalog.models.SUFFIXES`; compressed-tensors@0.12:quant_scheme.py W8A8.
 _SCHEMES = (
-    (re.compile(r"awq"), "awq_int4"),
-    (re.compile(r"gptq|auto-?round"), "gptq_int4"),
-    (re.compile(r"fp8.block"), "fp8_block"),
-    (re.compile(r"w8a8.int8|int8"), "w8a8_int8"),
-    (re.compile(r"fp8.*(compressed-tensors|fbgemm|dynamic)"), "fp8_channel"),
+    _Scheme(pattern=re.compile(r"awq"), config=SUFFIXES["awq"], method="awq", replaces=True),
+    _Scheme(pattern=re.compile(r"gptq|auto-?round"), config=SUFFIXES["gptq"], method="gptq", replaces=True),
+    _Scheme(pattern=re.compile(r"nvfp4"), config=SUFFIXES["nvfp4"], method="modelopt", replaces=True),
+    _Scheme(pattern=re.compile(r"int8"), config=_W8A8_INT8, method="compressed-tensors", replaces=True),
+    _Scheme(pattern=re.compile(r"fp8.block"), config=SUFFIXES["fp8"], method="fp8", replaces=False),
+    _Scheme(pattern=re.compile(r"fp8"), config=SUFFIXES["fp8-dynamic"], method="compressed-tensors", replaces=False),
 )
-_MADE_BY_ENGINE = re.compile(r"\b(online|on the fly|dynamic quantization)\b")
-_QUANTISED_NAME = re.compile(
-    r"[-_.]?(awq|gptq|fp8|nvfp4|mxfp4|int4|int8|w4a16|w8a8|gguf|bnb|4bit|8bit|dynamic|static|block|quantized)$",
-    re.IGNORECASE,
-)
+_MADE_BY_ENGINE = re.compile(r"\b(online|on the fly)\b")
 
 
 def record_model(record: Record) -> tuple[Model, str | None]:
@@ -77,31 +78,11 @@ def record_model(record: Record) -> tuple[Model, str | None]:
 
 
 def _by_name(text: str) -> Model:
-    for name in _names(text):
-        model = _in_catalog(name)
-        if model is not None:
-            return model
-    raise NotComparableError(_("the dimensions of {model} are not known").format(model=text[:80]))
-
-
-def _in_catalog(name: str) -> Model | None:
-    try:
-        return load_model(name)
-    except UnknownArchitectureError:
-        raise
-    except InputError:
-        return None
-
-
-def _names(text: str) -> Iterator[str]:
-    """Yield the id, then the id without remarks, then what a quantised copy was made of."""
-    bare = re.sub(r"\s*\([^)]*\)", "", text).strip()
-    yield bare
-    name = bare.rpartition("/")[2]
-    shorter = _QUANTISED_NAME.sub("", name)
-    while shorter != name:
-        yield shorter
-        name, shorter = shorter, _QUANTISED_NAME.sub("", shorter)
+    """Find the model in the catalog alone: a record never makes the program open a file or the network."""
+    found = catalog.find(re.sub(r"\s*\([^)]*\)", "", text).strip())
+    if found is None:
+        raise NotComparableError(_("the dimensions of {model} are not known").format(model=text[:80]))
+    return catalog.load_entry(found)
 
 
 def _quantised(model: Model, words: Any) -> tuple[Model, str | None]:
@@ -110,13 +91,14 @@ def _quantised(model: Model, words: Any) -> tuple[Model, str | None]:
     lower = words.lower()
     if lower.startswith("gguf"):
         return model, None if re.match(r"gguf\s*(\(|$)", lower) else words
-    if model.quantization is not None:
-        return model, None
     if _MADE_BY_ENGINE.search(lower):
         return model, lower.split()[0]
-    for pattern, name in _SCHEMES:
-        if pattern.search(lower):
-            keys = Keys({"quantization_config": STANDARD_CONFIGS[name]}, f"quantization {words}")
-            sentence = _("weights taken as the standard {scheme} checkpoint").format(scheme=name)
-            return replace(model, quantization=read_quantization(keys), assumed=(*model.assumed, sentence)), None
-    return model, lower.split()[0]
+    scheme = next((one for one in _SCHEMES if one.pattern.search(lower)), None)
+    own = model.quantization
+    if own is not None and (scheme is None or not scheme.replaces or own.method == scheme.method):
+        return model, None
+    if scheme is None:
+        return model, lower.split()[0]
+    keys = Keys({"quantization_config": scheme.config}, f"quantization {words}")
+    sentence = _("weights taken as the usual checkpoint of {scheme}").format(scheme=words)
+    return replace(model, quantization=read_quantization(keys), assumed=(*model.assumed, sentence)), None
