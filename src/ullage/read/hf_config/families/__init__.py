@@ -12,4 +12,11 @@ FAMILIES: dict[str, str] = {
     "qwen3_next": "qwen_next:read_next",
     "qwen3_5_text": "qwen_next:read_3_5_text",
     "qwen3_5_moe_text": "qwen_next:read_3_5_text",
+    "qwen2_vl": "vision_qwen:read_2_vl",
+    "qwen2_5_vl": "vision_qwen:read_2_5_vl",
+    "qwen3_vl": "vision_qwen:read_3_vl",
+    "qwen3_vl_moe": "vision_qwen:read_3_vl",
+    "qwen3_5": "vision_qwen:read_3_vl",
+    "qwen3_5_moe": "vision_qwen:read_3_vl",
+    "glm4v_moe": "vision_qwen:read_glm4v_moe",
 }
