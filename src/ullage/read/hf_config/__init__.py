@@ -15,6 +15,7 @@ from ullage.errors import InputError, UnknownArchitectureError
 from ullage.i18n import _
 from ullage.read.hf_config.families import FAMILIES
 from ullage.read.hf_config.keys import Keys
+from ullage.read.hf_config.quantization import read_sidecar, sidecar_of
 from ullage.read.jsonfile import read_json_object
 from ullage.spec.model import Model
 
@@ -22,7 +23,7 @@ __all__ = ["FAMILIES", "read_config", "read_config_object"]
 
 
 def read_config(path: Path, *, assume: bool = False) -> Model:
-    """Read a ``config.json``.
+    """Read a ``config.json``, and the ModelOpt ``hf_quant_config.json`` beside it if there is one.
 
     Args:
         path: the file.
@@ -32,7 +33,10 @@ def read_config(path: Path, *, assume: bool = False) -> Model:
         InputError: not a usable config.
         UnknownArchitectureError: an architecture or key that is not understood.
     """
-    return read_config_object(read_json_object(path), where=str(path), name=_name_of(path), assume=assume)
+    values = read_json_object(path)
+    model = read_config_object(values, where=str(path), name=_name_of(path), assume=assume)
+    sidecar = sidecar_of(path) if model.quantization is None else None
+    return replace(model, quantization=read_sidecar(sidecar, values)) if sidecar else model
 
 
 def read_config_object(values: dict[str, Any], *, where: str, name: str, assume: bool = False) -> Model:

@@ -13,9 +13,9 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config.keys import Keys
 from ullage.read.jsonfile import read_json_object
-from ullage.spec.model import Quantization
+from ullage.spec.model import Model, Quantization
 
-__all__ = ["read_quantization", "read_quantization_values", "read_sidecar", "sidecar_of"]
+__all__ = ["named_quantization", "read_quantization", "read_quantization_values", "read_sidecar", "sidecar_of"]
 
 
 def read_quantization(keys: Keys) -> Quantization | None:
@@ -60,6 +60,13 @@ def read_quantization_values(values: Any, config: dict[str, Any], where: str) ->
     else:
         raise unknown(method, where)
     return Quantization(method=method, rules=rules, kv_cache_dtype=_kv_cache_dtype(part))
+
+
+def named_quantization(name: str, model: Model) -> Quantization:
+    """Return a quantisation by name: see :func:`ullage.read.quantization_names.named_quantization`."""
+    from ullage.read import quantization_names
+
+    return quantization_names.named_quantization(name, model)
 
 
 def _method_of(part: Keys) -> str:

@@ -1,0 +1,162 @@
+"""Quantisations by name: ``--quantization awq_int4``, ``fp8`` on the fly, ``nvfp4``, ``2:4``.
+
+A name stands for what the usual tool makes by default: every linear layer of the decoder, experts included;
+embeddings, output head, routers, norms, convolutions and towers stay in 16 bit. A checkpoint that is quantised that way
+already keeps its own rules, which say more than the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.read.hf_config.quantization import formats
+from ullage.read.hf_config.quantization.methods import Rules, all_linear
+from ullage.spec.model import Model, MoEFFN, Quantization, QuantRule
+from ullage.units import plain
+
+__all__ = ["NAMES", "named_quantization"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """``methods``: checkpoint methods that this name also stands for; ``assumed``: what the name leaves open."""
+
+    rules: Callable[[Model], Rules]
+    methods: tuple[str, ...] = ()
+    assumed: str = ""
+
+
+def _linear_mxfp4(model: Model) -> Rules:
+    """mxfp4: the routed experts of a mixture (gpt-oss; vllm mxfp4.py leaves the rest), every linear layer otherwise."""
+    if any(isinstance(block, MoEFFN) for layer in model.layers for block in layer.ffns):
+        return (QuantRule(pattern=r"\.experts\.", format=formats.mxfp4()), QuantRule(pattern="", format=None))
+    return all_linear(formats.mxfp4())
+
+
+def _fbgemm(model: Model) -> Rules:
+    """Per-row fp8 of Meta's Llama 3.1 405B: feed-forward only, first and last layer left out.
+
+    Source: arXiv:2407.21783 sec. 6.2.
+    """
+    last = len(model.layers) - 1
+    edges = rf"^{re.escape(model.layers_name)}\.(?:0|{last})\."
+    skipped = (r"\.self_attn\.", edges)
+    return all_linear(replace(formats.fp8_per_row(), tensor_scales=1), skipped)
+
+
+def _experts_int8(_model: Model) -> Rules:
+    """VLLM ``experts_int8``: routed experts only, one scale per row (experts_int8.py)."""
+    experts = QuantRule(pattern=r"\.experts\.", format=formats.int8_per_row("float32"))
+    return (experts, QuantRule(pattern="", format=None))
+
+
+def _sparse(kept: int, of: int) -> Callable[[Model], Rules]:
+    return lambda model: all_linear(formats.sparse(plain(model.dtype), kept, of))
+
+
+_GROUP_128 = "group size 128, the usual default"
+
+#: name -> what it stands for.
+NAMES: dict[str, _Named] = {
+    "fp8": _Named(rules=lambda model: all_linear(formats.fp8_per_tensor()), methods=("fp8", "fbgemm_fp8")),
+    "fp8_block": _Named(rules=lambda model: all_linear(formats.fp8_block()), methods=("fp8",)),
+    "fp8_dynamic": _Named(rules=lambda model: all_linear(formats.fp8_per_row("bfloat16")), methods=("compressed",)),
+    "ptpc_fp8": _Named(rules=lambda model: all_linear(formats.fp8_per_row())),
+    "fbgemm_fp8": _Named(rules=_fbgemm, methods=("fbgemm_fp8",)),
+    "mxfp8": _Named(rules=lambda model: all_linear(formats.mxfp8())),
+    "awq_int4": _Named(rules=lambda model: all_linear(formats.awq()), methods=("awq",), assumed=_GROUP_128),
+    "gptq_int4": _Named(rules=lambda model: all_linear(formats.gptq()), methods=("gptq",), assumed=_GROUP_128),
+    "gptq_int8": _Named(rules=lambda model: all_linear(formats.gptq(8)), methods=("gptq",), assumed=_GROUP_128),
+    "autoround_int4": _Named(
+        rules=lambda model: all_linear(formats.gptq()), methods=("auto-round",), assumed=_GROUP_128
+    ),
+    "int4": _Named(
+        rules=lambda model: all_linear(formats.int_packed(4, 128)),
+        methods=("compressed", "awq", "gptq", "auto-round"),
+        assumed=_GROUP_128,
+    ),
+    "w8a8_int8": _Named(rules=lambda model: all_linear(formats.int8_per_row()), methods=("compressed",)),
+    "nvfp4": _Named(rules=lambda model: all_linear(formats.nvfp4()), methods=("modelopt", "compressed")),
+    "mxfp4": _Named(rules=_linear_mxfp4, methods=("mxfp4",)),
+    "bnb_nf4": _Named(rules=lambda model: all_linear(formats.bnb_4bit()), methods=("bitsandbytes",)),
+    "bnb_fp4": _Named(rules=lambda model: all_linear(formats.bnb_4bit("fp4")), methods=("bitsandbytes",)),
+    "bnb_int8": _Named(rules=lambda model: all_linear(formats.int8_per_row("float32")), methods=("bitsandbytes",)),
+    "experts_int8": _Named(rules=_experts_int8),
+    "2:4": _Named(rules=_sparse(2, 4)),
+    "4:8": _Named(rules=_sparse(4, 8)),
+}
+_ALIASES = {
+    "awq": "awq_int4",
+    "awq_marlin": "awq_int4",
+    "gptq": "gptq_int4",
+    "gptq_marlin": "gptq_int4",
+    "auto_round": "autoround_int4",
+    "autoround": "autoround_int4",
+    "int4_autoround": "autoround_int4",
+    "int8": "w8a8_int8",
+    "w8a8": "w8a8_int8",
+    "w8a8_fp8": "fp8_dynamic",
+    "fp8_e4m3": "fp8",
+    "fp8_fbgemm": "fbgemm_fp8",
+    "fp8_online": "fp8",
+    "fp8_per_tensor": "fp8",
+    "fp8_per_channel": "fp8_dynamic",
+    "fp8_compressed_tensors": "fp8_dynamic",
+    "modelopt": "fp8",
+    "modelopt_fp4": "nvfp4",
+    "nvfp4_modelopt_fp4": "nvfp4",
+    "deepseek_v4_fp8": "fp8_block",
+    "fp8_deepseek_v4_fp8": "fp8_block",
+    "nf4": "bnb_nf4",
+    "bitsandbytes": "bnb_nf4",
+    "bnb": "bnb_nf4",
+    "int4_compressed_tensors": "int4",
+}
+MAX_NAME = 200
+
+
+def _canonical(name: str) -> str | None:
+    """Return the key of :data:`NAMES`: whole, then with what stands in brackets, then without it."""
+    text = name.strip().lower()[:MAX_NAME]
+    inside = " ".join(re.findall(r"\(([^()]*)\)", text)).split(",")[0]
+    bare = re.sub(r"\([^()]*\)", "", text)
+    for candidate in (text, f"{bare} {inside.split(' from ')[0]}", bare):
+        key = re.sub(r"[\s\-]+", "_", candidate.strip())
+        key = _ALIASES.get(key, key)
+        if key in NAMES:
+            return key
+    return None
+
+
+def named_quantization(name: str, model: Model) -> Quantization:
+    """Return the quantisation called ``name`` for ``model``.
+
+    A checkpoint quantised by a method that the name stands for keeps its own rules. ``method`` of the result is the
+    name as understood; what the name leaves open stands in :func:`assumption`.
+
+    Raises:
+        InputError: the name is not known.
+    """
+    key = _canonical(name)
+    own = model.quantization
+    if key is None:
+        if own is not None and own.method in name.lower():
+            return own
+        raise InputError(
+            _("unknown quantisation {name!r}").format(name=name[:80]),
+            remedy=_("known are {known}; GGUF types are written gguf:Q4_K_M").format(known=", ".join(NAMES)),
+        )
+    named = NAMES[key]
+    if own is not None and any(own.method.startswith(method) for method in named.methods):
+        return own
+    return Quantization(method=key, rules=named.rules(model))
+
+
+def assumption(name: str) -> str:
+    """Return what a quantisation's name leaves open, empty when nothing is."""
+    key = _canonical(name)
+    return NAMES[key].assumed if key else ""
