@@ -1,0 +1,113 @@
+"""The ``ullage`` command: one file per subcommand, loaded only when it is asked for.
+
+A command module offers ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from ullage.errors import EXIT_INTERNAL, EXIT_OK, InputError, UllageError
+from ullage.i18n import _
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+#: command -> (module, help)
+COMMANDS = {
+    "fit": ("ullage.cli.fit", _("does this job fit on these GPUs?")),
+    "models": ("ullage.cli.models", _("list the models known by name, or count the parameters of one")),
+    "gpus": ("ullage.cli.gpus", _("list the GPUs known by name")),
+    "engines": ("ullage.cli.engines", _("list the engines and the versions that are mirrored")),
+    "explain": ("ullage.cli.explain", _("show the formula, the source and the known error of a term")),
+    "validate": ("ullage.cli.validate", _("judge the predictions by measured runs")),
+    "schema": ("ullage.cli.schema", _("print the JSON Schema of an output")),
+    "doctor": ("ullage.cli.doctor", _("show what this installation can do")),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage."""
+        raise InputError(message, remedy=_("see {program} --help").format(program=self.prog))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except UllageError as error:
+        return _say(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _say(_("interrupted"), EXIT_INTERRUPTED)
+    except SystemExit as leave:  # argparse after --help
+        return leave.code if isinstance(leave.code, int) else EXIT_OK
+    except Exception as error:
+        if os.environ.get("ULLAGE_DEBUG"):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return _say(
+            _("internal error: {what}; set ULLAGE_DEBUG=1 to see where, and please report it").format(what=what),
+            EXIT_INTERNAL,
+        )
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"ullage: {sentence}", file=sys.stderr)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command is not None and argv[0] == command and command in COMMANDS:
+        module = import_module(COMMANDS[command][0])
+        parser = Parser(prog=f"ullage {command}", description=COMMANDS[command][1], allow_abbrev=False)
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(argv[1:]))
+        return code
+    parser = _top_parser()
+    parser.parse_args(argv)
+    parser.print_help()
+    return EXIT_OK
+
+
+def _top_parser() -> Parser:
+    from ullage import __version__
+
+    commands = "\n".join(f"  {name:<10} {text}" for name, (_module, text) in COMMANDS.items())
+    parser = Parser(
+        prog="ullage",
+        description=_("Where the GPU memory of a large model goes, and whether the job fits."),
+        epilog=_("commands:\n{commands}\n\nexample:\n  ullage fit serve deepseek-v3 --on 8xH200").format(
+            commands=commands
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ullage {__version__}")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help=_("see below"))
+    return parser
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON on stdout."""
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def console() -> object:
+    """Return a rich console for stdout (imported here: it is slow to load)."""
+    from rich.console import Console
+
+    return Console(highlight=False)

@@ -1,0 +1,40 @@
+"""``ullage engines``: the engines and the versions whose rules are mirrored."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+from ullage.errors import EXIT_OK
+from ullage.i18n import _
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--json", action="store_true", help=_("print JSON"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from ullage.cli import print_json
+
+    found = engines()
+    if arguments.json:
+        print_json(found)
+    else:
+        from ullage.report.lists import print_engines
+
+        print_engines(found)
+    return EXIT_OK
+
+
+def engines() -> list[dict[str, Any]]:
+    """Return name, versions and the newest of every serving engine."""
+    from ullage.engines.serving import SERVING_ENGINES
+
+    found = []
+    for name, module in SERVING_ENGINES.items():
+        versions = list(import_module(module).VERSIONS)
+        found.append({"name": name, "kind": "serve", "newest": versions[-1], "versions": versions})
+    return found

@@ -1,0 +1,213 @@
+"""``ullage fit serve MODEL --on MACHINE``, ``ullage fit --from ENGINE:'LINE'``, ``ullage fit JOBFILE``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.units import parse_count, parse_size
+
+if TYPE_CHECKING:
+    from ullage.spec.serving import ServingJob, ServingParallel
+
+
+def _typed(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    """Return a type for argparse whose errors keep their own words."""
+
+    def parse_or_refuse(text: str) -> Any:
+        try:
+            return parse(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(_("{text!r} is not {name}").format(text=text[:60], name=name)) from None
+
+    return parse_or_refuse
+
+
+def _positive(text: str) -> int:
+    value = parse_count(text)
+    if value < 1:
+        raise InputError(_("{text!r} is not a positive number").format(text=text[:60]))
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise InputError(_("{text!r} is not a share above 0 and up to 1").format(text=text[:60]))
+    return value
+
+
+COUNT = _typed(_positive, "a count")
+ANY_COUNT = _typed(parse_count, "a count")
+SIZE = _typed(parse_size, "a size")
+SHARE = _typed(_share, "a share")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.usage = (
+        "ullage fit serve MODEL --on MACHINE [options]\n"
+        "       ullage fit serve --from ENGINE:'LAUNCH LINE' [--on MACHINE] [options]\n"
+        "       ullage fit JOBFILE [options]"
+    )
+    parser.add_argument("what", nargs="?", metavar="serve|JOBFILE", help=_("serve, or a job file"))
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=_("name, folder, config.json, .gguf file or hub id"))
+    parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH200, 2x8xH20 (2 nodes of 8), A100-40GB, 24GiB"))
+    parser.add_argument("--from", dest="line", metavar="ENGINE:LINE", help=_("a launch line in the engine's own words"))
+    parser.add_argument("--engine", metavar="NAME[@VERSION]", help=_("vllm, sglang or llamacpp; the newest mirrored"))
+    _add_layout(parser.add_argument_group(_("layout")))
+    _add_load(parser.add_argument_group(_("load and settings")))
+    parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
+    parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
+    parser.add_argument("--no-advice", action="store_true", help=_("do not look for the cheapest change"))
+    parser.add_argument("--metrics", action="store_true", help=_("also print ratios"))
+    parser.add_argument("--json", action="store_true", help=_("print JSON (see ullage schema fit)"))
+
+
+def _add_layout(group: Any) -> None:
+    group.add_argument("--tp", type=COUNT, metavar="N", help=_("tensor parallel size"))
+    group.add_argument("--pp", type=COUNT, metavar="N", help=_("pipeline parallel size"))
+    group.add_argument("--dp", type=COUNT, metavar="N", help=_("data parallel size"))
+    group.add_argument("--ep", nargs="?", const=0, type=ANY_COUNT, metavar="N", help=_("experts spread over the ranks"))
+    group.add_argument("--expert-parallel", dest="ep", action="store_const", const=0, help=_("same as --ep"))
+    group.add_argument(
+        "--dp-attention", nargs="?", const=0, type=ANY_COUNT, metavar="N", help=_("attention data-parallel over N")
+    )
+    group.add_argument("--dcp", type=COUNT, metavar="N", help=_("decode context parallel size"))
+    group.add_argument("--redundant-experts", type=ANY_COUNT, metavar="N", help=_("copies of experts over all ranks"))
+
+
+def _add_load(group: Any) -> None:
+    group.add_argument("--context", type=COUNT, metavar="TOKENS", help=_("length of a request, such as 32768 or 32k"))
+    group.add_argument("--concurrency", type=COUNT, metavar="N", help=_("requests of that length at a time"))
+    group.add_argument("--dtype", metavar="FORMAT", help=_("of weights that are not quantised"))
+    group.add_argument("--quantization", metavar="NAME", help=_("of the weights, when it is not the checkpoint's own"))
+    group.add_argument("--kv-dtype", "--kv-cache-dtype", dest="kv_dtype", metavar="FORMAT", help=_("of the KV cache"))
+    group.add_argument("--max-batched-tokens", type=COUNT, metavar="N", help=_("tokens of one step"))
+    group.add_argument("--max-num-seqs", type=COUNT, metavar="N", help=_("requests that the engine runs at a time"))
+    group.add_argument(
+        "--gpu-memory-utilization", "--memory-fraction", dest="memory_fraction", type=SHARE, metavar="SHARE",
+        help=_("share of the device that the engine may take"),
+    )  # fmt: skip
+    group.add_argument("--enforce-eager", action="store_true", default=None, help=_("no CUDA graphs"))
+    group.add_argument("--block-size", type=COUNT, metavar="TOKENS", help=_("of the KV cache"))
+    group.add_argument("--mtp", nargs="?", const=1, type=COUNT, metavar="N", help=_("speculate N tokens with MTP"))
+    group.add_argument("--cpu-offload", type=SIZE, metavar="SIZE", help=_("weights kept in host memory, per GPU"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; the exit code is the verdict."""
+    from ullage.fitting import fit_serving
+
+    job = job_of(arguments)
+    result = fit_serving(
+        job,
+        context=arguments.context,
+        concurrency=arguments.concurrency,
+        reserve=arguments.reserve,
+        advise=not arguments.no_advice,
+    )
+    if arguments.json:
+        from ullage.cli import print_json
+        from ullage.report.json import fit_json
+
+        print_json(fit_json(result))
+    else:
+        from ullage.report.text import print_fit
+
+        print_fit(result, metrics=arguments.metrics)
+    return result.exit_code
+
+
+def job_of(arguments: argparse.Namespace) -> ServingJob:
+    """Build the job that the command line states."""
+    what, model = arguments.what, arguments.model
+    if arguments.line:
+        return _changed(_from_line(arguments), arguments)
+    if what == "serve":
+        if model is None:
+            raise InputError(_("no model is named"), remedy=_("write ullage fit serve MODEL --on 8xH200"))
+        return _from_flags(arguments)
+    if what == "train":
+        raise InputError(_("fit train is not part of this version"), remedy=_("ullage fit serve is"))
+    if what is None:
+        raise InputError(_("nothing to fit"), remedy=_("write ullage fit serve MODEL --on 8xH200, or a job file"))
+    if not Path(what).is_file():
+        raise InputError(
+            _("{word!r} is neither serve nor a job file").format(word=what[:80]),
+            remedy=_("write ullage fit serve MODEL --on 8xH200"),
+        )
+    from ullage.read.job_file import read_job_file
+
+    return _changed(read_job_file(Path(what), machine=arguments.on, assume=arguments.assume), arguments)
+
+
+def _from_flags(arguments: argparse.Namespace) -> ServingJob:
+    from ullage.read.machine import parse_machine
+    from ullage.read.model_source import load_model
+    from ullage.request import serving_job
+
+    if arguments.on is None:
+        raise InputError(_("no machine is named"), where="--on", remedy=_("write for example --on 8xH200"))
+    machine = parse_machine(arguments.on)
+    model = load_model(arguments.model, assume=arguments.assume, network=True)
+    engine = arguments.engine or ("llamacpp" if arguments.model.lower().endswith(".gguf") else "vllm")
+    job = serving_job(model, machine, engine=engine, parallel=_parallel(arguments, engine))
+    return _changed(job, arguments)
+
+
+def _parallel(arguments: argparse.Namespace, engine: str) -> ServingParallel | None:
+    """Return the layout that the flags state, None when they state none."""
+    from ullage.spec.serving import ServingParallel
+
+    stated = (arguments.tp, arguments.pp, arguments.dp, arguments.dp_attention, arguments.dcp)
+    if all(value is None for value in stated):
+        return None
+    tensor = arguments.tp or 1
+    data = arguments.dp or arguments.dp_attention or (tensor if arguments.dp_attention is not None else 1)
+    if arguments.dp_attention is not None and not engine.startswith("sglang") and arguments.dp is None:
+        tensor, data = 1, max(tensor, data)
+    return ServingParallel(
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=arguments.pp or 1,
+        data_parallel_size=data,
+        dp_attention=arguments.dp_attention is not None,
+        decode_context_parallel_size=arguments.dcp or 1,
+    )
+
+
+def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
+    """Lay the flags that were given over the job."""
+    given = {
+        "max_model_len": arguments.context,
+        "max_num_seqs": arguments.max_num_seqs,
+        "max_num_batched_tokens": arguments.max_batched_tokens,
+        "memory_fraction": arguments.memory_fraction,
+        "enforce_eager": arguments.enforce_eager,
+        "block_size": arguments.block_size,
+        "quantization": arguments.quantization,
+        "weights_dtype": arguments.dtype,
+        "kv_cache_dtype": arguments.kv_dtype,
+        "redundant_experts": arguments.redundant_experts,
+        "cpu_offload_bytes": arguments.cpu_offload,
+        "speculative": "mtp" if arguments.mtp else None,
+        "num_speculative_tokens": arguments.mtp,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.ep is not None:
+        size = arguments.ep or None
+        changes["parallel"] = replace(job.parallel, expert_parallel=True, expert_parallel_size=size)
+    return replace(job, **changes)
+
+
+def _from_line(arguments: argparse.Namespace) -> ServingJob:
+    from ullage.read.launch_line import read_launch_line
+
+    return read_launch_line(arguments.line, machine=arguments.on, model=arguments.model, assume=arguments.assume)

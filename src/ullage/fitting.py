@@ -1,0 +1,329 @@
+"""Model + machine + engine → :class:`FitResult`: what is needed, what is there, and whether it fits.
+
+How the verdict is reached is written down in ``docs/verdict.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ullage.account.parameters import Counts, count
+from ullage.engines.serving import Amount, EngineStart, RankClass, start
+from ullage.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_TIGHT, InputError
+from ullage.i18n import _
+from ullage.ledger import Ledger, Term
+from ullage.spec.serving import ServingJob
+from ullage.units import cdiv, parse_size
+
+DEFAULT_RESERVE = "20%"
+#: Engines whose KV pool takes whatever their memory fraction leaves, so that the pool's size says nothing of the need.
+ELASTIC_POOLS = frozenset({"vllm", "sglang"})
+EXIT_CODES = {"fits": EXIT_OK, "tight": EXIT_TIGHT, "does_not_fit": EXIT_DOES_NOT_FIT}
+MAX_CONTEXT = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one rank needs on its device in bytes: everything but the pool, and the pool that was asked for."""
+
+    rest: Amount
+    kv_cache_bytes: int
+
+    @property
+    def value(self) -> float:
+        """Expected need."""
+        return self.rest.value + self.kv_cache_bytes
+
+    @property
+    def high(self) -> float:
+        """Upper end of the need."""
+        return self.rest.high + self.kv_cache_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A point of the curve: requests of ``context`` tokens at a time."""
+
+    context: int
+    concurrency: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One change and what it gives: ``gain_bytes`` of head-room per GPU, at ``cost``; ``flags`` are what to type."""
+
+    change: str
+    gain_bytes: int
+    cost: str
+    flags: str = ""
+    verdict: str = ""
+    max_concurrency: int = 0
+    max_context: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """The answer of a fit, in values; :mod:`ullage.report` prints it.
+
+    ``asked`` is the job as given, ``job`` the same with every default filled in.
+    """
+
+    asked: ServingJob
+    job: ServingJob
+    engine: EngineStart
+    counts: Counts
+    verdict: str
+    reason: str
+    context: int
+    concurrency: int
+    total_bytes: Amount
+    reserve_bytes: int
+    worst: RankClass
+    need: Need
+    max_context: int
+    max_concurrency: Amount
+    curve: tuple[Point, ...]
+    next_command: str = ""
+    advice: tuple[Advice, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def exit_code(self) -> int:
+        """0 fits, 4 tight, 3 does not fit."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of the fullest rank."""
+        return self.worst.ledger
+
+
+def parse_reserve(text: str, total_bytes: int) -> int:
+    """Parse ``20%``, ``0`` or ``8GiB`` into bytes of a device of ``total_bytes``."""
+    stated = text.strip()
+    try:
+        if stated.endswith("%"):
+            share = float(stated[:-1])
+            if not 0 <= share < 100:
+                raise ValueError
+            return int(total_bytes * share / 100)
+        return parse_size(stated)
+    except (ValueError, InputError):
+        raise InputError(
+            _("{text!r} is not a reserve").format(text=text[:40]), where="--reserve", remedy=_("write 20% or 8GiB")
+        ) from None
+
+
+def device_total(job: ServingJob) -> Amount:
+    """Return what the device reports as its total: as stated in the job, else the catalog's figure with its range."""
+    if job.device_total_bytes is not None:
+        return Amount(value=job.device_total_bytes, low=job.device_total_bytes, high=job.device_total_bytes)
+    gpu = job.machine.gpu
+    return Amount(value=gpu.total_bytes, low=gpu.total_low_bytes, high=gpu.total_high_bytes)
+
+
+def replicas(job: ServingJob) -> int:
+    """Return over how many equal caches requests are spread."""
+    return max(1, job.parallel.data_parallel_size)
+
+
+def fit_serving(
+    job: ServingJob,
+    *,
+    context: int | None = None,
+    concurrency: int | None = None,
+    reserve: str = DEFAULT_RESERVE,
+    advise: bool = True,
+    starter: Callable[[ServingJob], EngineStart] = start,
+) -> FitResult:
+    """Judge a serving job.
+
+    Args:
+        job: what is to be served.
+        context: tokens per request that are asked for; the job's own length when not given.
+        concurrency: requests of that length at a time that are asked for; one when not given.
+        reserve: memory to keep free, ``20%`` of the device or ``8GiB``.
+        advise: also look for the cheapest changes, by running the engine's start again.
+        starter: the engine's start arithmetic (tests put a small one here).
+
+    Raises:
+        InputError: impossible settings.
+    """
+    _check_asked(context, concurrency)
+    engine = starter(job)
+    if concurrency and engine.job.max_num_seqs and cdiv(concurrency, replicas(engine.job)) > engine.job.max_num_seqs:
+        per_replica = cdiv(concurrency, replicas(engine.job))
+        sentence = _("max_num_seqs raised to {count} for the concurrency asked").format(count=per_replica)
+        job = replace(job, max_num_seqs=per_replica, assumed=(*job.assumed, sentence))
+        engine = starter(job)
+    result = judge(engine, asked=job, context=context, concurrency=concurrency or 1, reserve=reserve)
+    if not advise:
+        return result
+    from ullage.advise import advice, next_command
+
+    found = advice(result, reserve=reserve, starter=starter)
+    result = replace(result, advice=found)
+    return replace(result, next_command=next_command(result))
+
+
+def _check_asked(context: int | None, concurrency: int | None) -> None:
+    for name, value in (("--context", context), ("--concurrency", concurrency)):
+        if value is not None and not 1 <= value <= MAX_CONTEXT:
+            raise InputError(
+                _("{value} cannot be used").format(value=value),
+                where=name,
+                remedy=_("give a number from 1 to {limit:,}").format(limit=MAX_CONTEXT),
+            )
+
+
+def judge(engine: EngineStart, *, asked: ServingJob, context: int | None, concurrency: int, reserve: str) -> FitResult:
+    """Return the verdict on a started engine, and the largest that it would hold."""
+    job = engine.job
+    tokens = context or job.max_model_len or job.model.max_position_embeddings or 4096
+    total = device_total(job)
+    reserve_bytes = parse_reserve(reserve, int(total.value))
+    per_replica = cdiv(concurrency, replicas(job))
+    asked_kv = engine.kv.bytes_of_request(tokens) * per_replica
+    if job.engine not in ELASTIC_POOLS:
+        asked_kv = max(asked_kv, int(engine.kv_cache_bytes.value))
+    needs = [Need(rest=_rest(ranks.ledger), kv_cache_bytes=asked_kv) for ranks in engine.ranks]
+    at = max(range(len(needs)), key=lambda index: needs[index].value)
+    verdict, reason = _verdict(engine, needs[at], asked_kv, total, reserve_bytes)
+    return FitResult(
+        asked=asked,
+        job=job,
+        engine=engine,
+        counts=count(job.model),
+        verdict=verdict,
+        reason=reason,
+        context=tokens,
+        concurrency=concurrency,
+        total_bytes=total,
+        reserve_bytes=reserve_bytes,
+        worst=engine.ranks[at],
+        need=needs[at],
+        max_context=largest_context(engine, per_replica),
+        max_concurrency=concurrency_at(engine, tokens),
+        curve=_curve(engine, tokens),
+        warnings=tuple(dict.fromkeys((*engine.warnings, *engine.ranks[at].ledger.warnings))),
+    )
+
+
+def pool_term(ledger: Ledger) -> Term | None:
+    """Return the term that holds the KV pool."""
+    return next((term for term in ledger.terms() if term.name == "kv_cache"), None)
+
+
+def _rest(ledger: Ledger) -> Amount:
+    """Return everything on the device but the KV pool."""
+    terms = [term for term in ledger.terms() if term.name != "kv_cache"]
+    return Amount(
+        value=sum(term.bytes for term in terms),
+        low=sum(term.low_bytes for term in terms),
+        high=sum(term.high_bytes for term in terms),
+    )
+
+
+def _verdict(engine: EngineStart, need: Need, asked_kv: int, total: Amount, reserve_bytes: int) -> tuple[str, str]:
+    """Return the verdict and the one sentence that says why (see ``docs/verdict.md``)."""
+    pool, load = engine.kv_cache_bytes, engine.load_peak_bytes or 0
+    refusals = (
+        (not engine.starts, engine.reason or _("the engine does not start")),
+        (pool.value < asked_kv, _("the KV pool does not hold the requests asked for")),
+        (need.value > total.value, _("more is needed than the device has")),
+        (load > total.high, _("loading the weights needs more than the device has")),
+    )
+    for refused, reason in refusals:
+        if refused:
+            return "does_not_fit", reason
+    doubts = (
+        (pool.low < asked_kv, _("the KV pool holds it only at the better end of its range")),
+        (need.high > total.low, _("it fits only inside the margin of error")),
+        (load > total.low, _("loading the weights fits only inside the margin of error")),
+        (need.high + reserve_bytes > total.value, _("it fits only inside the reserve")),
+    )
+    for doubted, reason in doubts:
+        if doubted:
+            return "tight", reason
+    return "fits", _("it fits, and the reserve stays free")
+
+
+# --------------------------------------------------------------------------------------------------- the largest thing
+
+
+def concurrency_at(engine: EngineStart, context: int) -> Amount:
+    """Return how many requests of ``context`` tokens the pools of all replicas hold at a time."""
+    cost = engine.kv.bytes_of_request(context)
+    spread = replicas(engine.job)
+    if cost <= 0:
+        return Amount(value=math.inf, low=math.inf, high=math.inf)
+    pool = engine.kv_cache_bytes
+    held = [max(0, int(size // cost)) * spread for size in (pool.value, pool.low, pool.high)]
+    return Amount(value=held[0], low=held[1], high=held[2])
+
+
+def largest_context(engine: EngineStart, per_replica: int) -> int:
+    """Return the longest request of which ``per_replica`` fit in a pool at a time, up to what the model declares."""
+    job = engine.job
+    limit = max(job.model.max_position_embeddings or 0, job.max_model_len or 0) or 2**24
+    pool = int(engine.kv_cache_bytes.value)
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if engine.kv.bytes_of_request(middle) * per_replica <= pool:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _curve(engine: EngineStart, asked: int) -> tuple[Point, ...]:
+    """Return a few points: contexts by powers of four around the one asked, and how many requests of each fit."""
+    limit = engine.job.max_model_len or engine.job.model.max_position_embeddings or asked
+    contexts = {asked, limit} | {2**power for power in range(10, 22, 2) if 2**power < limit}
+    points = []
+    for context in sorted(contexts):
+        held = concurrency_at(engine, context).value
+        if math.isfinite(held):
+            points.append(Point(context=context, concurrency=int(held)))
+    return tuple(points)
+
+
+def as_int(value: float) -> int | None:
+    """Return a whole number, or None for one without bound."""
+    return int(value) if math.isfinite(value) else None
+
+
+def job_summary(result: FitResult) -> dict[str, Any]:
+    """Return the job as understood, as plain values: what was set or filled in, and what was assumed."""
+    from ullage.spec.codec import encode
+
+    job = result.job
+    left_out = {"model", "machine", "draft_model", "assumed", "parallel"}
+    found = {
+        name: encode(value)
+        for name, value in vars(job).items()
+        if name not in left_out and value is not None and value != () and value != ""
+    }
+    gpu = job.machine.gpu
+    return {
+        "kind": "serve",
+        "model": job.model.name,
+        "gpu": gpu.name,
+        "num_gpus": job.machine.num_gpus,
+        "num_nodes": job.machine.num_nodes,
+        **found,
+        "parallel": {name: encode(value) for name, value in vars(job.parallel).items() if value is not None},
+        "context": result.context,
+        "concurrency": result.concurrency,
+        "assumed": list(dict.fromkeys((*job.model.assumed, *job.assumed, *_gpu_assumed(gpu.name, gpu.source)))),
+    }
+
+
+def _gpu_assumed(name: str, source: str) -> tuple[str, ...]:
+    if not source.startswith(("assumed: ", "derived: ")):
+        return ()
+    return (_("memory of {gpu}: {source}").format(gpu=name, source=source.split(": ", 1)[1]),)
