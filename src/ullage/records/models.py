@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ullage.catalog import models as catalog
-from ullage.catalog.models import SUFFIXES
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config import read_config_object
-from ullage.read.hf_config.keys import Keys
-from ullage.read.hf_config.quantization import read_quantization
+from ullage.read.quantization_names import assumption, named_quantization
 from ullage.records.compare import NotComparableError
 from ullage.records.schema import Record
 from ullage.spec.model import Model
 
-_W8A8_INT8 = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True},
-        }
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scheme:
-    """Words of a record and the ``quantization_config`` of a usual checkpoint of the kind.
-
-    ``replaces``: a catalog checkpoint that has another quantisation of its own is not the one these words speak of.
-    """
-
-    pattern: re.Pattern[str]
-    config: dict[str, Any] | None
-    method: str
-    replaces: bool
-
-
-#: Searched in order. Sources: :data:`ullage.catalog.models.SUFFIXES`; compressed-tensors@0.12:quant_scheme.py W8A8.
-_SCHEMES = (
-    _Scheme(pattern=re.compile(r"awq"), config=SUFFIXES["awq"], method="awq", replaces=True),
-    _Scheme(pattern=re.compile(r"gptq|auto-?round"), config=SUFFIXES["gptq"], method="gptq", replaces=True),
-    _Scheme(pattern=re.compile(r"nvfp4"), config=SUFFIXES["nvfp4"], method="modelopt", replaces=True),
-    _Scheme(pattern=re.compile(r"int8"), config=_W8A8_INT8, method="compressed-tensors", replaces=True),
-    _Scheme(pattern=re.compile(r"fp8.block"), config=SUFFIXES["fp8"], method="fp8", replaces=False),
-    _Scheme(pattern=re.compile(r"fp8"), config=SUFFIXES["fp8-dynamic"], method="compressed-tensors", replaces=False),
-)
 _MADE_BY_ENGINE = re.compile(r"\b(online|on the fly)\b")
+_GGUF_WITHOUT_TYPE = re.compile(r"gguf\s*(\(|$)")
 
 
 def record_model(record: Record) -> tuple[Model, str | None]:
@@ -65,7 +29,7 @@ def record_model(record: Record) -> tuple[Model, str | None]:
     overrides = record.job.get("model_overrides")
     if isinstance(value, dict):
         config = value.get("config")
-        if not isinstance(config, dict):
+        if not isinstance(config, dict) or not isinstance(overrides or {}, dict):
             raise InputError(_("model.config is not an object"), where=record.where)
         model = read_config_object({**config, **(overrides or {})}, where=record.where, name=record.record_id)
     elif isinstance(value, str):
@@ -77,28 +41,30 @@ def record_model(record: Record) -> tuple[Model, str | None]:
     return _quantised(model, record.job.get("quantization"))
 
 
+def gguf_type_missing(quantization: Any) -> bool:
+    """Return whether a GGUF is said without its type: ``gguf (type not stated)``."""
+    return isinstance(quantization, str) and bool(_GGUF_WITHOUT_TYPE.match(quantization.lower()))
+
+
 def _by_name(text: str) -> Model:
     """Find the model in the catalog alone: a record never makes the program open a file or the network."""
-    found = catalog.find(re.sub(r"\s*\([^)]*\)", "", text).strip())
+    found = catalog.find(re.sub(r"\s*\([^)]*\)", "", text[:400]).strip())
     if found is None:
         raise NotComparableError(_("the dimensions of {model} are not known").format(model=text[:80]))
     return catalog.load_entry(found)
 
 
 def _quantised(model: Model, words: Any) -> tuple[Model, str | None]:
-    if not isinstance(words, str):
+    if not isinstance(words, str) or gguf_type_missing(words):
         return model, None
     lower = words.lower()
     if lower.startswith("gguf"):
-        return model, None if re.match(r"gguf\s*(\(|$)", lower) else words
+        return model, words
     if _MADE_BY_ENGINE.search(lower):
         return model, lower.split()[0]
-    scheme = next((one for one in _SCHEMES if one.pattern.search(lower)), None)
-    own = model.quantization
-    if own is not None and (scheme is None or not scheme.replaces or own.method == scheme.method):
+    quantization = named_quantization(words, model)
+    if quantization == model.quantization:
         return model, None
-    if scheme is None:
-        return model, lower.split()[0]
-    keys = Keys({"quantization_config": scheme.config}, f"quantization {words}")
-    sentence = _("weights taken as the usual checkpoint of {scheme}").format(scheme=words)
-    return replace(model, quantization=read_quantization(keys), assumed=(*model.assumed, sentence)), None
+    sentences = [_("weights taken as a usual checkpoint in {scheme}").format(scheme=words)]
+    sentences += [assumption(words)] if assumption(words) else []
+    return replace(model, quantization=quantization, assumed=(*model.assumed, *sentences)), None

@@ -12,7 +12,7 @@ from ullage.ledger import Ledger, Term
 from ullage.read.machine import parse_machine
 from ullage.records import words
 from ullage.records.compare import NotComparableError, Prediction
-from ullage.records.models import record_model
+from ullage.records.models import gguf_type_missing, record_model
 from ullage.records.schema import Record
 from ullage.spec.serving import ServingJob, ServingParallel
 
@@ -79,7 +79,7 @@ def record_job(record: Record, room: str) -> tuple[ServingJob, dict[str, str]]:
         raise NotComparableError(_("cards of several kinds in one job"))
     machine = parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
     model, quantization = record_model(record)
-    if quantization is None and words.gguf_type_missing(fields.get("quantization")):
+    if quantization is None and gguf_type_missing(fields.get("quantization")):
         not_comparable["weights"] = _("the GGUF type is not stated")
         not_comparable["total"] = not_comparable["weights"]
     total, free = words.device_memory(gpu or "", flags)

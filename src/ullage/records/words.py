@@ -98,11 +98,6 @@ def layer_counts(value: str, where: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def gguf_type_missing(quantization: Any) -> bool:
-    """Return whether a GGUF is said without its type: ``gguf (type not stated)``."""
-    return isinstance(quantization, str) and bool(re.match(r"gguf\s*(\(|$)", quantization))
-
-
 def engine_settings(fields: Mapping[str, Any], flags: Mapping[str, str], where: str) -> dict[str, Any]:
     """Return the settings that a record gives as fields or flags, by the names of :class:`ServingJob`."""
     found: dict[str, Any] = {}
