@@ -1,0 +1,114 @@
+"""Memory that torch's allocator does not see: the CUDA context, NCCL and custom all-reduce, all-to-all buffers.
+
+Which part of it a version calls ``non_torch`` depends on when it takes its first snapshot of free memory: V0 up to 0.6
+and V1 of 0.8 count the context; from 0.9 on the context stands before the snapshot; from 0.11.0 on NCCL's first
+buffers do too, and only what grows later is left.
+"""
+
+from __future__ import annotations
+
+from ullage.engines.vllm.defaults import Setup
+from ullage.engines.vllm.layout import expert_parallel_size, num_experts
+from ullage.ledger import Term, exact, ranged
+from ullage.units import GiB, MiB, round_up
+
+
+def context(setup: Setup) -> Term:
+    """Return the CUDA context with the modules that a start loads.
+
+    Source: NVIDIA CUDA C programming guide, lazy loading; 0.4 to 0.6 GiB in published nvidia-smi differences of
+        Ampere to Blackwell cards, less on older ones.
+    """
+    return ranged(
+        "cuda_context",
+        480 * MiB,
+        low=200 * MiB,
+        high=900 * MiB,
+        formula="driver context and kernels",
+        source="difference of nvidia-smi and torch in public reports",
+    )
+
+
+def _ranks(setup: Setup) -> int:
+    parallel = setup.job.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+
+
+def nccl(setup: Setup) -> Term:
+    """Return NCCL's channels and the custom all-reduce buffers of a replica with several ranks.
+
+    Formula: custom all-reduce 2 x 8 MiB + signals; NCCL channels x peers x 4 MiB (its Simple buffers) and more for
+        the other protocols, connected at first use.
+    Source: NCCL user guide, NCCL_BUFFSIZE (4 MiB) and NCCL_MAX_NCHANNELS;
+        vllm@0.33.0:vllm/distributed/device_communicators/custom_all_reduce.py (max_size 8 MiB).
+    Known error: topology decides; one node 0.1 to 1.5 GiB, several nodes up to 2.5 GiB.
+    """
+    if _ranks(setup) == 1 and setup.job.parallel.data_parallel_size == 1:
+        return exact("nccl", 0, formula="one rank")
+    backend = setup.flag("distributed_executor_backend").lower()
+    nodes = setup.job.machine.num_nodes > 1 or "nodes" in backend
+    low, expected, high = (256 * MiB, GiB, 5 * GiB // 2) if nodes else (64 * MiB, 400 * MiB, 7 * GiB // 4)
+    return ranged(
+        "nccl",
+        expected,
+        low=low,
+        high=high,
+        formula="NCCL channels and custom all-reduce buffers",
+        source="vllm@0.33.0:vllm/distributed/device_communicators/custom_all_reduce.py",
+    )
+
+
+def all_to_all(setup: Setup) -> Term:
+    """Return the low-latency DeepEP buffers, when that backend is asked for.
+
+    Formula: 4 x E x T x (2H + 4H/128) bytes, T at most VLLM_MOE_DP_CHUNK_SIZE tokens a rank (256).
+    Source: vllm@0.33.0:vllm/distributed/device_communicators/all2all.py:DeepEPLLAll2AllManager;
+        DeepEP csrc/config.hpp:get_low_latency_rdma_size_hint.
+    """
+    name = setup.flag("all2all_backend") + setup.flag("VLLM_ALL2ALL_BACKEND")
+    experts = num_experts(setup.job.model) + setup.job.redundant_experts
+    if "low_latency" not in name or expert_parallel_size(setup) == 1 or not experts:
+        return exact("all_to_all", 0, formula="no low-latency all-to-all")
+    hidden, tokens = setup.job.model.hidden_size, 256
+    size = round_up(4 * experts * tokens * (2 * hidden + 4 * hidden // 128), 2 * MiB)
+    return ranged(
+        "all_to_all",
+        size,
+        low=size // 2,
+        high=2 * size,
+        formula=f"4 x {experts} experts x {tokens} tokens x row",
+        source="DeepEP csrc/config.hpp:get_low_latency_rdma_size_hint",
+    )
+
+
+def growth(setup: Setup) -> Term:
+    """Return what the driver and libraries take between the first snapshot and the end of the profiling run.
+
+    Kernels load lazily: cuBLAS and cuBLASLt handles, attention kernels, Triton modules.
+    Source: NVIDIA CUDA C programming guide, lazy loading.
+    """
+    hopper = (setup.job.machine.gpu.compute_capability or (0, 0))[0] >= 9
+    expected = 96 * MiB if hopper else 24 * MiB
+    return ranged(
+        "module_growth",
+        expected,
+        low=0,
+        high=256 * MiB,
+        formula="modules loaded after the first snapshot",
+        source="NVIDIA CUDA C programming guide, lazy loading",
+    )
+
+
+def non_torch_parts(setup: Setup) -> tuple[Term, ...]:
+    """Return what this version's ``non_torch`` is made of."""
+    parts = [growth(setup), all_to_all(setup)]
+    if setup.version.setting("context_in_non_torch"):
+        parts.append(context(setup))
+    parts.append(nccl(setup))
+    return tuple(part for part in parts if part.high_bytes)
+
+
+def before_snapshot(setup: Setup) -> tuple[Term, ...]:
+    """Return what is on the card, is not ``non_torch`` by this version's count, and is the engine's all the same."""
+    parts = [] if setup.version.setting("context_in_non_torch") else [context(setup)]
+    return tuple(parts)

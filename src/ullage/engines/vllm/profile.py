@@ -1,0 +1,181 @@
+"""The activation peak of the profiling run: what torch holds at most while a full batch goes through.
+
+Two moments compete: the widest layer of the forward pass over ``max_num_batched_tokens`` tokens, and the sampler over
+``max_num_seqs`` rows of logits. With 1,024 rows and a large vocabulary the sampler wins.
+"""
+
+from __future__ import annotations
+
+from ullage.engines.vllm.defaults import Setup
+from ullage.engines.vllm.layout import Stage, expert_parallel_size
+from ullage.ledger import Term, ranged
+from ullage.spec import model as spec
+from ullage.units import GiB, MiB, dtype_bytes
+
+#: Bytes for each logit at the widest moment of each sampling path; see :func:`sampler_bytes`.
+SORT_BYTES_EACH, IN_PLACE_BYTES_EACH = 38, 14
+
+
+def cublas_workspace(setup: Setup) -> int:
+    """Return the cuBLAS workspace that torch allocates at the first matrix product: 32 MiB from Hopper on, else 8.125.
+
+    Source: pytorch@2.8:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize.
+    """
+    major = (setup.job.machine.gpu.compute_capability or (8, 0))[0]
+    return 32 * MiB if major in (9, 10) else 4096 * 1024 * 2 + 16 * 1024 * 8
+
+
+def sampler_path(setup: Setup) -> tuple[str, bool]:
+    """Return the sampling path expected (``sort`` or ``in_place``) and whether the other one may be taken."""
+    rule = str(setup.version.setting("sampler")) if setup.version.engine == "V1" else "sort"
+    flashinfer = setup.flag("VLLM_USE_FLASHINFER_SAMPLER") or setup.flag("vllm_use_flashinfer_sampler")
+    if flashinfer:
+        return ("in_place" if flashinfer not in ("0", "false") else "sort"), False
+    if "native" in setup.flag("sampler").lower():
+        return "sort", False
+    if setup.job.machine.gpu.vendor != "nvidia":
+        return "sort", True
+    if rule == "flashinfer_if_installed":
+        return "sort", True
+    return ("sort" if rule == "sort" else "in_place"), False
+
+
+def sampler_bytes(setup: Setup, each: int) -> int:
+    """Return what the dummy sampler run holds at its peak, hidden states of the batch included.
+
+    Formula: R x V x b + T x H x e + 2 x R x H x e.
+        Sorting path, b = 38: logits in the model's dtype 2, in float32 4, sorted values 4 and indices 8, the indices
+        sorted along 8, and the radix sort's second buffers for keys and values 4 + 8.
+        In-place and FlashInfer paths, b = 14: logits 2 and 4, masked logits 4, probabilities 4.
+    Symbols: R rows (max_num_seqs), V vocab_size, T tokens of the batch, H hidden_size, e bytes of an element; the
+        last sum is the batch's hidden states, the rows taken from them and their random stand-in.
+    Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:_dummy_sampler_run, vllm/v1/sample/sampler.py:Sampler,
+        vllm/v1/sample/ops/topk_topp_sampler.py:apply_top_k_top_p; cub::DeviceSegmentedRadixSort (no double buffer).
+    Known error: under 1 % against published logs; fewer than 128 rows sort by another kernel.
+    """
+    model, tokens, rows = setup.job.model, setup.tokens, setup.rows
+    element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
+    hidden = (tokens + 2 * rows) * model.hidden_size * element
+    return rows * model.vocab_size * each + hidden
+
+
+def _dense_width(part: spec.DenseFFN, tp: int) -> int:
+    """Values a token holds in a dense block: fused gate and up, and their product."""
+    return (3 if part.gated else 2) * part.intermediate_size // tp
+
+
+def _attention_width(part: spec.Mixer, tp: int) -> int:
+    """Values a token holds inside a mixer: projections and what attention writes."""
+    if isinstance(part, spec.Attention):
+        dim, v_dim = part.head_dim, part.v_head_dim or part.head_dim
+        return (part.num_heads * (dim + v_dim) + max(part.num_kv_heads, tp) * (dim + v_dim)) // tp
+    if isinstance(part, spec.LatentAttention):
+        key = part.qk_nope_head_dim + part.qk_rope_head_dim
+        return part.num_heads // tp * (2 * key + part.qk_nope_head_dim + 3 * part.v_head_dim)
+    if isinstance(part, spec.CompressedAttention):
+        return 3 * part.num_heads * part.head_dim // tp
+    if isinstance(part, spec.GatedDeltaNet):
+        return 3 * (2 * part.num_k_heads * part.k_head_dim + 2 * part.num_v_heads * part.v_head_dim) // tp
+    if isinstance(part, (spec.Mamba, spec.Mamba2)):
+        inner = part.inner_size if isinstance(part, spec.Mamba) else part.num_heads * part.head_dim
+        return 4 * inner // tp
+    return 6 * part.num_heads * part.head_dim // tp
+
+
+def moe_bytes(setup: Setup, part: spec.MoEFFN, stage: Stage, element: int) -> int:
+    """Return the buffers of one fused mixture of experts.
+
+    Formula: M x k x (max(2I/t, H) + I/t) x e + T x H x e (result) + T x E x 4 (router) + shared experts.
+    Symbols: M tokens of one call (T, or the chunk), k top_k, I intermediate_size, t slices of an expert, E experts.
+    Source: vllm@0.11.0:vllm/model_executor/layers/fused_moe/fused_moe.py:fused_experts_impl (cache1 and cache3 share
+        a buffer; cache2 is its own).
+    Known error: grouped and DeepGEMM kernels add padding per expert and a quantised copy of the input.
+    """
+    tokens = setup.tokens * (setup.job.parallel.data_parallel_size if expert_parallel_size(setup) > 1 else 1)
+    chunk = int(setup.version.setting("moe_chunk_tokens"))
+    width = part.latent_size or setup.job.model.hidden_size
+    inner = part.intermediate_size // stage.share.expert_tp
+    gate_up = (2 if part.gated else 1) * inner
+    caches = min(tokens, chunk or tokens) * part.top_k * (max(gate_up, width) + inner)
+    shared = tokens * 3 * part.shared_intermediate_size // stage.share.shared_expert_tp
+    return (caches + shared + tokens * width) * element + tokens * part.num_experts * 4
+
+
+def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
+    """Return (expected, high) bytes of the widest layer of the forward pass.
+
+    Formula: T x H x e x 3 (residual, the block's input and output) + the widest block: a dense block keeps gate, up
+        and their product; an MoE see :func:`moe_bytes`; attention its projections. High: twice the hidden states.
+    Source: vllm@0.6.4:vllm/model_executor/models/llama.py:LlamaDecoderLayer.forward (what its frames keep alive).
+    Known error: compiled graphs free a little earlier; quantised inputs add a byte per value.
+    """
+    model, tokens = setup.job.model, setup.tokens
+    element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
+    widest = 0
+    for layer in {id(layer): layer for layer in model.layers[slice(*stage.share.layers)]}.values():
+        for mixer in layer.mixers:
+            widest = max(widest, tokens * _attention_width(mixer, stage.share.attention_tp) * element)
+        for block in layer.ffns:
+            if isinstance(block, spec.MoEFFN):
+                widest = max(widest, moe_bytes(setup, block, stage, element))
+            else:
+                widest = max(widest, tokens * _dense_width(block, stage.share.dense_tp) * element)
+    residual = max((layer.residual.num_streams if layer.residual else 1) for layer in model.layers)
+    hidden = tokens * model.hidden_size * element * (2 + residual)
+    return widest + hidden, 2 * (widest + hidden)
+
+
+def _encoder_tokens(setup: Setup) -> int:
+    """Tokens of the encoder's profiling budget: the batch, as images are at most as long."""
+    return max(setup.tokens, 2048 if not setup.version.at_least("0.8.0") else setup.tokens)
+
+
+def encoder_high_bytes(setup: Setup) -> int:
+    """Return an upper bound of the vision or audio encoder's share of the peak.
+
+    Formula: B x H x e (outputs kept for the decoder) x 2 + 48 values of the tower's width for each patch, four
+        patches to a token. A bound, not an estimate: the encoder's image sizes are its processor's.
+    Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:profile_run (encoder budget, expanded outputs).
+    """
+    if not setup.multimodal:
+        return 0
+    model, budget = setup.job.model, _encoder_tokens(setup)
+    element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
+    width = max((max(extra.shape) for tower in model.towers for extra in tower.tensors if extra.shape), default=0)
+    return budget * (2 * model.hidden_size + 4 * 8 * min(width, 8192)) * element
+
+
+def activation_peak(setup: Setup, stage: Stage) -> Term:
+    """Return the activation peak: torch's peak during the profiling run less what was allocated before it.
+
+    Formula: cuBLAS workspace + max(forward, sampler).
+    Source: vllm@0.33.0:vllm/utils/mem_utils.py:memory_profiling; see :func:`sampler_bytes`, :func:`forward_bytes`.
+    """
+    workspace = cublas_workspace(setup)
+    forward, forward_high = forward_bytes(setup, stage)
+    samples = stage.last and not setup.pooling
+    path, other = sampler_path(setup)
+    sort, in_place = (sampler_bytes(setup, each) for each in (SORT_BYTES_EACH, IN_PLACE_BYTES_EACH))
+    sampler = (sort if path == "sort" else in_place) if samples else 0
+    bounds = (in_place if other else sampler, sort if other else sampler) if samples else (0, 0)
+    expected = workspace + max(forward, sampler)
+    low = max(bounds[0], forward // 2)
+    high = workspace + max(bounds[1], forward_high, bounds[1] and encoder_high_bytes(setup)) + 64 * MiB
+    if setup.multimodal:
+        high = max(high, workspace + forward + encoder_high_bytes(setup))
+    return ranged(
+        "activation_peak",
+        expected,
+        low=min(int(low * 0.97), expected),
+        high=int(high * 1.03),
+        formula=_formula(setup, path, forward, sampler, workspace),
+        source="vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:profile_run, _dummy_sampler_run",
+    )
+
+
+def _formula(setup: Setup, path: str, forward: int, sampler: int, workspace: int) -> str:
+    each = SORT_BYTES_EACH if path == "sort" else IN_PLACE_BYTES_EACH
+    return (
+        f"max(forward of {setup.tokens:,} tokens {forward / GiB:.2f} GiB, sampler of {setup.rows:,} rows x "
+        f"{setup.job.model.vocab_size:,} x {each} B {sampler / GiB:.2f} GiB) + cuBLAS {workspace / MiB:.0f} MiB"
+    )
