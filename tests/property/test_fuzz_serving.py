@@ -52,6 +52,7 @@ def budget(examples: int) -> Any:
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ULLAGE_DEBUG", "1")  # an internal error is raised here, with its traceback, instead of told
 
 
 def command(argv: list[str]) -> tuple[int, str, str]:

@@ -190,3 +190,16 @@ def test_quantiles_interpolate_between_order_statistics() -> None:
     assert quantile([], 0.5) is None
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 10.0], 0.9) == pytest.approx(9.0)
+
+
+def test_the_json_is_what_its_schema_says(tmp_path: Path, stub: ModuleType) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(validate_module.__file__).parents[1] / "schema" / "validate.json").read_text())
+    stub.predict = lambda record: Prediction(engine="stub", figures=figures(weights=9 * GIB), starts=True)
+    failing = {"quantity": "kv_cache", "value": -1.0, "unit": "GiB", "gib": -1.0}
+    records = [entry(), entry(id="two", measured=[failing]), entry(id="three", completeness="partial")]
+    answer = to_json(validate_files([write(tmp_path / "r.jsonl", *records)]))
+    jsonschema.validate(answer, schema)
+    answer["records"][0]["error"] = "much"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(answer, schema)
