@@ -22,6 +22,7 @@ Split = Literal["none", "out", "in", "vocab"]
 
 #: Places and numbers of image and audio tokens: nothing of them is stored.
 _TOKENS = (
+    "audio_token_id",
     "audio_token_index",
     "boi_token_index",
     "eoi_token_index",
@@ -32,6 +33,7 @@ _TOKENS = (
     "media_placeholder_token_id",
     "mm_tokens_per_image",
     "video_placeholder",
+    "video_seq_length",
     "video_token_index",
     "vision_end_token_id",
     "vision_soft_tokens_per_image",

@@ -1,0 +1,184 @@
+"""Towers of Kimi K2.5 and K3 (MoonViT), Mistral 3 (Pixtral) and LLaVA 1.5 (CLIP).
+
+Source: transformers@5.23.0:models/kimi_k25/, pixtral/, mistral3/, llava/, clip/ modeling files; for K3 and the splits:
+vllm@0.33.0:vllm/model_executor/models/kimi_k25_vit.py, pixtral.py, mistral3.py, clip.py, llava.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.read.hf_config.families import llama, vision
+from ullage.read.hf_config.families.vision import CLIP_LAYER, EncoderLayer, Tensors, conv, linear, norm, table
+from ullage.read.hf_config.keys import Keys
+from ullage.spec.model import Model, Tower
+
+_TEXT, _HEAD = "language_model.model.", "language_model.lm_head"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Kimi
+
+_MOONVIT_LAYER = EncoderLayer(qkv=("wqkv",), out="wo", ups=("mlp.fc0",), down="mlp.fc1", norms=("norm0", "norm1"))
+_MOONVIT_SETTINGS = (
+    "activation_func",
+    "dtype",
+    "init_pos_emb_time",
+    "merge_type",
+    "model_type",
+    "pos_emb_interpolation_mode",
+    "projector_hidden_act",
+    "projector_ln_eps",
+    "video_attn_type",
+)
+
+
+def read_kimi(keys: Keys) -> Model:
+    """Read Kimi K2.5 and Kimi K3."""
+    keys.skip("use_unified_vision_chunk")
+    part = vision.need_part(keys, "vision_config")
+    text = vision.read_text(vision.need_part(keys, "text_config"), "kimi_k2")
+    tensors = _moonvit(part, "vision_tower.") + _kimi_projector(part, "mm_projector.", text.hidden_size)
+    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+
+
+def _choice(part: Keys, key: str, *known: str) -> str:
+    value: str = part.text(key, known[0])
+    if value not in known:
+        raise InputError(
+            _("{value} is not understood").format(value=repr(value)[:60]),
+            where=part.at(key),
+            remedy=_("known are: {kinds}").format(kinds=", ".join(known)),
+        )
+    return value
+
+
+def _moonvit(part: Keys, at: str) -> Tensors:
+    """Return MoonViT; K3 leaves out biases, has root-mean-square norms and narrower or wider heads."""
+    part.skip(*_MOONVIT_SETTINGS)
+    _choice(part, "mlp_type", "mlp2")
+    _choice(part, "pos_emb_type", "divided_fixed")
+    hidden, inner = part.integer("vt_hidden_size"), part.integer("vt_intermediate_size")
+    width = part.integer("qkv_hidden_size", hidden)
+    vision.head_size(part, width, "vt_num_attention_heads")
+    has_bias = _choice(part, "norm_type", "layernorm", "rmsnorm") == "layernorm"
+    attention_bias = part.flag("attn_bias", True)
+    layer = replace(
+        _MOONVIT_LAYER,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=part.flag("linear_bias", True),
+        norm_bias=has_bias,
+    )
+    patch, side = part.integer("patch_size"), ("init_pos_emb_height", "init_pos_emb_width")
+    tensors = conv(at + "patch_embed.proj", hidden, 3, patch, patch, bias=part.flag("patch_embed_proj_bias", True))
+    tensors += table(at + "patch_embed.pos_emb.weight", *(part.integer(name) for name in side), hidden)
+    tensors += layer.stack(at + "encoder.blocks", part.layers("vt_num_hidden_layers"), hidden, inner, width)
+    return tensors + norm(at + "encoder.final_layernorm", hidden, bias=has_bias)
+
+
+def _kimi_projector(part: Keys, at: str, hidden: int) -> Tensors:
+    """Return the projector over merged patches: norm before (K2.5) or after, and without biases (K3)."""
+    if part.integer("text_hidden_size", hidden) != hidden:
+        raise InputError(_("is not the decoder's hidden_size"), where=part.at("text_hidden_size"))
+    size = part.integer("mm_hidden_size")
+    rows, columns = part.integers("merge_kernel_size", length=2, low=1)
+    merged, is_second = (
+        size * rows * columns,
+        _choice(part, "mm_projector_type", "patchmerger", "patchmergerv2") == "patchmergerv2",
+    )
+    tensors = linear(at + "proj.0", merged, merged, bias=not is_second)
+    tensors += linear(at + "proj.2", hidden, merged, bias=not is_second)
+    return tensors + (norm(at + "post_norm", hidden) if is_second else norm(at + "pre_norm", size, bias=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- Mistral
+
+_PIXTRAL_LAYER = EncoderLayer(
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.o_proj",
+    ups=("feed_forward.gate_proj", "feed_forward.up_proj"),
+    down="feed_forward.down_proj",
+    norms=("attention_norm", "ffn_norm"),
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    norm_bias=False,
+)
+
+
+def read_ministral3(keys: Keys) -> Model:
+    """Read Ministral 3: the decoder alone, or the whole with a Pixtral tower where there is a ``text_config``."""
+    return read_mistral3(keys) if "text_config" in keys else llama.read_ministral3(keys)
+
+
+def read_mistral3(keys: Keys) -> Model:
+    """Read Mistral Small 3.1, Devstral Small 2, Ministral 3: a Pixtral tower and a projector that merges patches."""
+    part = vision.need_part(keys, "vision_config")
+    text = vision.read_text(vision.need_part(keys, "text_config"), "mistral")
+    hidden, merged = part.integer("hidden_size"), keys.integer("spatial_merge_size", 2) ** 2
+    at, bias = "multi_modal_projector.", keys.flag("multimodal_projector_bias", False)
+    tensors = _pixtral(part, "vision_tower.") + norm(at + "norm", hidden)
+    tensors += linear(at + "patch_merger.merging_layer", hidden, merged * hidden)
+    tensors += _two_layers(keys, at, hidden, text.hidden_size, bias)
+    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+
+
+def _two_layers(keys: Keys, at: str, hidden: int, out: int, bias: bool) -> Tensors:
+    """Return a projector of two linear layers, over one or several layers' features side by side."""
+    keys.skip("projector_hidden_act", "vision_feature_select_strategy")
+    features = keys.raw("vision_feature_layer", -1)
+    width = hidden * (len(features) if isinstance(features, list) and features else 1)
+    return linear(at + "linear_1", out, width, bias=bias, split="out") + linear(
+        at + "linear_2", out, out, bias=bias, split="in"
+    )
+
+
+def _pixtral(part: Keys, at: str) -> Tensors:
+    hidden, patch = part.integer("hidden_size"), part.integer("patch_size")
+    part.skip("dtype", "torch_dtype", "image_size", "head_dim")
+    vision.head_size(part, hidden, "num_attention_heads")
+    tensors = conv(at + "patch_conv", hidden, part.integer("num_channels", 3), patch, patch)
+    tensors += norm(at + "ln_pre", hidden)
+    layers = part.layers()
+    return tensors + _PIXTRAL_LAYER.stack(at + "transformer.layers", layers, hidden, part.integer("intermediate_size"))
+
+
+# --------------------------------------------------------------------------------------------------------------- LLaVA
+
+#: transformers@5.23.0:models/llama/configuration_llama.py:LlamaConfig, what LLaVA's text_config leaves out.
+_LLAMA_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}
+
+
+def read_llava(keys: Keys) -> Model:
+    """Read LLaVA 1.5: a CLIP tower and a Llama, whose published config leaves the default sizes out."""
+    part, nested = vision.need_part(keys, "vision_config"), vision.need_part(keys, "text_config")
+    if nested.text("model_type", "llama") == "llama":
+        nested.values = {**_LLAMA_DEFAULTS, **nested.values}
+    keys.skip("vocab_size", "projection_dim")
+    text = vision.read_text(nested, "llama")
+    tensors = _clip(part, "vision_tower.vision_model.")
+    bias = keys.flag("multimodal_projector_bias", True)
+    tensors += _two_layers(keys, "multi_modal_projector.", part.integer("hidden_size"), text.hidden_size, bias)
+    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+
+
+def _clip(part: Keys, at: str) -> Tensors:
+    hidden, patch = part.integer("hidden_size"), part.integer("patch_size")
+    part.skip("dtype", "torch_dtype", "projection_dim", "vocab_size")
+    vision.head_size(part, hidden, "num_attention_heads")
+    positions = (part.integer("image_size") // patch) ** 2 + 1
+    tensors = table(at + "embeddings.class_embedding", hidden)
+    tensors += conv(at + "embeddings.patch_embedding", hidden, part.integer("num_channels", 3), patch, patch)
+    tensors += table(at + "embeddings.position_embedding.weight", positions, hidden)
+    for name in ("pre_layrnorm", "post_layernorm"):
+        tensors += norm(at + name, hidden, bias=True)
+    return tensors + CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
