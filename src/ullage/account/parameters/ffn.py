@@ -14,7 +14,7 @@ def dense(part: spec.DenseFFN, hidden_size: int) -> list[Parameter]:
 
     Source: transformers@5.23.0:models/llama/modeling_llama.py:LlamaMLP.
     """
-    at, inner = f"{part.prefix}.", part.intermediate_size
+    at, inner = f"{part.prefix}." if part.prefix else "", part.intermediate_size
     if part.fused_gate_up:
         found = linear_parameters(at + part.fused_gate_up, 2 * inner, hidden_size, bias=part.bias, split="out")
     else:
@@ -31,7 +31,7 @@ def mixture_of_experts(part: spec.MoEFFN, hidden_size: int) -> list[Parameter]:
 
     Source: arXiv:2401.06066 eq. 9-11; transformers@5.23.0:models/deepseek_v3/modeling_deepseek_v3.py:DeepseekV3MoE.
     """
-    at = f"{part.prefix}."
+    at = f"{part.prefix}." if part.prefix else ""
     found = linear_parameters(
         at + part.router_name, part.num_experts, hidden_size, bias=part.router_bias, role=Role.ROUTER
     )

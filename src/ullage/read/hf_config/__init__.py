@@ -43,16 +43,10 @@ def read_config_object(values: dict[str, Any], *, where: str, name: str, assume:
     """Read a config that is already parsed (see :func:`read_config`)."""
     keys = Keys(values, where)
     model_type = keys.text("model_type", "")
-    if model_type not in FAMILIES:
-        raise UnknownArchitectureError(
-            _("the model type {model_type!r} is not understood").format(model_type=model_type[:80]),
-            where=where,
-            keys=sorted(values)[:40],
-        )
-    module, function = FAMILIES[model_type].split(":")
-    reader = getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)
-    model: Model = reader(keys)
-    ignored = keys.finish(model_type, assume=assume)
+    reader = FAMILIES.get(model_type) or _by_evidence(keys, model_type, assume=assume)
+    module, function = reader.split(":")
+    model: Model = getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)(keys)
+    ignored = keys.finish(model_type or module, assume=assume)
     assumed = (_("keys not understood, taken to be without effect: {keys}").format(keys=", ".join(ignored)),)
     return replace(
         model,
@@ -61,6 +55,27 @@ def read_config_object(values: dict[str, Any], *, where: str, name: str, assume:
         ignored_keys=ignored,
         assumed=model.assumed + (assumed if ignored else ()),
     )
+
+
+def _by_evidence(keys: Keys, model_type: str, *, assume: bool) -> str:
+    """Return the reader of a config whose model type is not in the registry, going by its keys alone."""
+    from ullage.read.hf_config.families import generic, native
+
+    if native.is_native(keys.values):
+        return "native:read"
+    if not model_type and "quantization" in keys and "hidden_size" not in keys:
+        raise InputError(
+            _("this is ModelOpt's hf_quant_config.json, which names no sizes"),
+            where=keys.where,
+            remedy=_("give the config.json that stands beside it"),
+        )
+    if assume and generic.is_plain(keys.values):
+        return "generic:read"
+    if model_type:
+        what = _("the model type {model_type!r} is not understood").format(model_type=model_type[:80])
+    else:
+        what = _("there is no model_type, so this is no model config that ullage understands")
+    raise UnknownArchitectureError(what, where=keys.where, keys=sorted(keys.values)[:40])
 
 
 def _name_of(path: Path) -> str:

@@ -27,6 +27,20 @@ Kind = TypeVar("Kind")
 SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
 
 
+def only(keys: Keys, **understood: Any) -> None:
+    """Take keys of which one value alone is understood; a missing key passes, another value is an error naming it."""
+    for key, wanted in understood.items():
+        value = keys.raw(key)
+        if value is not None and value != wanted:
+            raise UnknownArchitectureError(
+                _("{key} {value} is not understood here, only {wanted} is").format(
+                    key=key, value=repr(value)[:60], wanted=repr(wanted)
+                ),
+                where=keys.where,
+                keys=[key],
+            )
+
+
 # -------------------------------------------------------------------------------------------------------------- norms
 
 
@@ -50,6 +64,7 @@ def gqa(
     hidden: int,
     *,
     heads: str = "num_attention_heads",
+    heads_default: int | None = None,
     kv_heads: str = "num_key_value_heads",
     kv_default: int | None = None,
     head_dim: str = "head_dim",
@@ -62,7 +77,7 @@ def gqa(
     ``heads``, ``kv_heads`` and ``head_dim`` are the names of the keys. KV heads default to all heads, head_dim to
     hidden / heads: the defaults of nearly every family, others are given. ``settings`` go to :class:`Attention`.
     """
-    num_heads = keys.integer(heads)
+    num_heads = keys.integer(heads) if heads_default is None else keys.integer(heads, heads_default)
     num_kv_heads = keys.integer(kv_heads, kv_default or num_heads)
     if num_heads % num_kv_heads:
         raise InputError(
@@ -85,13 +100,14 @@ def gqa(
 def mla(keys: Keys, *, q_lora_rank: int | None, **settings: Any) -> LatentAttention:
     """Read multi-head latent attention. Its KV heads and head_dim keys say nothing: one latent is cached for all."""
     keys.skip("num_key_value_heads", "head_dim", "qk_head_dim")
+    if "v_head_dim" not in settings:
+        settings["v_head_dim"] = keys.integer("v_head_dim")
     return LatentAttention(
         num_heads=keys.integer("num_attention_heads"),
         q_lora_rank=q_lora_rank,
         kv_lora_rank=keys.integer("kv_lora_rank"),
         qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
         qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
-        v_head_dim=keys.integer("v_head_dim"),
         bias=keys.flag("attention_bias", False),
         **settings,
     )
@@ -117,6 +133,7 @@ def moe(
     keys.skip(
         "n_group", "topk_group", "topk_method", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "ep_size"
     )
+    keys.skip("moe_router_dtype")
     experts = keys.first_integer(*num_experts)
     used = keys.first_integer(*top_k)
     if used > experts:
@@ -220,8 +237,9 @@ def read_dtype(keys: Keys) -> str:
 
 def read_architecture(keys: Keys) -> str:
     """Take the first of ``architectures``, here or in the whole, else the model type."""
-    named = keys.holder("architectures").texts("architectures", None)
-    return named[0] if named else keys.holder("model_type").text("model_type", "unnamed")
+    named: list[str] | None = keys.holder("architectures").texts("architectures", None)
+    model_type: str = keys.holder("model_type").text("model_type", "unnamed")
+    return named[0] if named else model_type
 
 
 def mtp_module(layer: Layer, hidden: int) -> MtpModule:
@@ -262,7 +280,7 @@ def decoder(
     num_mtp = keys.integer("num_nextn_predict_layers", 0, low=0, high=64) if mtp_layer else 0
     keys.skip("tie_word_embeddings")
     settings: dict[str, Any] = {
-        "vocab_size": keys.integer("vocab_size") if "vocab_size" not in frame else 0,
+        "vocab_size": 0 if "vocab_size" in frame else keys.integer("vocab_size"),
         "tied_embeddings": keys.holder("tie_word_embeddings").flag("tie_word_embeddings", tied_default),
         "final_norms": norms(hidden, norm_name, kind=norm_kind, weight=norm_weight, bias=norm_bias),
         "max_position_embeddings": keys.first_integer(*context, default=0, low=0),

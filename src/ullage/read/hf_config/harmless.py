@@ -35,7 +35,7 @@ eps layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_eps norm_epsilon rm
 initial_context_length original_max_position_embeddings partial_rotary_factor rope_interleave rope_local_base_freq
 rope_parameters rope_scaling rope_theta rotary_emb_base rotary_pct
 # how a framework runs it
-attn_implementation cache_implementation pretraining_tp use_bfloat16 use_mrope
+attn_implementation cache_implementation context_window_size prefill_chunk_size pretraining_tp use_bfloat16 use_mrope
 """
 
 #: Keys without influence on any tensor's shape or on what a request keeps, in any family read here.

@@ -80,6 +80,11 @@ class Keys:
             )
         return next(iter(found.values()))
 
+    def nullable_integer(self, key: str, default: int | None, *, low: int = 1) -> int | None:
+        """Take an integer where null means "none" and only a missing key means ``default``."""
+        found: int | None = self.integer(key, None, low=low)
+        return default if found is None and key not in self.values else found
+
     def holder(self, key: str) -> Keys:
         """Return the object that has ``key``: this one, or the nearest it is a part of; this one when none has."""
         at: Keys | None = self
@@ -146,6 +151,10 @@ class Keys:
             return None
         if not isinstance(value, dict):
             raise InputError(_("{value} is not an object").format(value=repr(value)[:60]), where=self.at(key))
+        return self.adopt(value, key)
+
+    def adopt(self, value: dict[str, Any], key: str) -> Keys:
+        """Return a nested object as a part of this one: its keys count as this one's."""
         part = Keys(value, self.at(key), self)
         self._parts.append(part)
         return part

@@ -1,51 +1,118 @@
-"""DeepSeek families.
+"""DeepSeek-MoE, V2, V3 and V3.2, and the families built like them: Kimi K2, GLM-5, MiniCPM3.
 
-Source: transformers@5.23.0:models/deepseek_v3/; DeepSeek-V3 inference/model.py.
+Source: transformers@5.23.0:models/{deepseek_v2,deepseek_v3,deepseek_v32,glm_moe_dsa,minicpm3}/; DeepSeek-MoE, whose
+code lives beside its checkpoint: arXiv:2401.06066 and vllm@0.33.0:model_executor/models/deepseek_v2.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ullage.errors import InputError
+from ullage.i18n import _
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import DenseFFN, LatentAttention, Layer, Model, MoEFFN
+from ullage.spec.model import Indexer, Layer, Mixer, Model, MoEFFN
+
+INDEXER_KINDS = ("full", "shared")
+
+
+def read_moe(keys: Keys) -> Model:
+    """Read DeepSeek-MoE: multi-head attention and fine-grained experts."""
+    hidden, bias = keys.integer("hidden_size"), keys.flag("attention_bias", False)
+    attention = common.gqa(keys, hidden, qkv_bias=bias, o_bias=bias)
+    return _read(keys, hidden, [attention] * keys.layers(), correction_bias=False)
+
+
+def read_v2(keys: Keys) -> Model:
+    """Read DeepSeek-V2, V2-Lite and Coder-V2. A missing ``q_lora_rank`` means 1536; null means none (V2-Lite)."""
+    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536))
+    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers(), correction_bias=False)
 
 
 def read_v3(keys: Keys) -> Model:
-    """Read DeepSeek-V3, R1, V3.1."""
+    """Read DeepSeek-V3, R1, V3.1 and Kimi K2."""
+    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536))
+    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers())
+
+
+def read_v32(keys: Keys) -> Model:
+    """Read DeepSeek-V3.2: V3 with an indexer in every layer, the MTP layer's included."""
+    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536), indexer=read_indexer(keys))
+    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers())
+
+
+def read_glm_dsa(keys: Keys) -> Model:
+    """Read GLM-5, 5.1 and 5.2. In 5.2 most layers reuse the choice of an earlier layer's indexer.
+
+    ``indexer_types`` says which; where it is missing the older keys do: ``index_topk_pattern``, or every
+    ``index_topk_freq``-th layer after ``index_skip_topk_offset``. The MTP layer has an indexer of its own.
+    """
+    num_layers, rank = keys.layers(), keys.nullable_integer("q_lora_rank", 2048)
+    keys.skip("index_share_for_mtp_iteration", "indexer_rope_interleave", "mlp_bias")
+    frequency, offset = keys.integer("index_topk_freq", 1), keys.integer("index_skip_topk_offset", 2, low=0)
+    pattern = keys.text("index_topk_pattern", None)
+    if pattern is not None and (len(pattern) != num_layers or set(pattern) - {"F", "S"}):
+        raise InputError(_("is not one letter F or S per layer"), where=keys.at("index_topk_pattern"))
+
+    def default(index: int) -> str:
+        shared = pattern[index] == "S" if pattern else max(index - offset + 1, 0) % frequency > 0
+        return INDEXER_KINDS[shared]
+
+    kinds = common.layer_types(keys, num_layers, INDEXER_KINDS, default, key="indexer_types")
+    sparse_attention = ("deepseek_sparse_attention", "indexed_attention")
+    common.layer_types(keys, num_layers, sparse_attention, lambda index: sparse_attention[0])
+    own = common.mla(keys, q_lora_rank=rank, indexer=read_indexer(keys))
+    reused = common.mla(keys, q_lora_rank=rank, shared_indexer=True)
+    mixers: list[Mixer] = [own if kind == "full" else reused for kind in kinds]
+    return _read(keys, keys.integer("hidden_size"), mixers, first_dense=3, mtp_mixer=own)
+
+
+def read_minicpm3(keys: Keys) -> Model:
+    """Read MiniCPM3: latent attention and a dense block; embeddings are tied unless the config says otherwise."""
     hidden = keys.integer("hidden_size")
-    keys.skip(
-        "num_key_value_heads",
-        "head_dim",
-        "ep_size",
-        "n_group",
-        "topk_group",
-        "topk_method",
-        "scoring_func",
-        "norm_topk_prob",
-        "routed_scaling_factor",
+    keys.skip("scale_emb", "dim_model_base", "scale_depth", "mup_denominator", "rope_interleave")
+    heads, dim = keys.integer("num_attention_heads"), keys.integer("v_head_dim", None)
+    attention = common.mla(
+        keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 768), v_head_dim=dim or hidden // heads
     )
-    attention = LatentAttention(
-        num_heads=keys.integer("num_attention_heads"),
-        q_lora_rank=keys.integer("q_lora_rank", None),
-        kv_lora_rank=keys.integer("kv_lora_rank"),
-        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
-        v_head_dim=keys.integer("v_head_dim"),
-        bias=keys.flag("attention_bias", False),
+    layer = Layer(mixers=(attention,), ffns=(common.dense(keys),), norms=common.pre_norms(hidden))
+    return common.decoder(keys, hidden, (layer,) * keys.layers(), tied_default=True)
+
+
+def read_indexer(keys: Keys) -> Indexer:
+    """Take the lightning indexer's sizes; its rope part is the attention's."""
+    return Indexer(
+        num_heads=keys.integer("index_n_heads"),
+        head_dim=keys.integer("index_head_dim"),
+        top_k=keys.integer("index_topk"),
+        rope_head_dim=keys.integer("qk_rope_head_dim"),
     )
-    expert = keys.integer("moe_intermediate_size")
-    moe = MoEFFN(
-        num_experts=keys.integer("n_routed_experts"),
-        top_k=keys.integer("num_experts_per_tok"),
-        intermediate_size=expert,
-        shared_intermediate_size=expert * keys.integer("n_shared_experts", 0, low=0),
-        correction_bias=True,
-    )
+
+
+def read_experts(keys: Keys, *, correction_bias: bool) -> MoEFFN:
+    """Take routed and shared experts under DeepSeek's names."""
+    width = keys.integer("moe_intermediate_size")
+    shared = width * keys.integer("n_shared_experts", 0, low=0)
+    return common.moe(keys, shared_intermediate_size=shared, correction_bias=correction_bias)
+
+
+def _read(
+    keys: Keys,
+    hidden: int,
+    mixers: Sequence[Mixer],
+    *,
+    correction_bias: bool = True,
+    first_dense: int = 0,
+    mtp_mixer: Mixer | None = None,
+) -> Model:
+    """Read blocks, pattern and frame: dense layers first, then experts."""
+    dense, sparse = common.dense(keys), read_experts(keys, correction_bias=correction_bias)
     norms = common.pre_norms(hidden)
-    dense = Layer(
-        mixers=(attention,), ffns=(DenseFFN(intermediate_size=keys.integer("intermediate_size")),), norms=norms
-    )
-    sparse = Layer(mixers=(attention,), ffns=(moe,), norms=norms)
-    num_dense, frequency = keys.integer("first_k_dense_replace", 0, low=0), keys.integer("moe_layer_freq", 1)
-    layers = tuple(sparse if index >= num_dense and index % frequency == 0 else dense for index in range(keys.layers()))
-    return common.decoder(keys, hidden, layers, mtp_layer=sparse)
+    has_experts = common.sparse_after(keys, len(mixers), first_dense)
+
+    def make(kind: tuple[Mixer, bool]) -> Layer:
+        return Layer(mixers=(kind[0],), ffns=(sparse if kind[1] else dense,), norms=norms)
+
+    layers = common.by_kind(zip(mixers, has_experts, strict=True), make)
+    return common.decoder(keys, hidden, layers, mtp_layer=make((mtp_mixer or mixers[-1], True)))

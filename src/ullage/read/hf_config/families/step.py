@@ -1,0 +1,120 @@
+"""Step-3.5 and 3.7.
+
+Source: transformers@5.23.0:models/step3p7/; tensor names of the experts and MTP modules:
+vllm@0.33.0:model_executor/models/step3p5.py, step3p5_mtp.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ullage.i18n import _
+from ullage.read.hf_config import common
+from ullage.read.hf_config.keys import Keys
+from ullage.spec.model import Attention, DenseFFN, ExtraTensor, Layer, Model, Tower
+
+KINDS = (common.FULL, common.SLIDING)
+#: vision tower of the config class (Step3p7VisionConfig): width, layers, block width, patch, positions, projector input
+VISION = {"hidden": 1536, "layers": 47, "inner": 8960, "patch": 14, "positions": 2704, "merged": 6144}
+
+
+def read_text(keys: Keys) -> Model:
+    """Read the text part: gated heads, norms of queries and keys, experts after the first layers.
+
+    Sliding layers may have a head count of their own (``attention_other_setting``). MTP layers have dense blocks.
+    """
+    hidden, num_layers = keys.integer("hidden_size"), keys.layers()
+    num_mtp = keys.integer("num_nextn_predict_layers", 0, low=0, high=64)
+    keys.skip("moe_router_scaling_factor", "swiglu_limits", "swiglu_limits_shared", "n_shared_experts")
+    window = keys.integer("sliding_window", None)
+    kinds = common.layer_types(keys, num_layers, KINDS, lambda index: common.FULL, spare=num_mtp)
+    sparse = common.moe(
+        keys,
+        num_experts=("n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts"),
+        top_k=("num_experts_per_tok", "moe_top_k"),
+        prefix="moe",
+        correction_bias=keys.flag("use_moe_router_bias", True),
+        correction_bias_name="router_bias",
+    )
+    shared = DenseFFN(
+        intermediate_size=keys.first_integer("share_expert_dim", "share_expert_dims"), prefix="share_expert"
+    )
+    dense, norms = common.dense(keys), common.pre_norms(hidden)
+    has_experts = common.sparse_after(keys, num_layers, 3)
+
+    def make(kind: tuple[str, bool]) -> Layer:
+        return Layer(
+            mixers=(_attention(keys, hidden, window if kind[0] == common.SLIDING else None),),
+            ffns=(sparse, shared) if kind[1] else (dense,),
+            norms=norms,
+        )
+
+    layers = common.by_kind(zip(kinds, has_experts, strict=True), make)
+    return common.decoder(keys, hidden, layers, mtp_layer=make((common.FULL, False)))
+
+
+def _attention(keys: Keys, hidden: int, window: int | None) -> Attention:
+    """A gate of one value per head stands beside the projections."""
+    attention = common.gqa(
+        keys, hidden, kv_heads="num_key_value_heads", kv_default=8, head_dim_default=128, qk_norm="head"
+    )
+    heads = attention.num_heads
+    other = keys.part("attention_other_setting")
+    if other is not None:
+        other.skip("attention_type", "num_attention_groups", "head_dim", "true_head_dim")
+        sliding_heads = other.integer("num_attention_heads", heads)
+        heads = heads if window is None else sliding_heads
+    gate = ExtraTensor(name="g_proj.weight", shape=(heads, hidden), split="out")
+    return replace(attention, num_heads=heads, window=window, extras=(gate,))
+
+
+def read(keys: Keys) -> Model:
+    """Read Step-3.7: the text keys in ``text_config`` or, flattened, beside the rest; and the vision tower."""
+    text = keys.part("text_config")
+    model = read_text(keys if text is None else text)
+    vision = keys.part("vision_config")
+    if vision is not None:
+        sizes = {"width": VISION["hidden"], "hidden_size": VISION["hidden"], "layers": VISION["layers"]}
+        sizes |= {"num_hidden_layers": VISION["layers"], "patch_size": VISION["patch"]}
+        common.only(vision, **sizes)
+        vision.skip(
+            "image_size", "heads", "num_attention_heads", "ls_init_value", "num_channels", "mlp_ratio", "hidden_act"
+        )
+        vision.skip("intermediate_size", "output_dim", "pool_type", "ues_cls_token", "use_ln_post", "use_ln_pre")
+        vision.skip("use_abs_posemb", "use_rope2d")
+    keys.skip(
+        "image_token_len", "patch_token_len", "understand_projector_stride", "vision_select_layer", "projector_bias"
+    )
+    said = _("no vision_config: the tower has the sizes of the class Step3p7VisionConfig (transformers 5.23.0)")
+    return replace(model, towers=_towers(model.hidden_size), assumed=() if vision is not None else (said,))
+
+
+def _towers(hidden: int) -> tuple[Tower, ...]:
+    """Source: transformers@5.23.0:models/step3p7/modeling_step3p7.py:Step3p7VisionModel, Step3p7Model."""
+    width, inner, merged = VISION["hidden"], VISION["inner"], VISION["merged"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.patch_embedding.weight": (width, 3, VISION["patch"], VISION["patch"]),
+        "embeddings.position_embedding.weight": (VISION["positions"], width),
+        "pre_layernorm.weight": (width,),
+        "pre_layernorm.bias": (width,),
+        "downsampler1.weight": (2 * width, width, 3, 3),
+        "downsampler1.bias": (2 * width,),
+        "downsampler2.weight": (merged, 2 * width, 3, 3),
+        "downsampler2.bias": (merged,),
+    }
+    block: dict[str, tuple[int, ...]] = {"lambda_1": (width,), "lambda_2": (width,)}
+    linears = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    for name, shape in linears.items():
+        block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in ("layernorm_before", "layernorm_after"):
+        block |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    def tensors(found: dict[str, tuple[int, ...]], at: str) -> tuple[ExtraTensor, ...]:
+        return tuple(ExtraTensor(name=at + name, shape=shape, linear=False) for name, shape in found.items())
+
+    projector = tensors({"multi_modal_projector.weight": (hidden, merged)}, "model.")
+    return (
+        Tower(name="vision", tensors=tensors(shapes, "model.vision_model.") + projector),
+        Tower(name="vision layers", tensors=tensors(block, "model.vision_model.layers.N."), copies=VISION["layers"]),
+    )
