@@ -80,9 +80,10 @@ def _layer_text(runs: list[dict[str, Any]], run: dict[str, Any]) -> str:
 
 def kv_bytes_per_token(model: Any) -> int | None:
     """Return what one more token of a long request keeps over all layers in the model's own dtype, unsharded."""
+    from ullage.account.kv_cache import bytes_per_token
+    from ullage.errors import UllageError
+
     try:
-        from ullage.account import kv_cache
-    except ImportError:
+        return int(bytes_per_token(model, model.dtype))
+    except UllageError:  # a cache that has no such dtype
         return None
-    slope = getattr(kv_cache, "bytes_per_token", None)
-    return int(slope(model)) if slope else None

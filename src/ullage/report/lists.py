@@ -1,0 +1,115 @@
+"""The catalogs as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ullage.i18n import _
+from ullage.units import GB, GiB, format_bytes
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """Print a table whose first column alone is cut where the terminal is narrow."""
+    out = _console()
+    widths = [max(len(row[at]) for row in (columns, *rows)) for at in range(len(columns))]
+    widths[0] = max(16, min(widths[0], out.width - sum(widths[1:]) - 2 * (len(columns) - 1)))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for at, name in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if at in set(right) else "left"
+        table.add_column(name, justify=justify, width=widths[at], no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+def billions(count: int) -> str:
+    """Return a parameter count for reading."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
+
+
+def print_models(entries: list[dict[str, Any]]) -> None:
+    """Print the list of models."""
+    rows = [
+        (
+            entry["name"],
+            billions(entry["num_parameters"]),
+            billions(entry["num_active_parameters"]),
+            str(entry["num_layers"]),
+            f"{entry['max_position_embeddings']:,}",
+            entry["quantization"] or "–",
+        )
+        for entry in entries
+    ]
+    titles = (_("model"), _("size"), _("active"), _("layers"), _("context"), _("weights"))
+    _print_table(titles, rows, right=(1, 2, 3, 4))
+
+
+def print_model(facts: dict[str, Any]) -> None:
+    """Print the counts of one model."""
+    out = _console()
+    out.print(f"[bold]{facts['name']}[/bold]  ({facts['architecture']})")
+    for name in ("num_parameters", "num_active_parameters", "num_mtp_parameters", "num_tower_parameters"):
+        if facts[name]:
+            out.print(f"  {name:<24} {facts[name]:>22,}  {billions(facts[name])}")
+    for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        out.print(f"  {name:<24} {facts[name]:>22,}")
+    out.print(f"  {'dtype':<24} {facts['dtype']:>22}  {facts['quantization'] or ''}")
+    if facts["kv_bytes_per_token"] is not None:
+        out.print(f"  {'kv_bytes_per_token':<24} {facts['kv_bytes_per_token']:>22,}  ({_('whole model, unsharded')})")
+    out.print(f"  {facts['num_layers']} {_('layers')}:")
+    for run in facts["layers"]:
+        out.print(f"    {run['count']:>4} x {run['layer']}", markup=False)
+    for sentence in facts["assumed"]:
+        out.print(f"  {_('assumed')}: {sentence}", markup=False, style="dim")
+    out.print(f"  {_('source')}: {facts['source']}", markup=False, style="dim")
+
+
+def print_gpus(entries: list[dict[str, Any]], *, sources: bool) -> None:
+    """Print the accelerators; with ``sources``, where each figure is from."""
+    rows = []
+    for entry in entries:
+        total = entry["total"]
+        bandwidth = entry.get("bandwidth", {}).get("value")
+        flops = entry.get("flops", {}).get("bfloat16", {}).get("value")
+        rows.append(
+            (
+                entry["name"],
+                format_bytes(total["value"]),
+                f"{total['low'] / GiB:.2f}–{total['high'] / GiB:.2f}",
+                total.get("certainty", ""),
+                f"{bandwidth / GB:,.0f}" if bandwidth else "–",
+                f"{flops / 1e12:,.0f}" if flops else "–",
+            )
+        )
+    titles = (_("GPU"), _("reports"), _("range"), _("certainty"), _("GB/s"), _("BF16 TFLOP/s"))
+    _print_table(titles, rows, right=(1, 2, 4, 5))
+    if sources:
+        _print_sources(_console(), entries[0])
+
+
+def _print_sources(out: Console, entry: dict[str, Any]) -> None:
+    from ullage.catalog.gpus import source_text
+
+    for name, value in entry.items():
+        if isinstance(value, dict) and "source" in value:
+            out.print(f"  {name}: {source_text(value['source'])}", markup=False, style="dim")
+        elif isinstance(value, dict) and "source_text" in value:
+            out.print(f"  {name}: {value['source_text']}", markup=False, style="dim")
+    if entry.get("note"):
+        out.print(f"  {entry['note']}", markup=False, style="dim")
+
+
+def print_engines(engines: list[dict[str, Any]]) -> None:
+    """Print the engines and their versions."""
+    out = _console()
+    for engine in engines:
+        out.print(f"[bold]{engine['name']}[/bold]  {_('mirrored')}: {', '.join(engine['versions'])}")

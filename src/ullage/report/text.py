@@ -1,0 +1,227 @@
+"""A fit as text for people: the verdict first, then where the memory goes, what is largest, and what to do next."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from ullage.fitting import FitResult, job_summary
+from ullage.i18n import _
+from ullage.ledger import Certainty, Term
+from ullage.report.json import metrics as metrics_of
+from ullage.units import format_bytes
+
+MARKS = {"fits": ("✔", "green"), "tight": ("≈", "yellow"), "does_not_fit": ("✘", "red")}
+BAR_WIDTH = 16
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+#: Terms below this share of the device are shown as one line.
+SMALL_SHARE = 0.002
+
+
+def print_fit(result: FitResult, *, metrics: bool = False, console: Console | None = None) -> None:
+    """Print a fit on stdout."""
+    out = console or Console(highlight=False)
+    _print_verdict(out, result)
+    _print_terms(out, result)
+    _print_largest(out, result)
+    if metrics:
+        _print_metrics(out, result)
+    _print_advice(out, result)
+    _print_notes(out, result)
+    if result.next_command:
+        out.print(f"\n[bold]{_('Next')}[/bold]")
+        out.print(f"  {escape(result.next_command)}", soft_wrap=True)
+
+
+def _line(out: Console, markup: str, style: str = "") -> None:
+    """Print a sentence indented by two, wrapped lines too."""
+    out.print(Padding(markup, (0, 0, 0, 2), style=style, expand=False))
+
+
+def verdict_word(verdict: str) -> str:
+    """Return the verdict for people."""
+    return {"fits": _("fits"), "tight": _("tight"), "does_not_fit": _("does not fit")}[verdict]
+
+
+def _print_verdict(out: Console, result: FitResult) -> None:
+    mark, colour = MARKS[result.verdict]
+    job, machine = result.job, result.job.machine
+    out.print(
+        f"[bold {colour}]{mark} {verdict_word(result.verdict)}[/bold {colour}]  "
+        + escape(
+            _("{model} on {count} x {gpu}, {engine} {version}").format(
+                model=job.model.name,
+                count=machine.num_gpus,
+                gpu=machine.gpu.name,
+                engine=job.engine,
+                version=job.engine_version,
+            )
+        ),
+        soft_wrap=True,
+    )
+    need = _("{need} of {total} needed per GPU for {count} x {context:,} tokens").format(
+        need=format_bytes(result.need.value),
+        total=format_bytes(result.total_bytes.value),
+        count=result.concurrency,
+        context=result.context,
+    )
+    _line(out, f"{escape(need)}; {escape(result.reason)}")
+    ledger = result.ledger
+    used = ledger.device_used
+    fullest = _("fullest: rank {rank} ({count} alike), {moment}: {used} on the device ({low} to {high})").format(
+        rank=ledger.rank,
+        count=result.worst.num_ranks,
+        moment=ledger.moment,
+        used=format_bytes(used.bytes),
+        low=format_bytes(used.low_bytes),
+        high=format_bytes(used.high_bytes),
+    )
+    _line(out, escape(fullest))
+    out.print()
+
+
+def _print_terms(out: Console, result: FitResult) -> None:
+    total = result.total_bytes.value
+    terms = sorted(result.ledger.terms(), key=lambda term: -term.bytes)
+    small = [term for term in terms if term.high_bytes < SMALL_SHARE * total]
+    small = small if len(small) >= 3 else []
+    rows = [
+        (term.name, format_bytes(term.bytes), term.bytes, _sure(term), short_source(term.source or _first_source(term)))
+        for term in terms
+        if term not in small
+    ]
+    if small:
+        size = sum(term.bytes for term in small)
+        names = ", ".join(term.name for term in small)
+        rows.append((_("{count} small ones").format(count=len(small)), format_bytes(size), size, "", names))
+    free = int(total - result.ledger.device_used.bytes)
+    kept = _("{size} asked to stay free").format(size=format_bytes(result.reserve_bytes))
+    rows.append((_("free"), format_bytes(free), free, "", kept))
+    out.print(_table(out.width, rows, total))
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(len, texts))
+
+
+def _table(width: int, rows: list[tuple[str, str, int, str, str]], total: float) -> Table:
+    """Return the table of terms: figures are never cut, the source takes what the terminal leaves."""
+    titles = (_("term"), _("size"), _("share"), _("certainty"), _("source"))
+    bar_width = 8 if width < 100 else BAR_WIDTH
+    fixed = (
+        min(24, _widest([titles[0], *(row[0] for row in rows)])),
+        _widest([titles[1], *(row[1] for row in rows)]),
+        bar_width + 5,
+        _widest([titles[3], *(row[3] for row in rows)]),
+    )
+    left = max(8, width - sum(fixed) - 4 * 2)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for title, size in zip(titles, (*fixed, left), strict=True):
+        right = title == titles[1]
+        table.add_column(title, justify="right" if right else "left", width=size, no_wrap=True, overflow="ellipsis")
+    for name, text, size, sure, source in rows:
+        drawn = bar(size / total if total else 0, bar_width)
+        table.add_row(escape(name), text, drawn, escape(sure), f"[dim]{escape(source)}[/dim]")
+    return table
+
+
+def _sure(term: Term) -> str:
+    if term.certainty is Certainty.EXACT or term.high_bytes == term.low_bytes:
+        return term.certainty.value
+    spread = max(term.high_bytes - term.bytes, term.bytes - term.low_bytes)
+    return f"{term.certainty.value} ±{format_bytes(spread)}"
+
+
+def _first_source(term: Term) -> str:
+    return next((part.source for part in term.walk() if part.source), "")
+
+
+def bar(share: float, width: int = BAR_WIDTH) -> str:
+    """Return a bar and a percentage for a share of the device."""
+    share = min(max(share, -9.99), 9.99)
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    drawn = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+    return f"{drawn:<{width}} {share:>4.0%}"
+
+
+def short_source(source: str) -> str:
+    """Shorten ``project@version:long/path/file.py:function`` to what fits in a column."""
+    first = re.split(r"[;,] ", source, maxsplit=1)[0]
+    match = re.fullmatch(r"([\w.-]+@[\w.-]+):(?:\S*/)?([\w.-]+)(?::(\S+))?", first)
+    if match is None:
+        return first
+    return f"{match.group(1)} {match.group(2)}" + (f":{match.group(3)}" if match.group(3) else "")
+
+
+def _count(value: float) -> str:
+    return f"{int(value):,}" if math.isfinite(value) else "∞"
+
+
+def _print_largest(out: Console, result: FitResult) -> None:
+    out.print(f"\n[bold]{_('Largest that fits')}[/bold]")
+    most = result.max_concurrency
+    spread = f" ({_count(most.low)} – {_count(most.high)})" if most.low != most.high else ""
+    _line(
+        out,
+        _("{count} requests of {context:,} tokens at a time").format(
+            count=_count(most.value) + spread, context=result.context
+        ),
+    )
+    _line(
+        out,
+        _("{context:,} tokens in each of {count} requests").format(
+            context=result.max_context, count=result.concurrency
+        ),
+    )
+    points = " · ".join(f"{_short(point.context)} x {point.concurrency:,}" for point in result.curve)
+    if points:
+        _line(out, escape(_("context x requests: {points}").format(points=points)))
+    _line(
+        out,
+        _("KV cache: {token} per token, {request} per request, per GPU").format(
+            token=format_bytes(result.engine.kv.bytes_per_token),
+            request=format_bytes(result.engine.kv.fixed_bytes_per_request),
+        ),
+    )
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def _print_metrics(out: Console, result: FitResult) -> None:
+    out.print(f"\n[bold]{_('Ratios')}[/bold]")
+    for name, value in metrics_of(result).items():
+        out.print(f"  {name:<22} {'–' if value is None else f'{value:,.4g}'}")
+
+
+def _print_advice(out: Console, result: FitResult) -> None:
+    if not result.advice:
+        return
+    title = _("More room") if result.verdict == "fits" else _("Cheapest changes")
+    out.print(f"\n[bold]{title}[/bold]")
+    for item in result.advice:
+        gives = _("{size} per GPU, {verdict}, {count:,} requests").format(
+            size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict), count=item.max_concurrency
+        )
+        _line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(item.cost)})[/dim]")
+
+
+def _print_notes(out: Console, result: FitResult) -> None:
+    _print_list(out, _("Assumed"), job_summary(result)["assumed"])
+    _print_list(out, _("Warnings"), result.warnings)
+
+
+def _print_list(out: Console, title: str, sentences: Iterable[str]) -> None:
+    found = list(sentences)
+    if not found:
+        return
+    out.print(f"\n[bold]{title}[/bold]")
+    for sentence in found:
+        _line(out, escape(sentence), style="dim")
