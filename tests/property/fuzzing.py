@@ -112,7 +112,16 @@ CONFIGS: list[dict[str, Any]] = [
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
         "text_config": {**_COMMON, "model_type": "gemma3_text", "head_dim": 32, "sliding_window_pattern": 6},
-        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 64, "num_hidden_layers": 2},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "patch_size": 14,
+            "image_size": 224,
+            "vision_use_head": False,
+        },
         "torch_dtype": "bfloat16",
     },
     {

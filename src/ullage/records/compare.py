@@ -65,10 +65,14 @@ class Comparison:
 
     @property
     def error(self) -> float | None:
-        """Signed relative error: (predicted - measured) / abs(measured); None when skipped or measured zero."""
-        if self.predicted is None or not self.measured:
+        """Signed relative error: (predicted - measured) / measured; None when skipped.
+
+        None too for a measured figure that is not positive: engines log differences of free memory, which come out
+        negative when memory was given back meanwhile. Such a figure has a place in a range, but no relative error.
+        """
+        if self.predicted is None or self.measured <= 0:
             return None
-        return (self.predicted - self.measured) / abs(self.measured)
+        return (self.predicted - self.measured) / self.measured
 
     @property
     def inside(self) -> bool | None:
@@ -99,7 +103,7 @@ class Verdict:
 def compare(record: Record, prediction: Prediction) -> Iterator[Comparison]:
     """Yield a comparison per measured figure, and per rank where the record gives each rank's figure."""
     for measured in record.measured:
-        why = prediction.not_comparable.get(measured.quantity) or _unphysical(measured)
+        why = prediction.not_comparable.get(measured.quantity)
         if why:
             yield skipped(record, measured, why, engine=prediction.engine)
         elif measured.per_rank:
@@ -151,14 +155,6 @@ def started(record: Record) -> bool | None:
 
 def _is_object(value: object) -> bool:
     return isinstance(value, Mapping)
-
-
-def _unphysical(measured: Measured) -> str:
-    if measured.quantity == "cuda_graphs" and measured.value < 0:
-        return _(
-            "a difference of free memory that came out negative: memory was given back, the graphs' size is unknown"
-        )
-    return ""
 
 
 def _by_rank(record: Record, measured: Measured, prediction: Prediction) -> Iterator[Comparison]:
