@@ -78,7 +78,7 @@ def cuda_graphs(setup: Setup, stage: Stage) -> Term:
         "cuda_graphs",
         expected,
         low=(graphs * PIECE_LOW_BYTES + full * PIECE_LOW_BYTES),
-        high=graphs * PIECE_HIGH_BYTES + full * layers * PIECE_BYTES + GiB // 4,
+        high=graphs * PIECE_HIGH_BYTES + full * layers * PIECE_BYTES + GiB // 2,
         formula=f"{graphs} graphs of pieces, {len(captured)} sizes up to {captured[-1]}, {full} full graphs",
         source="vllm@0.33.0:vllm/v1/worker/gpu_model_runner.py:capture_model",
     )

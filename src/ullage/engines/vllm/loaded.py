@@ -6,6 +6,7 @@ dequantised copy of ``kv_b_proj`` that latent attention absorbs, and the workspa
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +18,9 @@ from ullage.engines.vllm.layout import Stage, sequence_parallel_moe
 from ullage.ledger import Term, exact, ranged, total
 from ullage.spec import model as spec
 from ullage.units import MiB, dtype_bytes, round_up
+
+#: Kernel workspaces and buffers that are no parameters (Marlin locks, masks, permutations), at most.
+_SMALL_BUFFERS = 48 * MiB
 
 _FUSED = (
     (re.compile(r"\.(?:q_proj|k_proj|v_proj|query|key|value)\."), ".qkv."),
@@ -70,9 +74,12 @@ def _rounding_of_layer(
     """Return the bytes that rounding adds to one group of tensors, once projections are fused."""
     sizes: dict[str, int] = {}
     for local in locals_:
-        stored = format_of(local.parameter, dtype=dtype, quantization=rules).stored_bytes(local.shape) * local.copies
+        format_ = format_of(local.parameter, dtype=dtype, quantization=rules)
         name = _fused_name(local.parameter.name)
-        sizes[name] = sizes.get(name, 0) + stored
+        values = int(math.prod(local.shape) * dtype_bytes(format_.dtype)) * local.copies
+        scales = max(0, format_.stored_bytes(local.shape) * local.copies - values)
+        sizes[name] = sizes.get(name, 0) + values
+        sizes[name + ".scale"] = sizes.get(name + ".scale", 0) + scales
     return sum(rounded(size, never_split=never_split) - size for size in sizes.values())
 
 
@@ -91,7 +98,7 @@ def _rounding(setup: Setup, stage: Stage, rules: spec.Quantization | None) -> Te
         "allocator_rounding",
         added,
         low=0,
-        high=2 * added,
+        high=2 * added + _SMALL_BUFFERS,
         formula="fused tensors rounded to 512 B, from 10 MiB on to 2 MiB",
         source="pytorch@2.8:c10/cuda/CUDACachingAllocator.cpp:should_split",
     )
