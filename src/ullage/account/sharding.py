@@ -243,7 +243,7 @@ def layer_share(layer: spec.Layer, hidden_size: int, share: RankShare) -> tuple[
         found += _mixer_share(mixer, hidden_size, share.attention_tp)
     for block in layer.ffns:
         found += _ffn_share(block, hidden_size, share)
-    rest = spec.Layer(mixers=(), ffns=(), norms=layer.norms, extras=layer.extras)
+    rest = replace(layer, mixers=(), ffns=())
     found += [_unsplit(parameter) for parameter in layer_parameters(rest, hidden_size)]
     return tuple(found)
 

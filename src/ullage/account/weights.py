@@ -35,6 +35,7 @@ _Sums = dict[str, dict[str, list[tuple[int, int]]]]
 
 _QUANTISED_ROLES = frozenset((Role.LINEAR, Role.EXPERT))
 _HARMLESS_DIGITS = re.compile(r"\\d|\{\d*,?\d*\}|\[0-9\]")
+MAX_REMEMBERED = 200_000
 _plain = lru_cache(maxsize=64)(plain)
 
 
@@ -91,8 +92,9 @@ def weights_term(model: spec.Model, share: RankShare, *, quantization: KeepOr = 
     base = canonical_dtype(dtype or model.dtype)
     num_bytes = dict.fromkeys(COMPONENTS, 0)
     sums: _Sums = {}
+    sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     for prefix, times, locals_ in _groups(model, share, rules):
-        _add(locals_, prefix, times, base, rules, num_bytes, sums)
+        _add(locals_, prefix, times, base, rules, num_bytes, sums, sizes)
     children = [
         exact(component, size, formula=_describe(sums[component]), source="published checkpoint shapes")
         for component, size in num_bytes.items()
@@ -132,33 +134,45 @@ def _add(
     rules: spec.Quantization | None,
     num_bytes: dict[str, int],
     sums: _Sums,
+    sizes: dict[tuple[int, tuple[int, ...]], int],
 ) -> None:
-    """Add ``times`` equal groups of tensors to the sums by component and format."""
+    """Add ``times`` equal groups of tensors to the sums by component and format; ``sizes``: bytes found so far."""
     values: dict[tuple[str, str], int] = {}
+    memo = _memo(rules, dtype) if rules is not None else {}
     for local in locals_:
-        format_ = _prefixed_format(local.parameter, prefix, dtype, rules)
-        num_bytes[local.component] += times * local.copies * format_.stored_bytes(local.shape)
+        if rules is None:
+            format_ = format_of(local.parameter, dtype=dtype, quantization=None)
+        else:
+            format_ = _remembered(local.parameter, prefix, dtype, rules, memo)
+        size = sizes.get((id(format_), local.shape))
+        if size is None:
+            size = sizes[id(format_), local.shape] = format_.stored_bytes(local.shape)
+        num_bytes[local.component] += times * local.copies * size
         key = (local.component, format_.name)
         values[key] = values.get(key, 0) + local.copies * math.prod(local.shape)
     for (component, name), num_values in values.items():
         sums.setdefault(component, {}).setdefault(name, []).append((times, num_values))
 
 
-def _prefixed_format(parameter: Parameter, prefix: str, dtype: str, rules: spec.Quantization | None) -> WeightFormat:
-    if not prefix or rules is None:
-        return format_of(parameter, dtype=dtype, quantization=rules)
-    return _format_by_name(
-        prefix + parameter.name, len(parameter.shape), parameter.role, parameter.dtype, dtype=dtype, rules=rules
-    )
+#: (name, role, axes, own dtype) -> format, of one quantisation and dtype.
+_Memo = dict[tuple[str, Role, int, str | None], WeightFormat]
 
 
-@lru_cache(maxsize=65536)
-def _format_by_name(
-    name: str, num_axes: int, role: Role, own_dtype: str | None, *, dtype: str, rules: spec.Quantization
-) -> WeightFormat:
-    """:func:`format_of` for a name; kept, because many layouts of one model are counted in a search."""
-    parameter = Parameter(name=name, shape=(1,) * num_axes, role=role, dtype=own_dtype)
-    return format_of(parameter, dtype=dtype, quantization=rules)
+@lru_cache(maxsize=16)
+def _memo(rules: spec.Quantization, dtype: str) -> _Memo:
+    """Formats found so far; kept, because a search counts many layouts of one model."""
+    return {}
+
+
+def _remembered(parameter: Parameter, prefix: str, dtype: str, rules: spec.Quantization, memo: _Memo) -> WeightFormat:
+    key = (prefix + parameter.name, parameter.role, len(parameter.shape), parameter.dtype)
+    format_ = memo.get(key)
+    if format_ is None:
+        named = Parameter(name=key[0], shape=parameter.shape, role=parameter.role, dtype=parameter.dtype)
+        format_ = memo[key] = format_of(named, dtype=dtype, quantization=rules)
+        if len(memo) > MAX_REMEMBERED:
+            memo.clear()
+    return format_
 
 
 def _describe(by_format: dict[str, list[tuple[int, int]]]) -> str:

@@ -22,9 +22,9 @@ from ullage.units import WeightFormat
 Rules = tuple[QuantRule, ...]
 
 #: Linear layers of DeepSeek-style checkpoints that no fp8 checkpoint quantises: the projection of an MTP module, the
-#: indexer's head weights. Source: DeepSeek-R1 and V3.2 checkpoint headers; vllm@0.33.0:vllm/model_executor/models/
-#: deepseek_mtp.py and deepseek_v2.py (both built without a quantisation config).
-_PLAIN_IN_DEEPSEEK = r"\.(?:eh_proj|weights_proj)\."
+#: indexer's head weights, V4's compressors. Source: the checkpoint headers of DeepSeek-R1, V3.2 and V4-Pro;
+#: vllm@0.33.0:vllm/model_executor/models/deepseek_mtp.py, deepseek_v2.py (built without a quantisation config).
+_PLAIN_IN_DEEPSEEK = r"\.(?:eh_proj|weights_proj|compressor)\."
 
 
 @dataclass(frozen=True, kw_only=True)
