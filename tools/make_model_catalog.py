@@ -26,6 +26,8 @@ from ullage.spec.model import Model
 
 TOOLS = Path(__file__).parent
 FOLDER = TOOLS.parent / "src/ullage/catalog/models"
+#: Published files whose dimensions are not those of the model they are filed under.
+WRONG = {"meta-llama/Meta-Llama-3-8B": "the file has the dimensions of the 70B model"}
 SKIPPED = re.compile(r"__(alt_|native|hf_quant_config|ome)")
 
 
@@ -63,6 +65,17 @@ def write_entry(model: Model, source: str, aliases: list[str]) -> dict[str, Any]
     }
 
 
+def check_counts(lines: list[dict[str, Any]]) -> None:
+    """Refuse an extra entry whose count is not the published one."""
+    published = {
+        extra["name"]: extra.get("num_parameters") for extra in json.loads((TOOLS / "extra_models.json").read_text())
+    }
+    for line in lines:
+        wanted = published.get(line["name"])
+        if wanted is not None and wanted != line["num_parameters"]:
+            raise SystemExit(f"{line['name']}: {line['num_parameters']:,} parameters, published are {wanted:,}")
+
+
 def configs_of(paths: list[Path], sources: dict[str, str]) -> list[tuple[str, dict[str, Any], str]]:
     """Return (name, config, source) of every file and of every extra entry."""
     found = []
@@ -77,8 +90,9 @@ def configs_of(paths: list[Path], sources: dict[str, str]) -> list[tuple[str, di
             stated = read_json_object(sidecar)["quantization"]
             values = {**values, "quantization_config": {"quant_method": "modelopt", **stated}}
         source = sources.get(path.stem, "")
-        if not source or "unsourced" in source:
-            print(f"left out {path.stem}: no public source", file=sys.stderr)
+        wrong = WRONG.get(path.stem.replace("__", "/", 1))
+        if not source or "unsourced" in source or wrong:
+            print(f"left out {path.stem}: {wrong or 'no public source'}", file=sys.stderr)
             continue
         found.append((path.stem.replace("__", "/", 1), values, source))
     extras = json.loads((TOOLS / "extra_models.json").read_text())
@@ -103,6 +117,7 @@ def main() -> int:
         except (UllageError, NotImplementedError) as error:  # noqa: PERF203
             failed += 1
             print(f"left out {name}: {str(error)[:200]}", file=sys.stderr)
+    check_counts(lines)
     lines.sort(key=lambda line: line["name"].lower())
     written = {line["file"] for line in lines} | {"index.json"}
     for stale in FOLDER.glob("*.json"):
