@@ -16,7 +16,7 @@ from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.schema import read_record
 from ullage.records.store import MAX_LINE_BYTES, read_records
 from ullage.records.summary import quantile, to_json
-from ullage.records.validate import validate_files
+from ullage.records.validate import SHIPPED, validate_files
 
 GIB = 2**30
 
@@ -203,3 +203,10 @@ def test_the_json_is_what_its_schema_says(tmp_path: Path, stub: ModuleType) -> N
     answer["records"][0]["error"] = "much"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(answer, schema)
+
+
+def test_shipped_records_are_sound_and_name_their_source() -> None:
+    records = list(read_records(SHIPPED))
+    assert len(records) > 50
+    assert not [record.where for record in records if record.unknown_keys]
+    assert not [record.where for record in records if not record.source_url.startswith("https://")]

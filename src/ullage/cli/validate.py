@@ -12,12 +12,18 @@ from pathlib import Path
 from ullage.errors import EXIT_INTERNAL, EXIT_OK
 from ullage.i18n import _
 from ullage.records.summary import to_json
-from ullage.records.validate import ValidationReport, validate_files
+from ullage.records.validate import SHIPPED, ValidationReport, validate_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS.jsonl", help=_("files of measured runs"))
+    parser.add_argument(
+        "records",
+        nargs="*",
+        type=Path,
+        metavar="RECORDS.jsonl",
+        help=_("files of measured runs; without any, the published runs that ullage ships"),
+    )
     parser.add_argument("--json", action="store_true", help=_("print JSON"))
     parser.add_argument("--markdown", action="store_true", help=_("print the scoreboard as Markdown"))
     parser.add_argument(
@@ -28,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; 0, or 1 when a record made the program fail inside (the report is still printed)."""
     with _progress() as step:
-        report = validate_files(arguments.records, include_partial=arguments.include_partial, progress=step)
+        report = validate_files(
+            arguments.records or [SHIPPED], include_partial=arguments.include_partial, progress=step
+        )
     for sentence in (*report.warnings, *report.internal_errors):
         print(sentence, file=sys.stderr)
     if arguments.json:

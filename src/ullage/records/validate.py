@@ -16,6 +16,8 @@ from ullage.records.store import read_records
 
 #: kind of job -> module with ``predict(record) -> Prediction``; imported only when a record of the kind comes.
 PREDICTORS = {"serve": "ullage.records.serving"}
+#: Published runs that come with the program: facts, each with the address where it was published.
+SHIPPED = Path(__file__).parent / "data" / "serving.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
