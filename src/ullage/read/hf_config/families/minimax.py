@@ -47,6 +47,7 @@ def _zeros_and_ones(keys: Keys, key: str, count: int) -> list[int]:
 #: Routing, activation and rope settings of M3.
 _M3_WITHOUT_EFFECT = (
     "num_mtp_modules",
+    "num_nextn_predict_layers",
     "partial_rotary_factor",
     "rotary_dim",
     "routed_scaling_factor",
@@ -60,7 +61,11 @@ _M3_WITHOUT_EFFECT = (
 
 
 def read_m3(keys: Keys) -> Model:
-    """Read the text part of MiniMax-M3."""
+    """Read the text part of MiniMax-M3.
+
+    No MTP module is counted: the keys name some, yet the published checkpoint's 427,040,140,160 elements are those of
+    text, tower and routing biases, and engines take the modules from a checkpoint of their own.
+    """
     hidden, count = keys.integer("hidden_size"), keys.layers()
     keys.skip(*_M3_WITHOUT_EFFECT)
     if keys.flag("attention_output_gate", False):
@@ -76,7 +81,7 @@ def read_m3(keys: Keys) -> Model:
             mixers=(sparse if kind[0] else attention,), ffns=(blocks[kind[1]],), norms=common.pre_norms(hidden)
         ),
     )
-    return common.decoder(keys, hidden, layers, mtp_layer=layers[-1])
+    return common.decoder(keys, hidden, layers)
 
 
 def _m3_attention(keys: Keys) -> Attention:

@@ -181,8 +181,9 @@ def assemble(
     """Return the whole: the text decoder renamed under ``prefix`` (with its dot), and the towers.
 
     ``prefix`` replaces ``model.``, by which readers of text decoders begin their names; ``head`` renames the head.
+    Where the whole says whether the head is tied, that decides (transformers@5.23.0:modeling_utils.py:tie_weights).
     """
-    keys.skip(*_TOKENS, "dtype", "torch_dtype", "tie_word_embeddings")
+    keys.skip(*_TOKENS, "dtype", "torch_dtype")
 
     def renamed(name: str) -> str:
         return prefix + name.removeprefix("model.") if name.startswith("model.") else name
@@ -191,6 +192,7 @@ def assemble(
         text,
         architecture=read_architecture(keys),
         towers=tuple(towers),
+        tied_embeddings=keys.flag("tie_word_embeddings", text.tied_embeddings),
         embedding_name=renamed(text.embedding_name),
         layers_name=renamed(text.layers_name),
         head_name=head or text.head_name,

@@ -182,3 +182,104 @@ def _clip(part: Keys, at: str) -> Tensors:
     for name in ("pre_layrnorm", "post_layernorm"):
         tensors += norm(at + name, hidden, bias=True)
     return tensors + CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
+
+
+# ---------------------------------------------------------------------------------------------------------- MiniMax-M3
+
+
+def read_minimax_m3(keys: Keys) -> Model:
+    """Read MiniMax-M3 with its tower: rotary CLIP layers, a projector, and a second one over merged patches.
+
+    Source: transformers@5.23.0:models/minimax_m3_vl/modeling_minimax_m3_vl.py; vllm@0.33.0:vllm/models/minimax_m3/
+    common/vision_tower.py, whose names these are.
+    """
+    part, nested = vision.need_part(keys, "vision_config"), vision.need_part(keys, "text_config")
+    keys.skip("projector_hidden_act", "img_token_compression_config")
+    nested.skip("model_type")
+    text = vision.read_as("minimax_m3", nested)
+    hidden, patch, merge = (
+        part.integer("hidden_size"),
+        part.integer("patch_size"),
+        part.integer("spatial_merge_size", 2),
+    )
+    vision.head_size(part, hidden, "num_attention_heads")
+    part.skip("dtype", "torch_dtype", "image_size")
+    inner, at = keys.integer("projector_hidden_size", text.hidden_size), "vision_tower.vision_model."
+    time = part.integer("temporal_patch_size", 2)
+    tensors = conv(at + "embeddings.patch_embedding", hidden, part.integer("num_channels", 3), time, patch, patch)
+    tensors += norm(at + "pre_layrnorm", hidden, bias=True)
+    tensors += CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
+    out = text.hidden_size
+    for name, columns in (("multi_modal_projector", hidden), ("patch_merge_mlp", out * merge * merge)):
+        tensors += linear(f"{name}.linear_1", inner, columns, bias=True, split="out")
+        tensors += linear(f"{name}.linear_2", out, inner, bias=True, split="in")
+    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+
+
+# ------------------------------------------------------------------------------------------------------------ InternVL
+
+_INTERN_LAYER = EncoderLayer(
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.projection_layer",
+    ups=("mlp.fc1",),
+    down="mlp.fc2",
+    norms=("layernorm_before", "layernorm_after"),
+)
+
+
+def read_internvl(keys: Keys) -> Model:
+    """Read InternVL 2.5 to 3.5 in transformers' layout (``model_type`` internvl).
+
+    Source: transformers@5.23.0:models/internvl/modeling_internvl.py, configuration_internvl.py (defaults);
+    vllm@0.33.0:vllm/model_executor/models/interns1_vit.py (attention whole on each rank, feed-forward split).
+    """
+    part = vision.need_part(keys, "vision_config")
+    text = vision.read_text(vision.need_part(keys, "text_config"), "qwen2")
+    hidden, at = part.integer("hidden_size", 1024), "model.multi_modal_projector."
+    ratio = keys.raw("downsample_ratio", 0.5)
+    if ratio not in (0.5, 0.25, 1, 1.0):
+        raise InputError(_("is not 1, 0.5 or 0.25"), where=keys.at("downsample_ratio"))
+    merged = hidden * int(1 / ratio) ** 2
+    tensors = _intern_vit(part, "model.vision_tower.", hidden) + norm(at + "layer_norm", merged, bias=True)
+    keys.skip("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+    tensors += linear(at + "linear_1", text.hidden_size, merged, bias=True)
+    tensors += linear(at + "linear_2", text.hidden_size, text.hidden_size, bias=True)
+    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix="model.language_model.")
+
+
+def _square(part: Keys, key: str, default: int) -> int:
+    """Take a side, given as a number or as two equal ones."""
+    if not isinstance(part.raw(key, default), list):
+        side: int = part.integer(key, default)
+        return side
+    sides = part.integers(key, length=2, low=1)
+    if sides[0] != sides[1]:
+        raise InputError(_("only squares are understood"), where=part.at(key))
+    return int(sides[0])
+
+
+def _intern_vit(part: Keys, at: str, hidden: int) -> Tensors:
+    """Return InternViT: layer scales beside CLIP-like layers; norms of queries and keys in the 6B tower."""
+    part.skip("dtype", "torch_dtype", "hidden_dropout_prob", "projection_dropout", "layer_scale_init_value")
+    vision.head_size(part, hidden, "num_attention_heads")
+    patch = _square(part, "patch_size", 14)
+    has_bias = _choice(part, "norm_type", "layer_norm", "rms_norm") == "layer_norm"
+    layer = replace(_INTERN_LAYER, qkv_bias=part.flag("attention_bias", False), norm_bias=has_bias)
+    tensors = conv(at + "embeddings.patch_embeddings.projection", hidden, 3, patch, patch, bias=True)
+    tensors += table(at + "embeddings.cls_token", 1, 1, hidden)
+    if part.flag("use_mask_token", False):
+        tensors += table(at + "embeddings.mask_token", 1, 1, hidden)
+    if part.flag("use_absolute_position_embeddings", True):
+        positions = (_square(part, "image_size", 448) // patch) ** 2 + 1
+        tensors += table(at + "embeddings.position_embeddings", 1, positions, hidden)
+    inner, has_qk_norm = part.integer("intermediate_size", 4096), part.flag("use_qk_norm", False)
+    for index in range(part.layers(default=24)):
+        block = f"{at}encoder.layer.{index}."
+        tensors += layer.tensors(block, hidden, inner)
+        tensors += table(block + "lambda_1", hidden) + table(block + "lambda_2", hidden)
+        if has_qk_norm:
+            tensors += norm(block + "attention.q_norm", hidden) + norm(block + "attention.k_norm", hidden)
+    if not part.flag("use_mean_pooling", True):
+        tensors += norm(at + "layernorm", hidden, bias=True)
+    part.skip("num_channels", "image_size")
+    return tensors
