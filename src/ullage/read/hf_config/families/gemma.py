@@ -76,9 +76,9 @@ def read_4_text(keys: Keys) -> Model:
     kinds = common.windows(keys, num_layers, window, common.every(6))
     kinds[-1] = None
     num_shared = keys.integer("num_kv_shared_layers", 0, low=0)
-    if num_shared >= num_layers:
-        raise InputError(_("leaves no layer with keys and values of its own"), where=keys.at("num_kv_shared_layers"))
     shared = [index >= num_layers - num_shared for index in range(num_layers)]
+    if set(kinds) != {kind for kind, reuses in zip(kinds, shared, strict=True) if not reuses}:
+        raise InputError(_("leaves a kind of layer without keys and values"), where=keys.at("num_kv_shared_layers"))
     per_layer = keys.integer("hidden_size_per_layer_input", 256, low=0)
 
     def make(kind: tuple[int | None, bool]) -> Layer:

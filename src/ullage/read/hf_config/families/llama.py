@@ -2,7 +2,7 @@
 
 Source: transformers@5.23.0:models/{llama,mistral,ministral3,granite,seed_oss,smollm3,internlm3,hunyuan_v1_dense,
 ernie4_5,stablelm,nemotron,apertus,exaone4}/; defaults of missing keys are those of their config classes. Families whose
-code lives beside their checkpoints (EXAONE 3, InternLM 2, Baichuan) are read as vLLM's model_executor/models/ reads them.
+code lives beside their checkpoints (EXAONE 3, InternLM 2, Baichuan) are read as vLLM reads them (model_executor/models/).
 """
 
 from __future__ import annotations
