@@ -56,7 +56,14 @@ def _try(
     try:
         engine = starter(change.job)
         tokens = change.context or result.context
-        after = judge(engine, asked=change.job, context=tokens, concurrency=result.concurrency, reserve=reserve)
+        after = judge(
+            engine,
+            asked=change.job,
+            context=tokens,
+            concurrency=result.concurrency,
+            reserve=reserve,
+            counts=result.counts,
+        )
     except InputError:
         return None  # the engine refuses this setting for this model
     item = Advice(
@@ -251,24 +258,31 @@ def _shell(text: str) -> str:
 
 def launch_line(result: FitResult) -> str:
     """Return the engine's own launch line for this job."""
-    job, parallel = result.job, result.job.parallel
+    job, asked, parallel = result.job, result.asked, result.job.parallel
     if job.native:
         return job.native
     if job.engine == "vllm":
         parts = [f"vllm serve {job.model.name}", f"--max-model-len {result.context}"]
         names = ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
-        utilisation = f"--gpu-memory-utilization {job.memory_fraction}" if job.memory_fraction else ""
         tail = [
             "--enable-expert-parallel" if parallel.expert_parallel else "",
-            f"--kv-cache-dtype {job.kv_cache_dtype}" if job.kv_cache_dtype not in (None, "auto") else "",
-            utilisation,
+            f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
+            f"--quantization {asked.quantization}" if asked.quantization else "",
+            f"--max-num-seqs {asked.max_num_seqs}" if asked.max_num_seqs else "",
+            f"--max-num-batched-tokens {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
+            "--enforce-eager" if asked.enforce_eager else "",
+            f"--gpu-memory-utilization {asked.memory_fraction}" if asked.memory_fraction else "",
         ]
     elif job.engine == "sglang":
         parts = [f"python -m sglang.launch_server --model-path {job.model.name}", f"--context-length {result.context}"]
         names = ("--tp-size", "--pp-size", "--dp-size")
         tail = [
             "--enable-dp-attention" if parallel.dp_attention else "",
-            f"--mem-fraction-static {job.memory_fraction:.3f}" if job.memory_fraction else "",
+            f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
+            f"--quantization {asked.quantization}" if asked.quantization else "",
+            f"--max-running-requests {asked.max_num_seqs}" if asked.max_num_seqs else "",
+            f"--chunked-prefill-size {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
+            f"--mem-fraction-static {asked.memory_fraction}" if asked.memory_fraction else "",
         ]
     else:
         return f"llama-server -m MODEL.gguf -c {result.context * result.concurrency} -np {result.concurrency} -ngl 999"

@@ -179,7 +179,15 @@ def _check_asked(context: int | None, concurrency: int | None) -> None:
             )
 
 
-def judge(engine: EngineStart, *, asked: ServingJob, context: int | None, concurrency: int, reserve: str) -> FitResult:
+def judge(
+    engine: EngineStart,
+    *,
+    asked: ServingJob,
+    context: int | None,
+    concurrency: int,
+    reserve: str,
+    counts: Counts | None = None,
+) -> FitResult:
     """Return the verdict on a started engine, and the largest that it would hold."""
     job = engine.job
     tokens = context or job.max_model_len or job.model.max_position_embeddings or 4096
@@ -196,7 +204,7 @@ def judge(engine: EngineStart, *, asked: ServingJob, context: int | None, concur
         asked=asked,
         job=job,
         engine=engine,
-        counts=count(job.model),
+        counts=counts or count(job.model),
         verdict=verdict,
         reason=reason,
         context=tokens,

@@ -150,19 +150,32 @@ def _mtp_parameters(model: spec.Model) -> Iterator[Placed]:
             yield _placed("mtp", index, prefix, parameter)
 
 
+def _kinds(layers: tuple[spec.Layer, ...]) -> list[tuple[spec.Layer, int]]:
+    """Return each kind of layer once with its number; readers make equal layers one object."""
+    kinds: dict[int, list[Any]] = {}
+    for layer in layers:
+        kinds.setdefault(id(layer), [layer, 0])[1] += 1
+    return [(layer, times) for layer, times in kinds.values()]
+
+
 def count(model: spec.Model) -> Counts:
     """Count parameters exactly (see :class:`Counts`)."""
     sums = dict.fromkeys(("embedding", "layer", "final", "head", "mtp", "tower"), 0)
     routed = active_routed = 0
-    for placed in model_parameters(model):
+    for layer, times in _kinds(model.layers):
+        for parameter in layer_parameters(layer, model.hidden_size):
+            if parameter.buffer:
+                continue
+            size = math.prod(parameter.shape) * parameter.copies * times
+            sums["layer"] += size
+            if parameter.role is Role.EXPERT:
+                routed += size
+                active_routed += size * parameter.active_copies // parameter.copies
+    for placed in model_parameters(replace(model, layers=())):
         parameter = placed.parameter
         if parameter.buffer:
             continue
-        size = math.prod(parameter.shape) * parameter.copies
-        sums[placed.section] += size
-        if parameter.role is Role.EXPERT and placed.section == "layer":
-            routed += size
-            active_routed += size * parameter.active_copies // parameter.copies
+        sums[placed.section] += math.prod(parameter.shape) * parameter.copies
     total = sum(size for section, size in sums.items() if section != "mtp")
     return Counts(
         total=total,
