@@ -27,7 +27,8 @@ def _catalog() -> dict[str, Any]:
 
 
 def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    parts = [int(part) for part in version.split(".")]
+    return tuple(parts + [0] * (3 - len(parts)))
 
 
 def _versions() -> tuple[str, ...]:
@@ -122,7 +123,8 @@ class Setup:
         auto_length: ``max_model_len`` was -1: the engine shortens it until it fits.
         chunked_prefill: prompts longer than the batch are cut.
         total_bytes: (low, expected, high) of the device's total.
-        multimodal: the towers are profiled and served.
+        multimodal: the towers are built, profiled and served.
+        tokens_high: tokens of the profiling run at most: where the default was taken, an offline ``LLM`` has more.
     """
 
     job: ServingJob
@@ -133,6 +135,7 @@ class Setup:
     total_bytes: tuple[int, int, int]
     multimodal: bool
     pooling: bool
+    tokens_high: int
     warnings: tuple[str, ...] = ()
 
     @property
@@ -213,15 +216,16 @@ def resolve(job: ServingJob) -> Setup:
         chunked_prefill=chunked,
         prefix_caching=_truth(flags.get("enable_prefix_caching"), version.engine == "V1" and not has_state(job.model)),
         total_bytes=total_bytes(job),
-        multimodal=bool(job.model.towers) and not _towers_off(flags),
+        multimodal=bool(job.model.towers) and not towers_left_out(flags),
         pooling=pooling,
+        tokens_high=max(tokens, _offline_tokens(job, version, length, chunked)),
         warnings=version.warnings,
     )
 
 
-def _towers_off(flags: dict[str, str]) -> bool:
-    """Tell whether no image, video or audio may be given, so that the encoder is not profiled."""
-    if _truth(flags.get("language_model_only"), False) or _truth(flags.get("skip_mm_profiling"), False):
+def towers_left_out(flags: dict[str, str]) -> bool:
+    """Tell whether no image, video or audio may be given: newer versions then do not build the encoder."""
+    if _truth(flags.get("language_model_only"), False):
         return True
     limits = re.findall(r":\s*(\d+)", flags.get("limit_mm_per_prompt", ""))
     return bool(limits) and all(int(limit) == 0 for limit in limits)
@@ -288,6 +292,12 @@ def _batch_defaults(job: ServingJob, version: Version, length: int, chunked: boo
     if large:
         return (16384 if offline else 8192), 1024
     return (8192 if offline else 2048), 256
+
+
+def _offline_tokens(job: ServingJob, version: Version, length: int, chunked: bool) -> int:
+    if job.max_num_batched_tokens is not None:
+        return job.max_num_batched_tokens
+    return _batch_defaults(replace(job, flags=(*job.flags, ("usage", "llm"))), version, length, chunked)[0]
 
 
 def _weights_dtype(job: ServingJob) -> str:

@@ -14,7 +14,7 @@ from ullage.units import GiB, KiB, MiB
 
 #: Driver memory of one instantiated graph of one layer's kernels, and its range: kernel nodes, parameters, launch
 #: records. vLLM itself reckons at least 1 MiB for a whole captured size (profile_cudagraph_memory).
-PIECE_BYTES, PIECE_LOW_BYTES, PIECE_HIGH_BYTES = 256 * KiB, 32 * KiB, 1280 * KiB
+PIECE_BYTES, PIECE_LOW_BYTES, PIECE_HIGH_BYTES = 256 * KiB, 32 * KiB, 1408 * KiB
 
 
 def sizes(setup: Setup) -> tuple[int, ...]:

@@ -58,6 +58,24 @@ class Grouping:
         """Return the blocks that one request of ``length`` tokens takes from the pool, over all groups."""
         return sum(group.spec.pages(length, in_flight=self.in_flight, dcp=self.dcp) for group in self.groups)
 
+    def log_blocks(self, length: int, *, by_first_page: bool) -> int:
+        """Return the blocks of a request as the log's concurrency counts them.
+
+        Formula: ``by_first_page``: ceil(sum over groups of pages x group page / page of the first group), which counts
+            a narrow group for less than a block; else :meth:`request_blocks`. Equal where all pages are.
+        Source: vllm@0.23.0:vllm/v1/core/kv_cache_utils.py:get_max_concurrency_for_kv_cache_config; vllm@0.25.0: same.
+        """
+        if not by_first_page or not self.packed or not self.groups:
+            return self.request_blocks(length)
+        sizes = sorted({one.page_bytes for _index, one in self.groups[0].layers})
+        first = sum(one.page_bytes for _index, one in self.groups[0].layers)
+        needed = sum(
+            group.spec.pages(length, in_flight=self.in_flight, dcp=self.dcp)
+            * sum(next((size for size in sizes if size >= one.page_bytes), sizes[-1]) for _index, one in group.layers)
+            for group in self.groups
+        )
+        return cdiv(needed, first)
+
     @property
     def block_tokens(self) -> int:
         """Tokens of the smallest block."""
@@ -116,7 +134,7 @@ def _equal_groups(specs: list[LayerSpec], slack: float) -> tuple[list[Group], in
     return groups, width
 
 
-def _v4_groups(specs: list[LayerSpec]) -> tuple[list[Group], int]:
+def _v4_groups(specs: list[LayerSpec], side_by_side: bool) -> tuple[list[Group], int]:
     """Group V4's caches: all growing caches in one group, each kind of ring in groups as wide as that one.
 
     The pool's block is what the growing group takes; rings are split so that they fit into it.
@@ -143,8 +161,26 @@ def _v4_groups(specs: list[LayerSpec]) -> tuple[list[Group], int]:
         for first in range(number):
             part = tuple(item for same in by_size.values() for item in same[first::number])
             groups.append(Group(layers=part, spec=part[0][1]))
-    widest = max((sum(one.page_bytes for _i, one in group.layers) for group in groups), default=0)
-    return groups, max(widest, width * sum(counts))
+    return groups, _packed_bytes(groups, sorted(counts), side_by_side)
+
+
+def _packed_bytes(groups: list[Group], pages: list[int], side_by_side: bool) -> int:
+    """Return the bytes of a block of V4's pool.
+
+    Formula: side by side (0.29 on): the widest group. Before: for each page size of the growing group, that size x
+        the most layers of it in any group, a ring's page counting as the next larger size.
+    Source: vllm@0.33.0:vllm/v1/core/kv_cache_planning.py:_get_kv_cache_bytes_per_block;
+        vllm@0.25.0:vllm/v1/core/kv_cache_utils.py:_get_kv_cache_config_packed, _bucket_layers_by_page_size.
+    """
+    if side_by_side:
+        return max(sum(one.page_bytes for _index, one in group.layers) for group in groups)
+    slots = dict.fromkeys(pages, 0)
+    for group in groups:
+        here = dict.fromkeys(pages, 0)
+        for _index, one in group.layers:
+            here[next((page for page in pages if page >= one.page_bytes), pages[-1])] += 1
+        slots = {page: max(slots[page], here[page]) for page in pages}
+    return sum(page * number for page, number in slots.items())
 
 
 def _per_size(layers: list[LayerSpec]) -> dict[int, int]:
@@ -182,7 +218,7 @@ def grouping(setup: Setup) -> Grouping:
     if not specs:
         return Grouping(groups=(), width=0, page_bytes=0, **common)
     if any(one.v4 for _index, one in specs):
-        groups, packed = _v4_groups(specs)
+        groups, packed = _v4_groups(specs, setup.version.setting("packed_groups") == "packed")
         return Grouping(groups=tuple(groups), width=0, page_bytes=0, packed=packed, **common)
     single = _one_group(specs)
     if single is not None:

@@ -115,7 +115,7 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
             head=last,
             final=last,
             mtp=last and loads_mtp(setup),
-            towers=rank == 0,
+            towers=rank == 0 and (setup.multimodal or not setup.version.at_least("0.11.0")),
             attention_tp=tp,
             dense_tp=tp,
             shared_expert_tp=1 if sequence_parallel_moe(setup) else tp,

@@ -15,7 +15,7 @@ from ullage.account.sharding import LocalParameter, frame_share, layer_share
 from ullage.account.weights import KEEP, KeepOr, format_of, weights_term
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage, sequence_parallel_moe
-from ullage.ledger import Term, exact, ranged, total
+from ullage.ledger import Term, ranged, total
 from ullage.spec import model as spec
 from ullage.units import MiB, dtype_bytes, round_up
 
@@ -109,7 +109,8 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
 
     Formula: max_position_embeddings x rotary_dim x e, for each distinct (dim, window or not).
     Source: vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache, __init__.py:get_rope
-        (one cached instance for equal arguments).
+        (one cached instance for equal arguments); mrope.py:MRotaryEmbedding (four times the positions, hence the range
+        of models with towers).
     """
     model = setup.job.model
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
@@ -123,9 +124,11 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
             elif isinstance(mixer, spec.CompressedAttention):
                 kinds.add((mixer.qk_rope_head_dim, mixer.compress_ratio > 0, 4))
     num_bytes = sum(model.max_position_embeddings * dim * size for dim, _kind, size in kinds)
-    return exact(
+    return ranged(
         "rotary_tables",
         num_bytes,
+        low=num_bytes,
+        high=(4 if model.towers else 1) * num_bytes,
         formula=f"{model.max_position_embeddings:,} positions x {[dim for dim, _kind, _size in sorted(kinds)]} values",
         source="vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache",
     )
@@ -216,6 +219,8 @@ def _hidden_padding(setup: Setup, stage: Stage, rules: KeepOr, weights: Term) ->
     if isinstance(quantization, spec.Quantization) and "mxfp4" in quantization.method:
         multiple = _mxfp4_multiple(setup)[1]
         added = routed * (round_up(model.hidden_size, multiple) - model.hidden_size) // model.hidden_size
+        if multiple == 1:
+            added = _swizzled(model, stage, routed)
     return ranged(
         "kernel_padding",
         added,
@@ -224,6 +229,19 @@ def _hidden_padding(setup: Setup, stage: Stage, rules: KeepOr, weights: Term) ->
         formula="experts x (padded hidden / hidden - 1)",
         source="vllm@0.22.1:vllm/model_executor/layers/fused_moe/oracle/mxfp4.py",
     )
+
+
+def _swizzled(model: spec.Model, stage: Stage, routed: int) -> int:
+    """Return what Triton's Hopper layout adds: each row of packed values is padded to 128 bytes, scales are not.
+
+    Formula: values x (2/3 (pad(H) / H - 1) + 1/3 (pad(I/t) / (I/t) - 1)), pad to 256 values; values 16/17 of the bytes.
+    Source: triton_kernels (Triton 3.4) tensor_details/layout_details/hopper_value.py:HopperMXValueLayout;
+        vllm@0.11.0:vllm/model_executor/layers/quantization/utils/mxfp4_utils.py:_swizzle_mxfp4.
+    """
+    part = next(ffn for layer in model.layers for ffn in layer.ffns if isinstance(ffn, spec.MoEFFN))
+    sizes = ((2, model.hidden_size), (1, -(-part.intermediate_size // stage.share.expert_tp)))
+    values = routed * 16 // 17
+    return sum(values * weight * (round_up(size, 256) - size) // (3 * size) for weight, size in sizes)
 
 
 def loaded_weights(setup: Setup, stage: Stage) -> Term:
@@ -251,7 +269,9 @@ def loaded_weights(setup: Setup, stage: Stage) -> Term:
         share = replace(stage.share, layers=(0, len(job.draft_model.layers)), embedding=True, mtp=False, towers=False)
         drafts = weights_term(drafted.job.model, share, dtype=job.weights_dtype)
         children.append(replace(drafts, name="draft_model"))
-    return _offloaded(job.cpu_offload_bytes, total("weights", [child for child in children if child.high_bytes]))
+    term = total("weights", [child for child in children if child.high_bytes])
+    # Small tensors that the engine drops or fuses (unused biases, norms of tied layers) are within two thousandths.
+    return _offloaded(job.cpu_offload_bytes, replace(term, low_bytes=term.low_bytes - term.low_bytes // 500))
 
 
 def _offloaded(offload: int, term: Term) -> Term:

@@ -45,9 +45,12 @@ def nccl(setup: Setup) -> Term:
     """
     if _ranks(setup) == 1 and setup.job.parallel.data_parallel_size == 1:
         return exact("nccl", 0, formula="one rank")
+    ranks = _ranks(setup)
     backend = setup.flag("distributed_executor_backend").lower()
     nodes = setup.job.machine.num_nodes > 1 or "nodes" in backend
-    low, expected, high = (256 * MiB, GiB, 5 * GiB // 2) if nodes else (64 * MiB, 400 * MiB, 7 * GiB // 4)
+    low, expected, high = (
+        (256 * MiB, GiB, 5 * GiB // 2) if nodes else (64 * MiB, (200 + 100 * ranks) * MiB, (1536 + 128 * ranks) * MiB)
+    )
     return ranged(
         "nccl",
         expected,
@@ -99,16 +102,42 @@ def growth(setup: Setup) -> Term:
     )
 
 
+def context_counted(setup: Setup) -> bool:
+    """Tell whether this version counts the CUDA context as ``non_torch``: it takes no snapshot after the context is up.
+
+    Source: vllm@0.6.4:vllm/worker/worker.py:determine_num_available_blocks (total - free - torch; likewise V1 of 0.8),
+        vllm@0.7.3:vllm/worker/worker.py:init_device (baseline snapshot), vllm@0.9.2:vllm/v1/worker/gpu_worker.py.
+    """
+    return not setup.version.at_least("0.7.0" if setup.version.engine == "V0" else "0.9.0")
+
+
+def host_side(setup: Setup) -> Term:
+    """Return what the engine's processes take of a memory that GPU and host share; free memory is one for both.
+
+    Source: vllm@0.33.0:vllm/utils/mem_utils.py:MemorySnapshot.measure (psutil's available memory on integrated GPUs).
+    Known error: page cache of the checkpoint's files counts on versions that read cudaMemGetInfo.
+    """
+    return ranged(
+        "host_processes",
+        2 * GiB,
+        low=0,
+        high=16 * GiB,
+        formula="Python processes, pinned and cached pages",
+        source="vllm@0.33.0:vllm/utils/mem_utils.py:MemorySnapshot.measure",
+    )
+
+
 def non_torch_parts(setup: Setup) -> tuple[Term, ...]:
     """Return what this version's ``non_torch`` is made of."""
     parts = [growth(setup), all_to_all(setup)]
-    if setup.version.setting("context_in_non_torch"):
+    if context_counted(setup):
         parts.append(context(setup))
+    if setup.job.machine.gpu.unified:
+        parts.append(host_side(setup))
     parts.append(nccl(setup))
     return tuple(part for part in parts if part.high_bytes)
 
 
 def before_snapshot(setup: Setup) -> tuple[Term, ...]:
     """Return what is on the card, is not ``non_torch`` by this version's count, and is the engine's all the same."""
-    parts = [] if setup.version.setting("context_in_non_torch") else [context(setup)]
-    return tuple(parts)
+    return () if context_counted(setup) else (context(setup),)

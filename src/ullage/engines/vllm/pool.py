@@ -72,8 +72,11 @@ def pool(setup: Setup, stages: Sequence[Stage], grouping: Grouping, available: S
     context = longest(grouping, usable, max(length, setup.job.model.max_position_embeddings, 1 << 24))
     if setup.auto_length:
         length = min(length, context)
-    reason = _refusal(setup, grouping, min(available), blocks, usable, length)
-    needed = grouping.request_blocks(max(1, length))
+    held = usable
+    if setup.version.setting("check_all_layers"):
+        held = max(0, min(available)) // grouping.block_bytes(0, grouping.num_layers)
+    reason = _refusal(setup, grouping, min(available), blocks, held, length)
+    needed = grouping.log_blocks(max(1, length), by_first_page=setup.version.setting("log_blocks") == "by_first_page")
     concurrency = blocks / needed if needed else 0.0
     tokens = blocks // max(1, len(grouping.groups)) * grouping.block_tokens * grouping.dcp
     if setup.version.engine == "V0" or not setup.version.at_least("0.9.0"):

@@ -35,7 +35,7 @@ def sampler_path(setup: Setup) -> tuple[str, bool]:
         return "sort", False
     if setup.job.machine.gpu.vendor != "nvidia":
         return "sort", True
-    if rule == "flashinfer_if_installed":
+    if rule == "flashinfer_if_installed" or ".nv" in setup.job.engine_version:
         return "sort", True
     return ("sort" if rule == "sort" else "in_place"), False
 
@@ -105,7 +105,8 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
     """Return (expected, high) bytes of the widest layer of the forward pass.
 
     Formula: T x H x e x 3 (residual, the block's input and output) + the widest block: a dense block keeps gate, up
-        and their product; an MoE see :func:`moe_bytes`; attention its projections. High: twice the hidden states.
+        and their product; an MoE see :func:`moe_bytes`; attention its projections. High: twice that, or the tokens of
+        an offline engine where the default was taken.
     Source: vllm@0.6.4:vllm/model_executor/models/llama.py:LlamaDecoderLayer.forward (what its frames keep alive).
     Known error: compiled graphs free a little earlier; quantised inputs add a byte per value.
     """
@@ -122,7 +123,8 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
                 widest = max(widest, tokens * _dense_width(block, stage.share.dense_tp) * element)
     residual = max((layer.residual.num_streams if layer.residual else 1) for layer in model.layers)
     hidden = tokens * model.hidden_size * element * (2 + residual)
-    return widest + hidden, 2 * (widest + hidden)
+    high = max(2 * (widest + hidden), (widest + hidden) * 6 * setup.tokens_high // (5 * tokens))
+    return widest + hidden, high
 
 
 def _encoder_tokens(setup: Setup) -> int:
@@ -137,7 +139,7 @@ def encoder_high_bytes(setup: Setup) -> int:
         patches to a token. A bound, not an estimate: the encoder's image sizes are its processor's.
     Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:profile_run (encoder budget, expanded outputs).
     """
-    if not setup.multimodal:
+    if not setup.multimodal or setup.truth("skip_mm_profiling", False):
         return 0
     model, budget = setup.job.model, _encoder_tokens(setup)
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
@@ -161,6 +163,8 @@ def activation_peak(setup: Setup, stage: Stage) -> Term:
     expected = workspace + max(forward, sampler)
     low = max(bounds[0], forward // 2)
     high = workspace + max(bounds[1], forward_high, bounds[1] and encoder_high_bytes(setup)) + 64 * MiB
+    if setup.version.setting("profile_counts") == "free_difference":
+        high = max(high, 6 * forward + workspace)  # every cached segment counts, however fragmented
     if setup.multimodal:
         high = max(high, workspace + forward + encoder_high_bytes(setup))
     return ranged(

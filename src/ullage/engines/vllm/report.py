@@ -32,7 +32,7 @@ def figures(
     """Return the log's figures for the rank that fills first."""
     graphs = of_term(one.graphs)
     if graphs.value:  # the log prints a difference of free memory: cached segments given back count against it
-        graphs = Amount(value=graphs.value, low=graphs.low - GiB, high=graphs.high)
+        graphs = Amount(value=graphs.value, low=graphs.low - 1.25 * GiB, high=graphs.high)
     return {
         "weights": of_term(one.weights),
         "activation_peak": of_term(one.activation),
