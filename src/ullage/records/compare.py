@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ullage.engines.serving import Amount
+from ullage.errors import EXIT_USAGE, UllageError
 from ullage.i18n import _
 from ullage.records.schema import Measured, Record
 
@@ -14,8 +15,10 @@ from ullage.records.schema import Measured, Record
 _SUM_OVER_REPLICAS = re.compile(r"sum over the (\d{1,4}) DP ranks")
 
 
-class NotComparableError(Exception):
+class NotComparableError(UllageError):
     """A record that cannot be predicted for a reason that lies in the record; the text says why."""
+
+    exit_code = EXIT_USAGE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,8 +118,6 @@ def read_record(values: Mapping[str, Any], where: str) -> Record:
     fits_in_gib = values.get("fits_in_gib")
     if fits_in_gib is not None:
         fits_in_gib = _number(fits_in_gib, "fits_in_gib", where)
-    if not figures and fits_in_gib is None:
-        raise InputError(_("nothing was measured"), where=where, remedy=_("give measured or fits_in_gib"))
     return Record(
         record_id=_text(values, "id", where),
         group=_text(values, "group", where),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
-from ullage.engines.serving import Amount, EngineStart, start
+from ullage.engines.serving import SERVING_ENGINES, Amount, EngineStart
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Ledger, Term
@@ -23,7 +25,10 @@ ENGINE_ROOMS = {
     "llamacpp": "llamacpp",
     "llama.cpp": "llamacpp",
     "ik_llama.cpp": "llamacpp",
+    "ollama": "llamacpp",
 }
+#: Relatives that a room tells apart by the name of the job's engine.
+RELATIVES = ("ik_llama.cpp", "ollama")
 #: What follows from the size of the card, and so cannot be judged when the card is not known.
 OF_THE_CARD = (
     "kv_cache",
@@ -50,10 +55,10 @@ def predict(record: Record) -> Prediction:
     """
     room = _engine_room(record)
     job, not_comparable = record_job(record, room)
-    answer = start(job)
+    answer: EngineStart = import_module(SERVING_ENGINES[room]).start(job)
     ranks = _by_rank(answer)
     return Prediction(
-        engine=room,
+        engine=job.engine,
         figures=answer.figures,
         ranks=ranks,
         starts=answer.starts,
@@ -68,16 +73,18 @@ def record_job(record: Record, room: str) -> tuple[ServingJob, dict[str, str]]:
     flags = words.flags(fields.get("flags"), record.where)
     not_comparable: dict[str, str] = {}
     num_gpus = words.integer(fields, "num_gpus", record.where)
-    if num_gpus == 0:
-        raise NotComparableError(_("no GPU: host buffers only"))
+    if num_gpus == 0 and room != "llamacpp":
+        raise NotComparableError(_("no GPU"))
     if num_gpus is None:
         raise NotComparableError(_("the number of GPUs is not known"))
     gpu = words.text(fields, "gpu", record.where)
-    if gpu is None:
+    if gpu is None and num_gpus:
         not_comparable.update(dict.fromkeys(OF_THE_CARD, _("the card is not known")))
     if gpu is not None and "+" in gpu:
         raise NotComparableError(_("cards of several kinds in one job"))
-    machine = parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
+    machine = parse_machine(f"{num_gpus or 1}x{gpu or STAND_IN_GPU}")
+    if num_gpus == 0:
+        machine = replace(machine, gpus_per_node=0)
     model, quantization = record_model(record)
     if quantization is None and gguf_type_missing(fields.get("quantization")):
         not_comparable["weights"] = _("the GGUF type is not stated")
@@ -87,11 +94,13 @@ def record_job(record: Record, room: str) -> tuple[ServingJob, dict[str, str]]:
         not_comparable["available_before_weights"] = _("stated by the job, not predicted")
     common = words.engine_settings(fields, flags, record.where)
     version = str(fields.get("engine_version") or "")
-    fork = record.engine if record.engine.lower() != room else ""
+    first = record.engine.lower().split()[0]
+    engine = first if first in RELATIVES else room
+    fork = record.engine if record.engine.lower() not in (engine, room) else ""
     job = ServingJob(
         model=model,
         machine=machine,
-        engine=room,
+        engine=engine,
         engine_version=" ".join(part for part in (fork, version) if part),
         parallel=_parallel(fields.get("parallel"), flags, num_gpus, record.where),
         quantization=quantization,
@@ -104,11 +113,10 @@ def record_job(record: Record, room: str) -> tuple[ServingJob, dict[str, str]]:
 
 
 def _engine_room(record: Record) -> str:
-    words_of_engine = record.engine.lower().split()
-    room = ENGINE_ROOMS.get(words_of_engine[0]) if words_of_engine else None
-    if room is None:
+    first = record.engine.lower().split()[:1]
+    if not first or first[0] not in ENGINE_ROOMS:
         raise NotComparableError(_("no engine room for {engine}").format(engine=record.engine[:40]))
-    return room
+    return ENGINE_ROOMS[first[0]]
 
 
 def _parallel(value: Any, flags: Mapping[str, str], num_gpus: int, where: str) -> ServingParallel:

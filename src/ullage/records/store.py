@@ -32,6 +32,8 @@ def read_records(path: Path) -> Iterator[Record]:
                 where=record.where,
             )
         seen[record.record_id] = record.where
+        if not record.measured and record.fits_in_gib is None:
+            raise InputError(_("nothing was measured"), where=record.where, remedy=_("give measured or fits_in_gib"))
         yield record
 
 
