@@ -88,6 +88,8 @@ SERVING_ENGINES = {
     "vllm": "ullage.engines.vllm",
     "sglang": "ullage.engines.sglang",
     "llamacpp": "ullage.engines.llamacpp",
+    "ik_llama.cpp": "ullage.engines.llamacpp",
+    "ollama": "ullage.engines.llamacpp",
 }
 
 

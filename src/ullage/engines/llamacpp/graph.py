@@ -31,8 +31,17 @@ class LayerPlace:
     dense_on_host: bool = False
 
 
-def decoder_graph(model: Model, settings: GraphSettings, places: tuple[LayerPlace, ...], output_backend: int) -> Graph:
-    """Return the graph of one step of ``settings.num_tokens`` tokens with a full cache."""
+def decoder_graph(
+    model: Model,
+    settings: GraphSettings,
+    places: tuple[LayerPlace, ...],
+    output_backend: int,
+    output_offload_bytes: int = 0,
+) -> Graph:
+    """Return the graph of one step of ``settings.num_tokens`` tokens with a full cache.
+
+    ``output_offload_bytes``: of an output matrix on the host that is copied to device 0 for a large batch, 0 for none.
+    """
     build = Builder(settings)
     tokens = build.input("tokens", settings.num_tokens * 4)
     stream = build.op("embedding", model.hidden_size * settings.num_tokens * F32, tokens, backend=HOST)
@@ -45,7 +54,10 @@ def decoder_graph(model: Model, settings: GraphSettings, places: tuple[LayerPlac
         stream = _layer(layer, model.hidden_size, stream, build, place, masks, last=index == len(model.layers) - 1)
     build.backend = output_backend
     stream = build.norm(stream, model.hidden_size * settings.num_outputs * F32)
-    logits = build.op("logits", model.vocab_size * settings.num_outputs * F32, stream)
+    weight: tuple[Node, ...] = ()
+    if output_offload_bytes:
+        weight = (Node(name="host weight", size=output_offload_bytes, external=True, backend=HOST),)
+    logits = build.op("logits", model.vocab_size * settings.num_outputs * F32, *weight, stream)
     logits.is_output = True
     build.graph.expand(logits)
     return build.graph
@@ -228,7 +240,7 @@ def _offloaded(place: LayerPlace) -> tuple[tuple[Node, ...], tuple[Node, ...], t
     if place.offload_bytes is None:
         return (), (), ()
     up, gate, down = (
-        (Node(name="expert weight", size=size, external=True, backend=HOST),) for size in place.offload_bytes
+        (Node(name="host weight", size=size, external=True, backend=HOST),) for size in place.offload_bytes
     )
     return up, gate, down
 

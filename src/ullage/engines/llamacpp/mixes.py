@@ -3,8 +3,7 @@
 Rules go by tensor category, position of the layer, grouped-query factor and number of experts.
 Source: llama.cpp@007dbbf3:src/llama-quant.cpp:llama_tensor_get_type_impl, tensor_type_fallback,
 tensor_allows_quantization (the file types that ik_llama.cpp adds start from their plain type:
-ik_llama.cpp@8337e4cd:src/llama-quantize.cpp:llama_tensor_get_type). Importance-matrix files differ where noted in
-:func:`tensor_type`.
+ik_llama.cpp@8337e4cd:src/llama-quantize.cpp:llama_tensor_get_type).
 """
 
 from __future__ import annotations
@@ -103,11 +102,11 @@ _CATEGORIES = {
 }
 
 
-def tensor_type(tensor: GgufTensor, file_type: str, facts: MixFacts) -> str:
-    """Return the ggml type of ``tensor`` in a file of ``file_type``, made without an importance matrix.
+def tensor_type(tensor: GgufTensor, file_type: str, facts: MixFacts, *, imatrix: bool = False) -> str:
+    """Return the ggml type of ``tensor`` in a file of ``file_type``.
 
-    Known error: with an importance matrix Q4_0 and Q5_0 raise the first eighth of ffn_down, and IQ4_XS and IQ3_XXS do
-    not; under 1 % of the file.
+    ``imatrix``: made with an importance matrix, as most published IQ files are: then IQ4_XS, IQ4_NL and IQ3_XXS leave
+    ffn_down alone, and Q4_0 and Q5_0 raise its first eighth.
     """
     name = file_type.upper()
     if tensor.vector or not tensor.name.endswith("weight") or "_norm." in tensor.name or "ssm_conv1d" in tensor.name:
@@ -118,6 +117,11 @@ def tensor_type(tensor: GgufTensor, file_type: str, facts: MixFacts) -> str:
     if base in ("F32", "F16", "BF16"):
         return base
     chosen = _by_rule(tensor, name, base, facts)
+    if imatrix and category(tensor.name) == "down":
+        if name in ("IQ4_XS", "IQ4_NL", "IQ3_XXS"):
+            chosen = base
+        elif name in ("Q4_0", "Q5_0") and tensor.layer < facts.num_layers // 8:
+            chosen = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[name]
     return _fitting(chosen, tensor.shape[-1])
 
 

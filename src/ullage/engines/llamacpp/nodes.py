@@ -62,7 +62,7 @@ class Builder:
             sources=sources,
             can_inplace=inplace,
             backend=self.backend if backend is None else backend,
-            offloaded=any(source.external and source.name == "expert weight" for source in sources),
+            offloaded=any(source.external and source.name == "host weight" for source in sources),
         )
 
     def view(self, node: Node, size: int | None = None, *, strided: bool = False) -> Node:

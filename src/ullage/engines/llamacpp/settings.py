@@ -1,0 +1,292 @@
+"""A job's flags, resolved: what was typed, what a log said, and the defaults of the version, each noted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ullage.account.gguf_types import ggml_type
+from ullage.engines.llamacpp.defaults import default, version_day
+from ullage.errors import InputError, LayoutError
+from ullage.i18n import _
+from ullage.spec.model import LatentAttention
+from ullage.spec.serving import ServingJob
+from ullage.units import round_up
+
+#: names that logs and records use → names of :mod:`ullage.read.llamacpp_args`
+_ALIASES = {
+    "num_ctx": "n_ctx",
+    "ctx_size": "n_ctx",
+    "batch_size": "n_batch",
+    "num_batch": "n_batch",
+    "ubatch_size": "n_ubatch",
+    "n_seq_max": "parallel",
+    "num_parallel": "parallel",
+    "np": "parallel",
+    "fa": "flash_attn",
+    "mla_attn": "mla",
+    "mla_use": "mla",
+    "amb": "attn_max_batch",
+    "attn_max_b": "attn_max_batch",
+    "fmoe": "fused_moe",
+    "rtr": "run_time_repack",
+    "ngl": "n_gpu_layers",
+    "gpu_layers": "n_gpu_layers",
+    "num_gpu": "n_gpu_layers",
+    "ts": "tensor_split",
+    "sm": "split_mode",
+    "mg": "main_gpu",
+    "ot": "override_tensor",
+    "ctk": "cache_type_k",
+    "ctv": "cache_type_v",
+    "nkvo": "no_kv_offload",
+    "layers.offload": "offloaded",
+    "ser": "smart_expert_reduction",
+}
+_OFF = ("0", "off", "false", "none", "no")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides where memory goes.
+
+    Attributes:
+        engine, day: of the family, and the day of the version.
+        num_devices: cards; n_gpu_layers: layers offloaded, the output layer counted last.
+        overrides: (pattern, buffer) in order; the first whose pattern is found in a tensor's name decides.
+        parallel: sequences; kv_unified: one cache for all of them.
+        cache_type_k, cache_type_v: ggml types.
+        latent_cache: "expanded", "key_and_value", "key" or "by_mode" (ik: ``mla``).
+        fused_moe: None when a run's flag is not known and either may be.
+        pipeline_copies: of what crosses devices, when pipeline parallelism is on.
+        output_first: the output layer is offloaded before any other.
+        window_cache: sliding-window layers have a smaller cache.
+        assumed: what was taken for granted.
+    """
+
+    engine: str
+    day: str
+    num_devices: int
+    n_gpu_layers: int
+    split_mode: str
+    tensor_split: tuple[float, ...] | None
+    main_gpu: int
+    overrides: tuple[tuple[str, str], ...]
+    n_ctx: int
+    n_ubatch: int
+    parallel: int
+    kv_unified: bool
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: bool
+    kv_offload: bool
+    op_offload: bool
+    mla: int
+    latent_cache: str
+    attention_max_mib: int
+    fused_moe: bool | None
+    repack: bool
+    window_cache: bool
+    fused_glu: bool
+    pipeline_copies: int
+    output_first: bool
+    assumed: tuple[str, ...]
+
+    @property
+    def ik(self) -> bool:
+        """Whether this is ik_llama.cpp."""
+        return self.engine == "ik_llama.cpp"
+
+
+def resolve(job: ServingJob) -> Settings:
+    """Fill in the defaults of the job's version.
+
+    Raises:
+        InputError: a value cannot be read.
+        LayoutError: values that cannot go together.
+    """
+    flags = _flags(job)
+    engine = job.engine
+    day, named = version_day(engine, job.engine_version)
+    assumed: list[str] = []
+    if not named:
+        assumed.append(
+            _("version {version!r} not understood: rules of {day}").format(version=job.engine_version, day=day)
+        )
+
+    def integer(name: str, given: int | None = None) -> int:
+        if name in flags:
+            return _integer(name, flags[name][-1])
+        if given is not None:
+            return given
+        value = default(engine, name, day)
+        assumed.append(_("{name} = {value}, the default of {day}").format(name=name, value=value, day=day))
+        return int(value or 0)
+
+    num_devices = job.machine.num_gpus
+    layers = _gpu_layers(job, flags, num_devices, assumed)
+    latent = any(isinstance(part, LatentAttention) for layer in job.model.layers for part in layer.mixers)
+    flash = _flash(job, flags, day, assumed)
+    n_ctx = integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
+    parallel = max(1, integer("parallel", job.max_num_seqs))
+    if engine == "ollama":
+        n_ctx *= parallel  # every sequence gets num_ctx cells
+    n_ctx = round_up(n_ctx, 256 if flash or engine != "ik_llama.cpp" else 32)
+    n_batch = min(n_ctx, integer("n_batch"))
+    n_ubatch = min(n_batch, integer("n_ubatch", job.max_num_batched_tokens))
+    cache_k = _cache_type(flags, "cache_type_k", job, "f16")
+    cache_v = _cache_type(flags, "cache_type_v", job, cache_k if job.kv_cache_dtype else "f16")
+    copies = int(default(engine, "pipeline_copies", day))
+    overrides = _overrides(flags)
+    if overrides and num_devices > 1 and copies > 1:
+        copies = 1
+        assumed.append(_("with tensor overrides one copy of what crosses devices: pipeline parallelism is off"))
+    fused: bool | None = bool(_switch(flags, "fused_moe", default(engine, "fused_moe", day)))
+    if "fused_moe" not in flags and engine == "ik_llama.cpp" and not job.native and "n_gpu_layers" not in flags:
+        fused = None  # known from a log that does not print it
+    return Settings(
+        engine=engine,
+        day=day,
+        num_devices=num_devices,
+        n_gpu_layers=layers,
+        split_mode=flags.get("split_mode", ["layer"])[-1],
+        tensor_split=_split(flags),
+        main_gpu=_integer("main_gpu", flags.get("main_gpu", ["0"])[-1]),
+        overrides=overrides,
+        n_ctx=n_ctx,
+        n_ubatch=n_ubatch,
+        parallel=parallel,
+        kv_unified=bool(_switch(flags, "kv_unified", default(engine, "kv_unified", day))),
+        cache_type_k=cache_k,
+        cache_type_v=cache_v,
+        flash_attention=flash,
+        kv_offload="no_kv_offload" not in flags,
+        op_offload="no_op_offload" not in flags,
+        mla=integer("mla") if latent and engine == "ik_llama.cpp" else 0,
+        latent_cache=_latent_cache(job, flags, day) if latent else "",
+        attention_max_mib=_integer("attn_max_batch", flags.get("attn_max_batch", ["0"])[-1]),
+        fused_moe=fused,
+        repack=bool(_switch(flags, "run_time_repack", False)),
+        window_cache=bool(default(engine, "window_cache", day)) and "swa_full" not in flags,
+        fused_glu=bool(default(engine, "fused_glu", day)),
+        pipeline_copies=copies,
+        output_first=bool(default(engine, "output_first", day)),
+        assumed=tuple(assumed),
+    )
+
+
+def _flags(job: ServingJob) -> dict[str, list[str]]:
+    """Return the job's flags by canonical name; a ``command`` or the native line is read as a command line."""
+    from ullage.read.llamacpp_args import parse_command
+
+    found: dict[str, list[str]] = {}
+    command = next((value for name, value in job.flags if name == "command"), job.native)
+    typed = parse_command(command).flags if command else ()
+    for name, value in typed:
+        found.setdefault(name, []).append(str(value))
+    for raw, value in job.flags:
+        name = raw.strip("-").replace("-", "_")
+        name = _ALIASES.get(name, name)
+        if name != "command" and not (name in found and name == "override_tensor" and typed):
+            found[name] = [*found.get(name, []), str(value)] if name == "override_tensor" else [str(value)]
+    return found
+
+
+def _gpu_layers(job: ServingJob, flags: dict[str, list[str]], num_devices: int, assumed: list[str]) -> int:
+    """Return the layers on devices: ``-ngl``, or the log's ``offloaded k/n``; all of them when nothing is said."""
+    every = len(job.model.layers) + 1
+    if num_devices == 0:
+        return 0
+    if "offloaded" in flags:
+        match = re.match(r"\s*(\d+)\s*(?:/|of)\s*(\d+)", flags["offloaded"][-1])
+        if match:
+            return min(int(match[1]), every)
+    value = flags.get("n_gpu_layers", [""])[-1]
+    if value in ("", "auto", "all", "-1"):
+        if not value:
+            assumed.append(_("all layers on the devices: -ngl was not given"))
+        return every
+    return min(_integer("n_gpu_layers", value), every)
+
+
+def _flash(job: ServingJob, flags: dict[str, list[str]], day: str, assumed: list[str]) -> bool:
+    """Return whether flash attention runs. "auto" turns it on wherever a device supports it, which CUDA does."""
+    value: Any = flags.get("flash_attn", [None])[-1]
+    if "no_flash_attn" in flags:
+        return False
+    if value is None:
+        value = default(job.engine, "flash_attention", day)
+        assumed.append(_("flash attention {value}, the default of {day}").format(value=value, day=day))
+    return str(value).lower() not in _OFF
+
+
+def _latent_cache(job: ServingJob, flags: dict[str, list[str]], day: str) -> str:
+    """Return what the cache of latent attention holds; pull request 11446 keeps the latent transposed too."""
+    if job.engine == "llamacpp" and "11446" in job.engine_version:
+        return "key_and_value"
+    return str(default(job.engine, "latent_cache", day))
+
+
+def _cache_type(flags: dict[str, list[str]], name: str, job: ServingJob, fallback: str) -> str:
+    value = flags.get(name, [job.kv_cache_dtype or ""])[-1] or fallback
+    if value == "auto":
+        value = "f16"
+    return ggml_type({"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(value, value)).name
+
+
+def _overrides(flags: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
+    """Return (pattern, buffer) pairs from ``-ot a=CPU,b=CUDA0``, ``--cpu-moe`` and ``--n-cpu-moe``."""
+    found: list[tuple[str, str]] = []
+    for value in flags.get("override_tensor", []):
+        for piece in value.split(","):
+            pattern, equals, buffer = piece.rpartition("=")
+            if not equals or not buffer:
+                raise InputError(
+                    _("{piece!r} is not an override").format(piece=piece[:80]), remedy=_("write for example exps=CPU")
+                )
+            found.append((_checked(pattern), buffer.strip()))
+    if "cpu_moe" in flags:
+        found.append((r"\.ffn_(up|down|gate)_(ch|)exps", "CPU"))
+    num_host = min(_integer("n_cpu_moe", flags.get("n_cpu_moe", ["0"])[-1]), 10_000)
+    found += [(rf"blk\.{layer}\.ffn_(up|down|gate)_(ch|)exps", "CPU") for layer in range(num_host)]
+    return tuple(found)
+
+
+def _checked(pattern: str) -> str:
+    """Return ``pattern`` if it is a regular expression of sane size."""
+    if len(pattern) > 2000:
+        raise InputError(_("an override pattern is longer than 2,000 characters"))
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(_("{pattern!r} is not a regular expression").format(pattern=pattern[:80])) from error
+    return pattern
+
+
+def _split(flags: dict[str, list[str]]) -> tuple[float, ...] | None:
+    value = flags.get("tensor_split", [""])[-1]
+    if not value:
+        return None
+    try:
+        parts = tuple(float(part) for part in re.split(r"[,/;]", value.strip("[]() ")))
+    except ValueError as error:
+        raise InputError(_("{value!r} is not a list of shares").format(value=value[:80])) from error
+    if any(part < 0 for part in parts):
+        raise LayoutError(_("the shares of -ts must not be negative"))
+    return parts if sum(parts) > 0 else None
+
+
+def _switch(flags: dict[str, list[str]], name: str, fallback: Any) -> Any:
+    if f"no_{name}" in flags:
+        return False
+    return flags[name][-1].lower() not in _OFF if name in flags else fallback
+
+
+def _integer(name: str, value: str) -> int:
+    try:
+        return int(float(str(value)))
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            _("{name} = {value!r} is not a whole number").format(name=name, value=str(value)[:40])
+        ) from error
