@@ -1,3 +1,75 @@
-"""ullage: where the GPU memory of a large model goes, whether the job fits, and what to change when it does not."""
+"""ullage: where the GPU memory of a large model goes, whether the job fits, and what to change when it does not.
+
+    >>> import ullage
+    >>> result = ullage.fit("deepseek-v3", on="8xH200", context=32768, concurrency=64)
+    >>> result.verdict, result.max_context
+
+Names are loaded when they are first used, so that ``import ullage`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ullage.api import fit as fit
+    from ullage.api import fit_json as fit_json
+    from ullage.api import validate as validate
+    from ullage.engines.serving import EngineStart as EngineStart
+    from ullage.errors import InputError as InputError
+    from ullage.errors import LayoutError as LayoutError
+    from ullage.errors import UllageError as UllageError
+    from ullage.errors import UnknownArchitectureError as UnknownArchitectureError
+    from ullage.fitting import FitResult as FitResult
+    from ullage.fitting import fit_serving as fit_serving
+    from ullage.ledger import Certainty as Certainty
+    from ullage.ledger import Ledger as Ledger
+    from ullage.ledger import Term as Term
+    from ullage.read.machine import parse_machine as parse_machine
+    from ullage.read.model_source import load_model as load_model
+    from ullage.spec.machine import Gpu as Gpu
+    from ullage.spec.machine import Machine as Machine
+    from ullage.spec.model import Model as Model
+    from ullage.spec.serving import ServingJob as ServingJob
+    from ullage.spec.serving import ServingParallel as ServingParallel
 
 __version__ = "0.1.0"
+
+#: public name -> module it lives in
+_PUBLIC = {
+    "fit": "ullage.api",
+    "fit_json": "ullage.api",
+    "validate": "ullage.api",
+    "EngineStart": "ullage.engines.serving",
+    "InputError": "ullage.errors",
+    "LayoutError": "ullage.errors",
+    "UllageError": "ullage.errors",
+    "UnknownArchitectureError": "ullage.errors",
+    "FitResult": "ullage.fitting",
+    "fit_serving": "ullage.fitting",
+    "Certainty": "ullage.ledger",
+    "Ledger": "ullage.ledger",
+    "Term": "ullage.ledger",
+    "parse_machine": "ullage.read.machine",
+    "load_model": "ullage.read.model_source",
+    "Gpu": "ullage.spec.machine",
+    "Machine": "ullage.spec.machine",
+    "Model": "ullage.spec.model",
+    "ServingJob": "ullage.spec.serving",
+    "ServingParallel": "ullage.spec.serving",
+}
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ullage' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
