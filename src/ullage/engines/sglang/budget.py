@@ -52,28 +52,64 @@ class Budget:
 
 def cases(settings: Settings, loaded: Loaded) -> tuple[Case, Case, Case]:
     """Return the expected case, the one with the least memory left and the one with the most."""
-    job, gpu = settings.job, settings.job.machine.gpu
-    stated = job.device_free_bytes or job.device_total_bytes
-    totals = (stated,) * 3 if stated else (gpu.total_bytes, gpu.total_low_bytes, gpu.total_high_bytes)
-    if not stated:
-        # The upper figure is what nvidia-smi shows; no process is ever given all of it.
-        totals = (totals[0], totals[1], max(totals[0], min(totals[2], totals[0] + 256 * MiB)))
     context, distributed = graphs.runtime("cuda_context"), distributed_bytes(settings)
-    usage = loaded.usage()
-    before_pool = loaded.draft.bytes if settings.release.rule("draft")["before_pool"] else 0
+    if settings.job.device_free_bytes is not None:
+        return _stated_free(settings, loaded, settings.job.device_free_bytes, context[0] + distributed[0])
+    usage = _usage(settings, loaded)
+    totals = _totals(settings)
     return (
-        Case(total=totals[0], context=context[0], distributed=distributed[0], loaded=usage[0] + before_pool),
-        Case(total=totals[1], context=context[2], distributed=distributed[2], loaded=usage[2] + before_pool),
-        Case(total=totals[2], context=context[1], distributed=distributed[1], loaded=usage[1] + before_pool),
+        Case(total=totals[0], context=context[0], distributed=distributed[0], loaded=usage[0]),
+        Case(total=totals[1], context=context[2], distributed=distributed[2], loaded=usage[2]),
+        Case(total=totals[2], context=context[1], distributed=distributed[1], loaded=usage[1]),
+    )
+
+
+def _usage(settings: Settings, loaded: Loaded) -> tuple[int, int, int]:
+    value, low, high = loaded.usage()
+    early = loaded.draft.bytes if settings.release.rule("draft")["before_pool"] else 0
+    return value + early, low + early, high + early
+
+
+def _totals(settings: Settings) -> tuple[int, int, int]:
+    """Return the device's total: (expected, low, high). No process is given all that ``nvidia-smi`` shows."""
+    stated, gpu = settings.job.device_total_bytes, settings.job.machine.gpu
+    if stated is not None:
+        return stated, stated, stated
+    return gpu.total_bytes, gpu.total_low_bytes, min(gpu.total_high_bytes, gpu.total_bytes + 256 * MiB)
+
+
+def _stated_free(settings: Settings, loaded: Loaded, free: int, usual: int) -> tuple[Case, Case, Case]:
+    """Return the cases of a job that states its free memory.
+
+    It is taken as SGLang prints it ("Load weight begin. avail mem"), context and communication already counted; the
+    least favourable case is a figure read before the process started.
+    """
+    usage = _usage(settings, loaded)
+    total = max(_totals(settings)[0], free)
+    taken = total - free
+    wires = min(distributed_bytes(settings)[0], taken)
+    expected = Case(total=total, context=taken - wires, distributed=wires, loaded=usage[0])
+    return (
+        expected,
+        Case(total=total, context=taken - wires + usual, distributed=wires, loaded=usage[2]),
+        Case(total=total, context=taken - wires, distributed=wires, loaded=usage[1]),
     )
 
 
 def distributed_bytes(settings: Settings) -> tuple[int, int, int]:
-    """Return what ``torch.distributed`` and NCCL take: (bytes, low, high); nothing for one rank."""
-    if settings.tp * settings.pp == 1:
+    """Return what ``torch.distributed`` and NCCL take: (bytes, low, high); nothing for one rank.
+
+    Formula: ranks of a node x buffers per peer.
+    Source: catalog/engines/sglang.json:runtime.
+    Known error: follows NCCL's version, topology and NVLS; the range.
+    """
+    ranks = settings.tp * settings.pp
+    if ranks == 1:
         return 0, 0, 0
     link = settings.job.machine.gpu.link_bytes_per_s or 0
-    return graphs.runtime("distributed_nvswitch" if link > _NVLINK_BYTES_PER_S else "distributed_pcie")
+    value, low, high = graphs.runtime("nccl_nvlink" if link > _NVLINK_BYTES_PER_S else "nccl_pcie")
+    peers = min(ranks, settings.job.machine.gpu.gpus_per_node)
+    return value * peers, low * peers, high * peers
 
 
 def rest_of(settings: Settings, case: Case) -> tuple[int, int, int]:

@@ -82,7 +82,8 @@ def settings_of(job: ServingJob) -> Settings:
     layout = _layout(job, release, flags, found)
     assumed = [release.assumed] if release.assumed else []
     capacity = capacity_mib(job)
-    graph_max, sizes = graphs.capture(job, flags, release, capacity, layout.tp)
+    running = _max_running(job, flags, release, layout, found)
+    graph_max, sizes = graphs.capture(job, flags, release, graphs.Card(mib=capacity, tp=layout.tp), running)
     chunk = _chunk(job, flags, release, capacity)
     draft_tokens, draft_steps = _draft(job, flags, release, assumed)
     kv_dtype, row_format = _kv_format(job, release, found)
@@ -120,7 +121,7 @@ def settings_of(job: ServingJob) -> Settings:
         page=_page(job, flags, release, found),
         graph_sizes=sizes,
         graph_max=graph_max,
-        max_running=_max_running(job, flags, release, layout, _algorithm(job, flags)),
+        max_running=None if running is None else max(1, running // layout.attention_dp),
         draft_tokens=draft_tokens,
         draft_steps=draft_steps,
         model_dtype=canonical_dtype(job.weights_dtype or job.model.dtype),
@@ -265,9 +266,16 @@ def _page(job: ServingJob, flags: Flags, release: Release, found: Traits) -> int
     return given or int(rule["default"])
 
 
-def _max_running(job: ServingJob, flags: Flags, release: Release, layout: Layout, algorithm: str) -> int | None:
-    """Return the requests per attention rank, as given or as speculation fixes them; None: from the pool."""
+def _max_running(job: ServingJob, flags: Flags, release: Release, layout: Layout, found: Traits) -> int | None:
+    """Return the requests over all attention ranks, as given or as the model or speculation fixes them.
+
+    None: from the pool. Source: sglang@0.5.23:srt/arg_groups/speculative_hook.py, deepseek_v4_hook.py.
+    """
     given = job.max_num_seqs or flags.integer("max_running_requests")
-    if given is None and algorithm:
+    if given is None and _algorithm(job, flags):
         given = int(release.rule("speculative_max_running_requests"))
-    return None if given is None else max(1, given // layout.attention_dp)
+    if given is None and found.v4:
+        given = int(release.rule("v4_max_running_requests"))
+    if given is not None and given < 1:
+        raise InputError(_("{value} requests at a time cannot be").format(value=given))
+    return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ullage.catalog import load
@@ -18,24 +19,35 @@ _NO_PIECEWISE = frozenset(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the graph defaults go by: memory as ``nvidia-smi`` shows it, and the tensor-parallel size."""
+
+    mib: float
+    tp: int
+
+
 def capture(
-    job: ServingJob, flags: Flags, release: Release, capacity_mib: float, tp: int
+    job: ServingJob, flags: Flags, release: Release, card: Card, running: int | None
 ) -> tuple[int, tuple[int, ...]]:
     """Return (largest decode batch, captured sizes); no sizes where graphs are off.
 
+    ``running``: the request limit, where there is one; larger batches are never captured.
     Source: sglang@0.4.10:srt/model_executor/cuda_graph_runner.py:get_batch_sizes_to_capture;
         sglang@0.5.23:srt/arg_groups/cuda_graph_hook.py:generate_decode_cuda_graph_batch_sizes.
     """
-    largest = job.cuda_graph_max_batch_size or _default_max(release, capacity_mib, tp)
+    largest = job.cuda_graph_max_batch_size or _default_max(release, card.mib, card.tp)
     if job.cuda_graph_sizes:
         sizes = tuple(sorted(set(job.cuda_graph_sizes)))
         largest = sizes[-1]
     else:
+        if running and not job.cuda_graph_max_batch_size and release.rule("graphs_capped_by_requests"):
+            largest = min(largest, running)
         speculative = bool(job.speculative or flags.text("speculative_algorithm"))
         sizes = _sizes(release.rule("cuda_graph_sizes"), largest, speculative)
     if job.enforce_eager or flags.on("disable_cuda_graph") or flags.on("disable_decode_cuda_graph"):
         return largest, ()
-    return largest, sizes
+    return largest, tuple(size for size in sizes if running is None or size <= running)
 
 
 def _default_max(release: Release, capacity_mib: float, tp: int) -> int:
@@ -113,7 +125,7 @@ def runtime(name: str) -> tuple[int, int, int]:
     return int(entry["value"] * MiB), int(entry["low"] * MiB), int(entry["high"] * MiB)
 
 
-def graph_bytes(num_layers: int, sizes: tuple[int, ...], tables: int) -> tuple[int, int, int]:
+def graph_bytes(num_layers: int, sizes: tuple[int, ...], tables: int, *, experts: bool) -> tuple[int, int, int]:
     """Return (bytes, low, high) of the decode graphs: nodes per layer and size, and the fixed index tables.
 
     Formula: L x n x g + largest x context x 4 for the tables.
@@ -123,5 +135,6 @@ def graph_bytes(num_layers: int, sizes: tuple[int, ...], tables: int) -> tuple[i
     """
     if not sizes:
         return 0, 0, 0
-    value, low, high = (amount * num_layers * len(sizes) for amount in runtime("graph_per_layer"))
+    kind = "graph_per_expert_layer" if experts else "graph_per_dense_layer"
+    value, low, high = (amount * num_layers * len(sizes) for amount in runtime(kind))
     return value + tables, low, high + 2 * tables

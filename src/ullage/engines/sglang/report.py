@@ -96,12 +96,6 @@ def figures_of(start: StageStart, settings: Settings) -> dict[str, Amount]:
     """Return the figures of the stage whose log line 0 prints, in bytes (tokens in tokens)."""
     usage = start.loaded.usage()
     graphs = start.graphs
-    final = start.expected.after_pool - start.expected.draft_late - graphs[0]
-    lowest = start.low.after_pool - start.low.draft_late - graphs[2]
-    highest = start.high.after_pool - start.high.draft_late - graphs[1]
-    used = start.expected.case.total - final
-    least = min(used, start.high.case.total - highest, start.low.case.total - lowest)
-    most = max(used, start.high.case.total - highest, start.low.case.total - lowest)
     found = {
         "available_before_weights": start.amount("before"),
         "weights": Amount(value=usage[0], low=usage[1], high=usage[2]),
@@ -110,7 +104,7 @@ def figures_of(start: StageStart, settings: Settings) -> dict[str, Amount]:
         "kv_cache_tokens": start.amount("tokens"),
         "available_after_pool": start.amount("after_pool"),
         "activation_peak": _amount(start.activations),
-        "device_used": Amount(value=used, low=least, high=most),
+        "device_used": _device_used(start, settings),
     }
     if settings.tp * settings.pp > 1:
         wires = [case.case.distributed for case in (start.expected, start.low, start.high)]
@@ -118,6 +112,21 @@ def figures_of(start: StageStart, settings: Settings) -> dict[str, Amount]:
     if graphs[0]:
         found["cuda_graphs"] = Amount(value=graphs[0], low=graphs[1], high=graphs[2])
     return found
+
+
+def _device_used(start: StageStart, settings: Settings) -> Amount:
+    """What nvidia-smi shows when the server has run: the high end holds the memory that the driver keeps to itself,
+
+    which older versions of the tool count as used.
+    """
+    graphs, gpu = start.graphs, settings.job.machine.gpu
+    used = [
+        case.case.total - (case.after_pool - case.draft_late - graph)
+        for case, graph in ((start.expected, graphs[0]), (start.low, graphs[2]), (start.high, graphs[1]))
+    ]
+    kept_back = max(gpu.total_high_bytes - gpu.total_bytes, 0)
+    peak = start.activations
+    return Amount(value=used[0] + peak.bytes, low=min(used), high=max(used) + peak.high_bytes + kept_back)
 
 
 def _amount(term: Term) -> Amount:

@@ -72,7 +72,7 @@ def _stage_start(settings: Settings, stage: Stage, most: tuple[int, int, int] | 
         expected=budget[0],
         low=budget[1],
         high=budget[2],
-        graphs=graphs.graph_bytes(len(layers), settings.graph_sizes, tables),
+        graphs=graphs.graph_bytes(len(layers), settings.graph_sizes, tables, experts=settings.traits.num_experts > 0),
         activations=activation_term(settings, layers),
     )
 

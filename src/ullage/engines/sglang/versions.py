@@ -17,7 +17,7 @@ from ullage.i18n import _
 CATALOG = "engines/sglang.json"
 Key = tuple[int, int, int, int]
 
-_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:\.?(post|rc|dev)(\d+))?(?:[-+.].*)?", re.IGNORECASE)
+_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:\.?(post|rc|dev)(\d+))?(?:[-+].*)?", re.IGNORECASE)
 _DATE = re.compile(r"(20\d\d)-(\d\d)(?:-(\d\d))?")
 
 
