@@ -87,8 +87,8 @@ def record_job(record: Record, room: str) -> tuple[ServingJob, dict[str, str]]:
         machine = replace(machine, gpus_per_node=0)
     model, quantization = record_model(record)
     if quantization is None and gguf_type_missing(fields.get("quantization")):
-        not_comparable["weights"] = _("the GGUF type is not stated")
-        not_comparable["total"] = not_comparable["weights"]
+        of_the_file = ("weights", "total", "device_used", "starts")
+        not_comparable.update(dict.fromkeys(of_the_file, _("the GGUF type is not stated")))
     total, free = words.device_memory(gpu or "", flags)
     if free is not None:
         not_comparable["available_before_weights"] = _("stated by the job, not predicted")
