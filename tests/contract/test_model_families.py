@@ -21,7 +21,7 @@ MODELS = [name for name in CONFIGS if name not in SIDECARS]
 SMALL = json.loads(Path(__file__).with_name("small_configs.json").read_text())
 
 #: Where the reference count is not the file's. Step-3.7: the file has its text keys beside the rest, transformers
-#: looks for them in ``text_config`` alone and falls back to a vocabulary of 128815; the file says 128896 (x 4096, twice).
+#: looks for them in ``text_config`` alone and falls back to 128815 rows; the file says 128896 (of 4096, twice).
 KNOWN_DIFFERENCES = {
     "stepfun-ai__Step-3.7-Flash": 2 * (128_896 - 128_815) * 4096,
     "stepfun-ai__Step-3.7-Flash-FP8": 2 * (128_896 - 128_815) * 4096,

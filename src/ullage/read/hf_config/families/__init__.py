@@ -2,6 +2,7 @@
 
 FAMILIES: dict[str, str] = {
     "apertus": "llama:read_apertus",
+    "arcee": "llama:read_arcee",
     "baichuan": "llama:read_baichuan",
     "bamba": "mamba:read_bamba",
     "bloom": "gpt:read_bloom",
@@ -16,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "deepseek_v32": "deepseek:read_v32",
     "deepseek_v4": "deepseek_v4:read",
     "deepseek_vl_v2": "vision_deepseek:read",
+    "dots1": "deepseek:read_dots",
     "ernie4_5": "llama:read_ernie",
     "ernie4_5_moe": "mixture:read_ernie_moe",
     "exaone": "llama:read_exaone",
@@ -31,6 +33,7 @@ FAMILIES: dict[str, str] = {
     "glm": "glm:read_glm",
     "glm4": "glm:read_glm4",
     "glm4_moe": "glm:read_glm4_moe",
+    "glm4_moe_lite": "deepseek:read_glm_lite",
     "glm4v_moe": "vision_qwen:read_glm4v_moe",
     "glm4v_moe_text": "glm:read_glm4_moe",
     "glm_moe_dsa": "deepseek:read_glm_dsa",
@@ -67,6 +70,7 @@ FAMILIES: dict[str, str] = {
     "ministral3": "vision_misc:read_ministral3",
     "mistral": "llama:read_mistral",
     "mistral3": "vision_misc:read_mistral3",
+    "mistral4": "deepseek:read_mistral4",
     "mixtral": "mixture:read_mixtral",
     "mllama": "vision_llama:read_3_2",
     "mllama_text_model": "llama4:read_mllama_text",

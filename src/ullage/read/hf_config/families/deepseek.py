@@ -1,7 +1,8 @@
-"""DeepSeek-MoE, V2, V3 and V3.2, and the families built like them: Kimi K2, GLM-5, MiniCPM3.
+"""DeepSeek-MoE, V2, V3 and V3.2, and the families built like them: Kimi K2, GLM-5, dots, Mistral 4, MiniCPM3.
 
-Source: transformers@5.23.0:models/{deepseek_v2,deepseek_v3,deepseek_v32,glm_moe_dsa,minicpm3}/; DeepSeek-MoE, whose
-code lives beside its checkpoint: arXiv:2401.06066 and vllm@0.33.0:model_executor/models/deepseek_v2.py.
+Source: transformers@5.23.0:models/{deepseek_v2,deepseek_v3,deepseek_v32,glm_moe_dsa,glm4_moe_lite,mistral4,dots1,
+minicpm3}/; DeepSeek-MoE, whose code lives beside its checkpoint: arXiv:2401.06066 and
+vllm@0.33.0:model_executor/models/deepseek_v2.py.
 """
 
 from __future__ import annotations
@@ -40,6 +41,27 @@ def read_v32(keys: Keys) -> Model:
     """Read DeepSeek-V3.2: V3 with an indexer in every layer, the MTP layer's included."""
     attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536), indexer=read_indexer(keys))
     return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers())
+
+
+def read_glm_lite(keys: Keys) -> Model:
+    """Read GLM-4.7-Flash: V3's latent attention and experts, one dense layer first."""
+    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 768))
+    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers(), first_dense=1)
+
+
+def read_mistral4(keys: Keys) -> Model:
+    """Read the text part of Mistral Small 4: latent attention, experts without a correction bias."""
+    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1024))
+    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers(), correction_bias=False)
+
+
+def read_dots(keys: Keys) -> Model:
+    """Read dots.llm1: grouped-query attention with norms of queries and keys, V3's experts."""
+    hidden, num_layers, bias = keys.integer("hidden_size"), keys.layers(), keys.flag("attention_bias", False)
+    window, first = keys.nullable_integer("sliding_window", 4096), keys.integer("max_window_layers", 62, low=0)
+    kinds = common.windows(keys, num_layers, window, lambda index: window is not None and index >= first)
+    mixers = [common.gqa(keys, hidden, qkv_bias=bias, o_bias=bias, qk_norm="head", window=window) for window in kinds]
+    return _read(keys, hidden, mixers)
 
 
 def read_glm_dsa(keys: Keys) -> Model:

@@ -6,6 +6,8 @@ transformers@5.23.0:conversion_mapping.py translates; MTP module: vllm@0.33.0:mo
 
 from __future__ import annotations
 
+from ullage.errors import InputError
+from ullage.i18n import _
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
 from ullage.spec.model import (
@@ -88,13 +90,18 @@ def _attention(keys: Keys, ratio: int) -> CompressedAttention:
         rope_head_dim=rope,
         key_norm="rms",
     )
+    heads, dim, groups = keys.integer("num_attention_heads"), keys.integer("head_dim"), keys.integer("o_groups")
+    if heads % groups or rope > dim:
+        raise InputError(
+            _("num_attention_heads, o_groups, head_dim and qk_rope_head_dim do not fit together"), where=keys.where
+        )
     sparse = ratio == RATES[SPARSE]
     return CompressedAttention(
-        num_heads=keys.integer("num_attention_heads"),
-        head_dim=keys.integer("head_dim"),
+        num_heads=heads,
+        head_dim=dim,
         qk_rope_head_dim=rope,
         q_lora_rank=keys.integer("q_lora_rank"),
-        o_groups=keys.integer("o_groups"),
+        o_groups=groups,
         o_lora_rank=keys.integer("o_lora_rank"),
         window=keys.integer("sliding_window"),
         compress_ratio=ratio,

@@ -1,8 +1,8 @@
 """Llama and its kin: pre-norm blocks of rotary attention and a feed-forward block.
 
 Source: transformers@5.23.0:models/{llama,mistral,ministral3,granite,seed_oss,smollm3,internlm3,hunyuan_v1_dense,
-ernie4_5,stablelm,nemotron,apertus,exaone4}/; defaults of missing keys are those of their config classes. Families whose
-code lives beside their checkpoints (EXAONE 3, InternLM 2, Baichuan) are read as vLLM reads them (model_executor/models/).
+ernie4_5,stablelm,nemotron,apertus,exaone4}/; defaults of missing keys are those of their config classes. EXAONE 3,
+InternLM 2 and Baichuan, whose code lives beside their checkpoints, are read as vLLM's models of them are.
 """
 
 from __future__ import annotations
@@ -113,6 +113,15 @@ def read_nemotron(keys: Keys) -> Model:
     ffn = common.dense(keys, gated=False, bias=keys.flag("mlp_bias", False), activation="relu2")
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=common.pre_norms(hidden, "layer", bias=True))
     return common.decoder(keys, hidden, (layer,) * keys.layers(), norm_kind="layer", norm_bias=True)
+
+
+def read_arcee(keys: Keys) -> Model:
+    """Read AFM: Llama with a block of squared ReLU without a gate."""
+    hidden, bias = keys.integer("hidden_size"), keys.flag("attention_bias", False)
+    attention = common.gqa(keys, hidden, qkv_bias=bias, o_bias=bias)
+    ffn = common.dense(keys, gated=False, bias=keys.flag("mlp_bias", False), activation="relu2")
+    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=common.pre_norms(hidden))
+    return common.decoder(keys, hidden, (layer,) * keys.layers())
 
 
 def read_apertus(keys: Keys) -> Model:

@@ -27,16 +27,10 @@ def read_llama4_text(keys: Keys) -> Model:
     ffns = _llama4_ffns(keys, num_layers)
     interval = keys.integer("no_rope_layer_interval", 4)
     rope = keys.integers("no_rope_layers", None) or [int((index + 1) % interval != 0) for index in range(num_layers)]
-    kinds = (
-        common.layer_types(
-            keys,
-            num_layers,
-            (common.CHUNKED, common.FULL),
-            lambda index: common.CHUNKED if rope[index] else common.FULL,
-        )
-        if len(rope) == num_layers
-        else keys.items("no_rope_layers", length=num_layers)
-    )
+    if len(rope) != num_layers:
+        keys.integers("no_rope_layers", length=num_layers)
+    known = (common.CHUNKED, common.FULL)
+    kinds = common.layer_types(keys, num_layers, known, lambda index: common.CHUNKED if rope[index] else common.FULL)
 
     def make(kind: tuple[str, FeedForward]) -> Layer:
         local = chunk if kind[0] == common.CHUNKED else None
@@ -63,6 +57,8 @@ def _llama4_ffns(keys: Keys, num_layers: int) -> list[FeedForward]:
     )
     step = keys.integer("interleave_moe_layer_step", 1)
     named = keys.integers("moe_layers", None)
+    if named is not None and any(index >= num_layers for index in named):
+        raise InputError(_("names layers beyond the last"), where=keys.at("moe_layers"))
     moe_layers = set(range(step - 1, num_layers, step) if named is None else named)
     return [sparse if index in moe_layers else dense for index in range(num_layers)]
 

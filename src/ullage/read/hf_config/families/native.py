@@ -74,6 +74,7 @@ def read(keys: Keys) -> Model:
     keys.skip(*keys.values)
     renamed = {new: keys.values[old] for old, new in RENAMED.items() if old in keys.values}
     renamed |= {key: value for key, value in keys.values.items() if key in KEPT}
+    renamed = {"first_k_dense_replace": 1, "n_shared_experts": 2} | renamed  # defaults of ModelArgs
     renamed["q_lora_rank"] = renamed.get("q_lora_rank") or None
     # V2's router has no correction bias; the format tells V3 by its scoring function (ModelArgs.score_func)
     is_v3 = keys.text("score_func", "softmax") == "sigmoid"
