@@ -197,6 +197,18 @@ def test_gemma_4_audio_tower() -> None:
     assert sum(math.prod(one.shape) for one in audio.tensors if not one.buffer) == 304_824_608 + 1536 * 1536
 
 
+def test_mtp_module_of_qwen3_next_by_hand() -> None:
+    """H = 2048: q with gate 8192 H, k and v 1024 H, o 4096 H, norms 2 x 256; 512 experts of 3 x H x 512, router, shared
+    expert and its gate; two norms of the layer, three of the module; 2 H². It is in the checkpoint, not in the config.
+    """
+    hidden = 2048
+    attention = (8192 + 1024 + 4096) * hidden + 512
+    moe = 512 * 3 * hidden * 512 + 512 * hidden + 3 * hidden * 512 + hidden
+    model = read_config(need_shared("configs", "Qwen__Qwen3-Next-80B-A3B-Instruct.json"))
+    assert count(model).mtp == attention + moe + 5 * hidden + 2 * hidden**2
+    assert any("MTP" in sentence for sentence in model.assumed)
+
+
 def test_mtp_module_of_nemotron_lightning_by_hand() -> None:
     """H = 2688: attention 23,396,352; router 344,064; 128 experts of 2 H x 1856; shared 2 H x 3712; norms 5 H; 2 H²."""
     name = "nvidia__NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4.json"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config import common
-from ullage.read.hf_config.keys import Keys
+from ullage.read.hf_config.keys import MAX_LAYERS, Keys
 from ullage.spec.model import (
     DenseFFN,
     ExtraTensor,
@@ -84,6 +84,8 @@ def _kinds(keys: Keys, pattern_key: str, list_key: str, default: list[str] | Non
         key, words = pattern_key, [_LETTERS.get(letter, letter) for letter in pattern]
     else:
         key, words = list_key, keys.texts(list_key) if default is None else keys.texts(list_key, default)
+    if len(words) > MAX_LAYERS:
+        raise InputError(_("has more than {limit} layers").format(limit=MAX_LAYERS), where=keys.at(key))
     for word in words:
         if word not in _KINDS:
             raise InputError(

@@ -27,16 +27,24 @@ from ullage.spec.model import (
 
 
 def read_next(keys: Keys) -> Model:
-    """Read Qwen3-Next. Its config does not name the MTP module that the checkpoint holds, so none is counted."""
-    return _read(keys, fused=True)
+    """Read Qwen3-Next. Its config does not name the one MTP module that the published checkpoint holds.
+
+    Source: vllm@0.33.0:vllm/model_executor/models/qwen3_next_mtp.py:Qwen3NextMultiTokenPredictor (one by default).
+    """
+    declared = keys.integer("num_nextn_predict_layers", None, low=0, high=64)
+    model = _read(keys, fused=True, num_mtp=1 if declared is None else declared)
+    if declared is not None:
+        return model
+    note = _("the config names no MTP module; the one that the published Qwen3-Next checkpoints hold is counted apart")
+    return replace(model, assumed=(*model.assumed, note))
 
 
 def read_3_5_text(keys: Keys) -> Model:
     """Read the text part of Qwen3.5, dense or with experts."""
-    return _read(keys, fused=False)
+    return _read(keys, fused=False, num_mtp=keys.integer("mtp_num_hidden_layers", 0, low=0, high=64))
 
 
-def _read(keys: Keys, *, fused: bool) -> Model:
+def _read(keys: Keys, *, fused: bool, num_mtp: int) -> Model:
     hidden = keys.integer("hidden_size")
     keys.skip("norm_topk_prob", "use_sliding_window", "output_gate_type")
     attention = _attention(keys, hidden)
@@ -47,7 +55,6 @@ def _read(keys: Keys, *, fused: bool) -> Model:
         zip(kinds, ffns, strict=True),
         lambda kind: Layer(mixers=(mixers[kind[0]],), ffns=(kind[1],), norms=common.pre_norms(hidden)),
     )
-    num_mtp = keys.integer("mtp_num_hidden_layers", 0, low=0, high=64)
     if keys.flag("mtp_use_dedicated_embeddings", False):
         raise InputError(
             _("dedicated MTP embeddings are not understood"), where=keys.at("mtp_use_dedicated_embeddings")

@@ -20,6 +20,8 @@ from ullage.spec.model import ExtraTensor, Model, Tower
 Tensors = tuple[ExtraTensor, ...]
 Split = Literal["none", "out", "in", "vocab"]
 
+MAX_TOWER_LAYERS = 512
+
 #: Places and numbers of image and audio tokens: nothing of them is stored.
 _TOKENS = (
     "audio_token_id",
@@ -134,6 +136,14 @@ def need_part(keys: Keys, name: str) -> Keys:
     return part
 
 
+def num_layers(part: Keys, key: str = "num_hidden_layers", default: int | None = None) -> int:
+    """Take the number of a tower's layers, which has a bound of its own: each layer is listed tensor by tensor."""
+    count = part.integer(key, default, high=MAX_TOWER_LAYERS)
+    if count is None:
+        raise InputError(_("the key is missing"), where=part.at(key))
+    return int(count)
+
+
 def head_size(part: Keys, hidden: int, heads_key: str) -> int:
     """Take the number of a tower's heads and return the size of one."""
     heads: int = part.integer(heads_key)
@@ -181,7 +191,8 @@ def assemble(
     """Return the whole: the text decoder renamed under ``prefix`` (with its dot), and the towers.
 
     ``prefix`` replaces ``model.``, by which readers of text decoders begin their names; ``head`` renames the head.
-    Where the whole says whether the head is tied, that decides (transformers@5.23.0:modeling_utils.py:tie_weights).
+    Where the whole says whether the head is tied, that decides
+    (transformers@5.23.0:modeling_utils.py:get_expanded_tied_weights_keys).
     """
     keys.skip(*_TOKENS, "dtype", "torch_dtype")
 

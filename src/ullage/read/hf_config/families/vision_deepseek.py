@@ -82,7 +82,7 @@ def _siglip(part: Keys, at: str) -> Tensors:
     positions = (part.integer("image_size", 384) // patch) ** 2
     tensors = conv(at + "patch_embed.proj", width, 3, patch, patch, bias=True)
     tensors += table(at + "pos_embed", 1, positions, width)
-    tensors += _SIGLIP_LAYER.stack(at + "blocks", part.layers("layers", default=24), width, inner)
+    tensors += _SIGLIP_LAYER.stack(at + "blocks", vision.num_layers(part, "layers", default=24), width, inner)
     tensors += norm(at + "norm", width, bias=True)
     pool = at + "attn_pool."
     tensors += table(pool + "latent", 1, 1, width) + norm(pool + "norm", width, bias=True)
@@ -117,7 +117,7 @@ def _ocr_towers(part: Keys) -> Tensors:
 
 def _sam(part: Keys, at: str, image_size: int) -> Tensors:
     """Return SAM's image encoder: windowed layers, a few global ones, a neck, two convolutions that downsample."""
-    width, layers = part.integer("width"), part.layers("layers")
+    width, layers = part.integer("width"), vision.num_layers(part, "layers")
     head_dim, side = vision.head_size(part, width, "heads"), image_size // _SAM_PATCH
     whole = part.integers("global_attn_indexes")
     tensors = conv(at + "patch_embed.proj", width, 3, _SAM_PATCH, _SAM_PATCH, bias=True)
@@ -145,4 +145,6 @@ def _ocr_clip(part: Keys, at: str) -> Tensors:
     tensors += conv(at + "embeddings.patch_embedding", width, 3, patch, patch)
     tensors += table(at + "embeddings.position_embedding.weight", positions, width)
     tensors += norm(at + "pre_layrnorm", width, bias=True)
-    return tensors + _OCR_CLIP_LAYER.stack(at + "transformer.layers", part.layers("layers"), width, 4 * width)
+    return tensors + _OCR_CLIP_LAYER.stack(
+        at + "transformer.layers", vision.num_layers(part, "layers"), width, 4 * width
+    )

@@ -44,7 +44,9 @@ def siglip(part: Keys, at: str) -> Tensors:
     positions = (part.integer("image_size") // patch) ** 2
     tensors = conv(at + "embeddings.patch_embedding", hidden, part.integer("num_channels", 3), patch, patch, bias=True)
     tensors += table(at + "embeddings.position_embedding.weight", positions, hidden)
-    tensors += CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
+    tensors += CLIP_LAYER.stack(
+        at + "encoder.layers", vision.num_layers(part), hidden, part.integer("intermediate_size")
+    )
     return tensors + norm(at + "post_layernorm", hidden, bias=True)
 
 
@@ -119,7 +121,7 @@ def _vision_4(part: Keys, at: str) -> Tensors:
     tensors = linear(at + "patch_embedder.input_proj", hidden, 3 * part.integer("patch_size") ** 2)
     positions = part.integer("position_embedding_size", 10240)
     tensors += table(at + "patch_embedder.position_embedding_table", 2, positions, hidden)
-    for index in range(part.layers()):
+    for index in range(vision.num_layers(part)):
         layer = f"{at}encoder.layers.{index}."
         tensors += _LAYER_4.tensors(layer, hidden, inner, heads * dim)
         tensors += norm(layer + "self_attn.q_norm", dim) + norm(layer + "self_attn.k_norm", dim)
@@ -144,7 +146,7 @@ def _audio_4(part: Keys, at: str) -> Tensors:
         before = after
     tensors += linear(at_conv + "input_proj_linear", hidden, channels[0] // 4 * channels[1])
     heads, kernel = vision.head_size(part, hidden, "num_attention_heads"), part.integer("conv_kernel_size", 5)
-    for index in range(part.layers(default=12)):
+    for index in range(vision.num_layers(part, default=12)):
         tensors += _conformer(f"{at}layers.{index}.", hidden, heads, kernel)
     if part.flag("use_clipped_linears", True):
         tensors += _clips(tensors)

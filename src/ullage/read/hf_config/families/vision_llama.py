@@ -58,8 +58,8 @@ def _tower_3_2(part: Keys, at: str) -> Tensors:
     tensors += table(gated + "tile_embedding.weight", ratios, tiles * positions * hidden)
     tensors += norm(at + "layernorm_pre", hidden, bias=True) + norm(at + "layernorm_post", hidden, bias=True)
     layer = replace(_LAYER, qkv_bias=False, out_bias=False)
-    tensors += layer.stack(at + "transformer.layers", part.layers(), hidden, inner)
-    num_global = part.layers("num_global_layers")
+    tensors += layer.stack(at + "transformer.layers", vision.num_layers(part), hidden, inner)
+    num_global = vision.num_layers(part, "num_global_layers")
     tensors += layer.stack(at + "global_transformer.layers", num_global, hidden, inner)
     for index in range(num_global):
         for name in ("gate_attn", "gate_ffn"):
@@ -107,6 +107,6 @@ def _tower_4(part: Keys, at: str) -> Tensors:
     tensors = linear(at + "patch_embedding.linear", hidden, columns, split="out")
     tensors += table(at + "class_embedding", hidden) + table(at + "positional_embedding_vlm", positions, hidden)
     tensors += norm(at + "layernorm_pre", hidden, bias=True) + norm(at + "layernorm_post", hidden, bias=True)
-    tensors += _LAYER.stack(at + "model.layers", part.layers(default=34), hidden, inner)
+    tensors += _LAYER.stack(at + "model.layers", vision.num_layers(part, default=34), hidden, inner)
     tensors += linear(at + "vision_adapter.mlp.fc1", first, inner, split="out")
     return tensors + linear(at + "vision_adapter.mlp.fc2", last, last, split="in")

@@ -74,7 +74,7 @@ def _moonvit(part: Keys, at: str) -> Tensors:
     patch, side = part.integer("patch_size"), ("init_pos_emb_height", "init_pos_emb_width")
     tensors = conv(at + "patch_embed.proj", hidden, 3, patch, patch, bias=part.flag("patch_embed_proj_bias", True))
     tensors += table(at + "patch_embed.pos_emb.weight", *(part.integer(name) for name in side), hidden)
-    tensors += layer.stack(at + "encoder.blocks", part.layers("vt_num_hidden_layers"), hidden, inner, width)
+    tensors += layer.stack(at + "encoder.blocks", vision.num_layers(part, "vt_num_hidden_layers"), hidden, inner, width)
     return tensors + norm(at + "encoder.final_layernorm", hidden, bias=has_bias)
 
 
@@ -141,7 +141,7 @@ def _pixtral(part: Keys, at: str) -> Tensors:
     vision.head_size(part, hidden, "num_attention_heads")
     tensors = conv(at + "patch_conv", hidden, part.integer("num_channels", 3), patch, patch)
     tensors += norm(at + "ln_pre", hidden)
-    layers = part.layers()
+    layers = vision.num_layers(part)
     return tensors + _PIXTRAL_LAYER.stack(at + "transformer.layers", layers, hidden, part.integer("intermediate_size"))
 
 
@@ -181,7 +181,9 @@ def _clip(part: Keys, at: str) -> Tensors:
     tensors += table(at + "embeddings.position_embedding.weight", positions, hidden)
     for name in ("pre_layrnorm", "post_layernorm"):
         tensors += norm(at + name, hidden, bias=True)
-    return tensors + CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
+    return tensors + CLIP_LAYER.stack(
+        at + "encoder.layers", vision.num_layers(part), hidden, part.integer("intermediate_size")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- MiniMax-M3
@@ -208,7 +210,9 @@ def read_minimax_m3(keys: Keys) -> Model:
     time = part.integer("temporal_patch_size", 2)
     tensors = conv(at + "embeddings.patch_embedding", hidden, part.integer("num_channels", 3), time, patch, patch)
     tensors += norm(at + "pre_layrnorm", hidden, bias=True)
-    tensors += CLIP_LAYER.stack(at + "encoder.layers", part.layers(), hidden, part.integer("intermediate_size"))
+    tensors += CLIP_LAYER.stack(
+        at + "encoder.layers", vision.num_layers(part), hidden, part.integer("intermediate_size")
+    )
     out = text.hidden_size
     for name, columns in (("multi_modal_projector", hidden), ("patch_merge_mlp", out * merge * merge)):
         tensors += linear(f"{name}.linear_1", inner, columns, bias=True, split="out")
@@ -273,7 +277,7 @@ def _intern_vit(part: Keys, at: str, hidden: int) -> Tensors:
         positions = (_square(part, "image_size", 448) // patch) ** 2 + 1
         tensors += table(at + "embeddings.position_embeddings", 1, positions, hidden)
     inner, has_qk_norm = part.integer("intermediate_size", 4096), part.flag("use_qk_norm", False)
-    for index in range(part.layers(default=24)):
+    for index in range(vision.num_layers(part, default=24)):
         block = f"{at}encoder.layer.{index}."
         tensors += layer.tensors(block, hidden, inner)
         tensors += table(block + "lambda_1", hidden) + table(block + "lambda_2", hidden)

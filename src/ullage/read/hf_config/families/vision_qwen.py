@@ -27,7 +27,12 @@ def _sizes(part: Keys, hidden_key: str = "hidden_size") -> tuple[int, int, int, 
     channels = part.first_integer("in_channels", "in_chans", default=3)
     patch = part.integer("patch_size")
     merged = part.integer("spatial_merge_size", 2) ** 2
-    return part.layers("depth"), hidden, merged, (channels, part.integer("temporal_patch_size", 2), patch, patch)
+    return (
+        vision.num_layers(part, "depth"),
+        hidden,
+        merged,
+        (channels, part.integer("temporal_patch_size", 2), patch, patch),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- Qwen2-VL, 2.5-VL
