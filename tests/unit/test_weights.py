@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 
 import pytest
-
 from conftest import need_shared
+
 from ullage.account.parameters import Parameter, Role
 from ullage.account.sharding import RankShare, whole
 from ullage.account.weights import KEEP, checkpoint_bytes, format_of, weights_term
