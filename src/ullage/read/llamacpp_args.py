@@ -46,6 +46,7 @@ _VALUED = {
     "draft_gpu_layers": ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft"),
     "mmproj": ("-mm", "--mmproj"),
     "rpc": ("--rpc",),
+    "worst_graph_tokens": ("-wgt", "--worst-graph-tokens"),
 }
 #: canonical name → spellings of flags without a value
 _SWITCHES = {

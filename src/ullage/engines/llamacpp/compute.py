@@ -49,7 +49,8 @@ def _variants(job: ServingJob, settings: Settings) -> Iterator[Settings]:
     if settings.fused_moe is None:
         yield replace(first, fused_moe=True)
     if settings.engine == "ollama" and job.max_num_batched_tokens is None:
-        yield replace(first, n_ubatch=min(2 * settings.n_ubatch, settings.n_ctx))
+        larger = min(2 * settings.n_ubatch, settings.n_ctx)
+        yield replace(first, n_ubatch=larger, num_outputs=larger)
 
 
 def graph_settings(model: Model, settings: Settings) -> GraphSettings:
@@ -64,7 +65,7 @@ def graph_settings(model: Model, settings: Settings) -> GraphSettings:
     key = ggml_type(settings.cache_type_k)
     return GraphSettings(
         num_tokens=settings.n_ubatch,
-        num_outputs=settings.n_ubatch,
+        num_outputs=settings.num_outputs,
         num_kv=cells,
         window_kv=window_cells(max(windows), settings) if windows and settings.window_cache else 0,
         flash_attention=settings.flash_attention,
@@ -75,6 +76,8 @@ def graph_settings(model: Model, settings: Settings) -> GraphSettings:
         fused_moe=bool(settings.fused_moe),
         ik=settings.ik,
         fused_glu=settings.fused_glu,
+        mask_f16=settings.mask_f16,
+        groups_one_by_one=settings.groups_one_by_one,
     )
 
 

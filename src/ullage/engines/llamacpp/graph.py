@@ -73,7 +73,7 @@ def _masks(model: Model, build: Builder) -> dict[int | None, Node]:
     for window in {getattr(part, "window", None) for layer in model.layers for part in layer.mixers}:
         num_kv = settings.window_kv if window and settings.window_kv else settings.num_kv
         elements = num_kv * round_up(settings.num_tokens, settings.mask_padding)
-        mask = build.input("mask", elements * F32)
+        mask = build.input("mask", elements * (F16 if settings.mask_f16 else F32))
         masks[window] = mask
     return masks
 
@@ -137,7 +137,7 @@ def _layer(
 
 def _mask(build: Builder, mask: Node) -> Node:
     """The mask as attention reads it: cast once per graph for flash attention."""
-    if not build.settings.flash_attention:
+    if not build.settings.flash_attention or build.settings.mask_f16:
         return mask
     if id(mask) not in build.casts:
         build.casts[id(mask)] = build.op("mask f16", mask.size // 2, mask)

@@ -49,10 +49,20 @@ def latent_attention(part: LatentAttention, hidden: int, current: Node, build: B
     return build.op("projection", hidden * num * F32, mixed)
 
 
-def head_group(part: LatentAttention, num_kv: int, limit_mib: int) -> int:
-    """Return the heads expanded at a time: halved until n_kv x heads x (Dn + Dv) x 4 bytes fit ``-amb``."""
+def head_group(part: LatentAttention, num_kv: int, limit_mib: int, *, one_by_one: bool = False) -> int:
+    """Return the heads expanded at a time under ``-amb``.
+
+    Formula: M = n_kv x N x (Dn + Dv) x 4 bytes in MiB. Together: N halved while M x heads / N exceeds the limit. One by
+        one (since January 2026): N / k for the smallest k >= 2 that divides N with M / (N / k) within the limit.
+    Source: ik_llama.cpp@58f08e43:src/llama.cpp:build_deepseek2; @b85a2a50:src/llama-build-context.cpp.
+    """
     heads = part.num_heads
     mib = heads * (part.qk_nope_head_dim + part.v_head_dim) * num_kv * F32 // 2**20
+    if one_by_one:
+        if not limit_mib or mib <= limit_mib:
+            return heads
+        fitting = (k for k in range(2, heads) if heads % k == 0 and mib // (heads // k) <= limit_mib)
+        return heads // next(fitting, heads)
     while limit_mib and heads % 2 == 0 and mib > limit_mib:
         heads, mib = heads // 2, mib // 2
     return heads
@@ -60,7 +70,8 @@ def head_group(part: LatentAttention, num_kv: int, limit_mib: int) -> int:
 
 def _expanded_by_groups(part: LatentAttention, plain: Node, turned: Node, build: Builder, mask: Node) -> Node:
     num, num_kv = build.settings.num_tokens, build.settings.num_kv
-    heads = head_group(part, num_kv, build.settings.attention_max_mib)
+    one_by_one = build.settings.groups_one_by_one
+    heads = head_group(part, num_kv, build.settings.attention_max_mib, one_by_one=one_by_one)
     each = build.settings.cache_bytes_per_value if build.settings.host_only else F16
     key_rope = build.cache
     rope = part.qk_rope_head_dim
@@ -82,6 +93,8 @@ def _expanded_by_groups(part: LatentAttention, plain: Node, turned: Node, build:
         build.graph.expand(key)
         piece = build.view(build.op("flash attention", out, build.view(query, 0), key, value, mask))
         mixed = piece if mixed is None else build.op("concat", mixed.size + out, mixed, piece)
+        if one_by_one:
+            build.graph.expand(mixed)
     assert mixed is not None
     return mixed
 

@@ -21,6 +21,7 @@ class GraphSettings:
         cache_bytes_per_value: of the key cache, for the casts that quantised latents need.
         host_only: no device: expanded latents keep the cache's type.
         ik: ik_llama.cpp's fused norms and products.
+        mask_f16: the mask needs no cast; groups_one_by_one: head groups are used as soon as they are expanded.
         fused_glu: mainline since mid-2025 multiplies gate and up in one step of its own.
     """
 
@@ -37,6 +38,8 @@ class GraphSettings:
     ik: bool = False
     fused_glu: bool = False
     mask_padding: int = 64
+    mask_f16: bool = False
+    groups_one_by_one: bool = False
 
 
 @dataclass(slots=True)

@@ -103,10 +103,9 @@ def contents(
     facts = mixes.mix_facts(model)
     types = _types(tensors, name, facts, size)
     sizes = _sizes(tensors, types)
-    custom = "_XL" in text.upper() or "mix" in text.lower() or "UD-" in text.upper()
+    custom = any(sign in text.upper() for sign in ("_XL", "MIX", "UD-"))
     how = _("types of {name} by the quantiser's rules").format(name=name)
     if size is None:
-        # a library or custom file may hold other types than the rules give
         others = tuple(_sizes(tensors, _types(tensors, kind, facts, None)) for kind in usual[1:] if assumed)
         return _result(tensors, types, sizes, others, exact=not assumed and not custom, how=how, assumed=assumed)
     error = abs(sum(sizes) - size)
@@ -116,16 +115,31 @@ def contents(
         return _result(tensors, types, _scaled(tensors, sizes, size), (), exact=True, how=how, assumed=assumed)
     found = _recipes(tensors, name, types, size)
     if found:
-        assumed.append(_("types inferred from the file's size: {how}").format(how=found[0][2]))
+        types, _recipe_sizes, how = found[0]
+        assumed.append(_("types inferred from the file's size: {how}").format(how=how))
         lists = [_scaled(tensors, entry[1], size) for entry in found]
-        how = found[0][2]
-        return _result(tensors, found[0][0], lists[0], tuple(lists[1:]), exact=False, how=how, assumed=assumed)
+        return _result(tensors, types, lists[0], tuple(lists[1:]), exact=False, how=how, assumed=assumed)
+    return _by_scaling(tensors, types, size, assumed, name=name, custom=custom, how=how)
+
+
+def _by_scaling(
+    tensors: tuple[GgufTensor, ...],
+    types: tuple[str, ...],
+    size: int,
+    assumed: list[str],
+    *,
+    name: str,
+    custom: bool,
+    how: str,
+) -> Contents:
+    """Return the rules' bytes fitted to a size that no recipe explains: the experts take the difference, or all do."""
+    sizes = _sizes(tensors, types)
     assumed.append(
-        _("the rules of {name} give {ours:.3f} GiB, the file has {size:.3f}: every tensor scaled").format(
+        _("the rules of {name} give {ours:.3f} GiB, the file has {size:.3f}: scaled").format(
             name=name, ours=sum(sizes) / GiB, size=size / GiB
         )
     )
-    ends = _bounds(tensors, types, sizes, size)
+    ends = _bounds(tensors, sizes, size)
     if custom and ends:
         better = tuple(
             _recipe_type(tensor, "", None, "Q6_K", kind) for tensor, kind in zip(tensors, types, strict=True)
@@ -177,9 +191,7 @@ def _scaled(tensors: tuple[GgufTensor, ...], sizes: tuple[int, ...], size: int) 
     )
 
 
-def _bounds(
-    tensors: tuple[GgufTensor, ...], types: tuple[str, ...], sizes: tuple[int, ...], size: int
-) -> tuple[tuple[int, ...], ...]:
+def _bounds(tensors: tuple[GgufTensor, ...], sizes: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
     """Return the two ends when no recipe is found: all of the difference in the experts, or all in the rest."""
     if not any(tensor.experts for tensor in tensors):
         return ()

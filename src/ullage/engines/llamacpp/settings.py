@@ -12,7 +12,7 @@ from ullage.errors import InputError, LayoutError
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention
 from ullage.spec.serving import ServingJob
-from ullage.units import round_up
+from ullage.units import MAX_COUNT, round_up
 
 #: names that logs and records use → names of :mod:`ullage.read.llamacpp_args`
 _ALIASES = {
@@ -61,6 +61,8 @@ class Settings:
         fused_moe: None when a run's flag is not known and either may be.
         pipeline_copies: of what crosses devices, when pipeline parallelism is on.
         output_first: the output layer is offloaded before any other.
+        mask_f16: the attention mask is F16 from the start instead of a cast; groups_one_by_one: head groups of latent
+            attention are used as soon as they are expanded; num_outputs: rows of logits reserved.
         window_cache: sliding-window layers have a smaller cache.
         assumed: what was taken for granted.
     """
@@ -91,12 +93,49 @@ class Settings:
     fused_glu: bool
     pipeline_copies: int
     output_first: bool
+    mask_f16: bool
+    groups_one_by_one: bool
+    num_outputs: int
     assumed: tuple[str, ...]
 
     @property
     def ik(self) -> bool:
         """Whether this is ik_llama.cpp."""
         return self.engine == "ik_llama.cpp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """The job's flags by canonical name, with the day whose defaults hold. ``assumed`` collects what was filled in."""
+
+    job: ServingJob
+    flags: dict[str, list[str]]
+    day: str
+    assumed: list[str]
+
+    def default(self, name: str) -> Any:
+        """Return the engine's default of that day."""
+        return default(self.job.engine, name, self.day)
+
+    def text(self, name: str, fallback: str = "") -> str:
+        """Return the last value of a flag."""
+        return self.flags.get(name, [fallback])[-1]
+
+    def integer(self, name: str, given: int | None = None) -> int:
+        """Return a flag, the job's own field, or the default, which is then noted."""
+        if name in self.flags:
+            return _integer(name, self.flags[name][-1])
+        if given is not None:
+            return given
+        value = self.default(name)
+        self.assumed.append(_("{name} = {value}, the default of {day}").format(name=name, value=value, day=self.day))
+        return int(value or 0)
+
+    def switch(self, name: str, fallback: Any) -> bool:
+        """Return whether a switch is on; ``no_<name>`` turns it off."""
+        if f"no_{name}" in self.flags:
+            return False
+        return self.flags[name][-1].lower() not in _OFF if name in self.flags else bool(fallback)
 
 
 def resolve(job: ServingJob) -> Settings:
@@ -106,74 +145,90 @@ def resolve(job: ServingJob) -> Settings:
         InputError: a value cannot be read.
         LayoutError: values that cannot go together.
     """
-    flags = _flags(job)
-    engine = job.engine
-    day, named = version_day(engine, job.engine_version)
-    assumed: list[str] = []
+    day, named = version_day(job.engine, job.engine_version)
+    request = _Request(job=job, flags=_flags(job), day=day, assumed=[])
     if not named:
-        assumed.append(
+        request.assumed.append(
             _("version {version!r} not understood: rules of {day}").format(version=job.engine_version, day=day)
         )
+    placed, shaped, cached = _placing(request), _shape(request), _caching(request)
+    if placed["overrides"] and job.machine.num_gpus > 1 and placed["pipeline_copies"] > 1:
+        placed["pipeline_copies"] = 1
+        request.assumed.append(_("with tensor overrides one copy of what crosses devices: pipeline parallelism is off"))
+    return Settings(engine=job.engine, day=day, **placed, **shaped, **cached, assumed=tuple(request.assumed))
 
-    def integer(name: str, given: int | None = None) -> int:
-        if name in flags:
-            return _integer(name, flags[name][-1])
-        if given is not None:
-            return given
-        value = default(engine, name, day)
-        assumed.append(_("{name} = {value}, the default of {day}").format(name=name, value=value, day=day))
-        return int(value or 0)
 
-    num_devices = job.machine.num_gpus
-    layers = _gpu_layers(job, flags, num_devices, assumed)
-    latent = any(isinstance(part, LatentAttention) for layer in job.model.layers for part in layer.mixers)
-    flash = _flash(job, flags, day, assumed)
-    n_ctx = integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
-    parallel = max(1, integer("parallel", job.max_num_seqs))
-    if engine == "ollama":
+def _placing(request: _Request) -> dict[str, Any]:
+    """Return the settings that say which device holds what."""
+    num_devices = request.job.machine.num_gpus
+    return {
+        "num_devices": num_devices,
+        "n_gpu_layers": _gpu_layers(request.job, request.flags, num_devices, request.assumed),
+        "split_mode": request.text("split_mode", "layer"),
+        "tensor_split": _split(request.flags),
+        "main_gpu": _main_gpu(request, num_devices),
+        "overrides": _overrides(request.flags),
+        "kv_offload": "no_kv_offload" not in request.flags,
+        "op_offload": "no_op_offload" not in request.flags,
+        "repack": request.switch("run_time_repack", False),
+        "output_first": bool(request.default("output_first")),
+        "pipeline_copies": int(request.default("pipeline_copies")),
+    }
+
+
+def _main_gpu(request: _Request, num_devices: int) -> int:
+    number = _integer("main_gpu", request.text("main_gpu", "0"))
+    if num_devices and not 0 <= number < num_devices:
+        raise LayoutError(_("-mg {number}: there are {count} devices").format(number=number, count=num_devices))
+    return number
+
+
+def _shape(request: _Request) -> dict[str, Any]:
+    """Return the settings that shape the graph: context, batches, fusions."""
+    job = request.job
+    flash = _flash(job, request.flags, request.day, request.assumed)
+    n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
+    parallel = max(1, request.integer("parallel", job.max_num_seqs))
+    if job.engine == "ollama":
         n_ctx *= parallel  # every sequence gets num_ctx cells
-    n_ctx = round_up(n_ctx, 256 if flash or engine != "ik_llama.cpp" else 32)
-    n_batch = min(n_ctx, integer("n_batch"))
-    n_ubatch = min(n_batch, integer("n_ubatch", job.max_num_batched_tokens))
-    cache_k = _cache_type(flags, "cache_type_k", job, "f16")
-    cache_v = _cache_type(flags, "cache_type_v", job, cache_k if job.kv_cache_dtype else "f16")
-    copies = int(default(engine, "pipeline_copies", day))
-    overrides = _overrides(flags)
-    if overrides and num_devices > 1 and copies > 1:
-        copies = 1
-        assumed.append(_("with tensor overrides one copy of what crosses devices: pipeline parallelism is off"))
-    fused: bool | None = bool(_switch(flags, "fused_moe", default(engine, "fused_moe", day)))
-    if "fused_moe" not in flags and engine == "ik_llama.cpp" and not job.native and "n_gpu_layers" not in flags:
+    if not 0 < n_ctx <= MAX_COUNT:
+        raise InputError(_("a context of {count} tokens is not possible").format(count=n_ctx))
+    n_ctx = round_up(n_ctx, 256 if flash or job.engine != "ik_llama.cpp" else 32)
+    n_batch = max(1, min(n_ctx, request.integer("n_batch")))
+    n_ubatch = max(1, min(n_batch, request.integer("n_ubatch", job.max_num_batched_tokens)))
+    rows = _integer("worst_graph_tokens", request.text("worst_graph_tokens", "0"))
+    fused: bool | None = request.switch("fused_moe", request.default("fused_moe"))
+    if "fused_moe" not in request.flags and job.engine == "ik_llama.cpp" and "offloaded" in request.flags:
         fused = None  # known from a log that does not print it
-    return Settings(
-        engine=engine,
-        day=day,
-        num_devices=num_devices,
-        n_gpu_layers=layers,
-        split_mode=flags.get("split_mode", ["layer"])[-1],
-        tensor_split=_split(flags),
-        main_gpu=_integer("main_gpu", flags.get("main_gpu", ["0"])[-1]),
-        overrides=overrides,
-        n_ctx=n_ctx,
-        n_ubatch=n_ubatch,
-        parallel=parallel,
-        kv_unified=bool(_switch(flags, "kv_unified", default(engine, "kv_unified", day))),
-        cache_type_k=cache_k,
-        cache_type_v=cache_v,
-        flash_attention=flash,
-        kv_offload="no_kv_offload" not in flags,
-        op_offload="no_op_offload" not in flags,
-        mla=integer("mla") if latent and engine == "ik_llama.cpp" else 0,
-        latent_cache=_latent_cache(job, flags, day) if latent else "",
-        attention_max_mib=_integer("attn_max_batch", flags.get("attn_max_batch", ["0"])[-1]),
-        fused_moe=fused,
-        repack=bool(_switch(flags, "run_time_repack", False)),
-        window_cache=bool(default(engine, "window_cache", day)) and "swa_full" not in flags,
-        fused_glu=bool(default(engine, "fused_glu", day)),
-        pipeline_copies=copies,
-        output_first=bool(default(engine, "output_first", day)),
-        assumed=tuple(assumed),
-    )
+    return {
+        "flash_attention": flash,
+        "n_ctx": n_ctx,
+        "parallel": parallel,
+        "n_ubatch": n_ubatch,
+        "num_outputs": min(n_ubatch, rows) if rows > 0 else n_ubatch,
+        "fused_moe": fused,
+        "fused_glu": bool(request.default("fused_glu")),
+        "mask_f16": bool(request.default("mask_f16")) and flash,
+        "attention_max_mib": _integer(
+            "attn_max_batch", request.text("attn_max_batch", str(request.default("attn_max_batch") or 0))
+        ),
+        "groups_one_by_one": request.default("latent_groups") == "one_by_one",
+    }
+
+
+def _caching(request: _Request) -> dict[str, Any]:
+    """Return the settings of the cache."""
+    job = request.job
+    latent = any(isinstance(part, LatentAttention) for layer in job.model.layers for part in layer.mixers)
+    cache_k = _cache_type(request.flags, "cache_type_k", job, "f16")
+    return {
+        "kv_unified": request.switch("kv_unified", request.default("kv_unified")),
+        "cache_type_k": cache_k,
+        "cache_type_v": _cache_type(request.flags, "cache_type_v", job, cache_k if job.kv_cache_dtype else "f16"),
+        "mla": request.integer("mla") if latent and job.engine == "ik_llama.cpp" else 0,
+        "latent_cache": _latent_cache(job, request.day) if latent else "",
+        "window_cache": bool(request.default("window_cache")) and "swa_full" not in request.flags,
+    }
 
 
 def _flags(job: ServingJob) -> dict[str, list[str]]:
@@ -221,7 +276,7 @@ def _flash(job: ServingJob, flags: dict[str, list[str]], day: str, assumed: list
     return str(value).lower() not in _OFF
 
 
-def _latent_cache(job: ServingJob, flags: dict[str, list[str]], day: str) -> str:
+def _latent_cache(job: ServingJob, day: str) -> str:
     """Return what the cache of latent attention holds; pull request 11446 keeps the latent transposed too."""
     if job.engine == "llamacpp" and "11446" in job.engine_version:
         return "key_and_value"
@@ -275,12 +330,6 @@ def _split(flags: dict[str, list[str]]) -> tuple[float, ...] | None:
     if any(part < 0 for part in parts):
         raise LayoutError(_("the shares of -ts must not be negative"))
     return parts if sum(parts) > 0 else None
-
-
-def _switch(flags: dict[str, list[str]], name: str, fallback: Any) -> Any:
-    if f"no_{name}" in flags:
-        return False
-    return flags[name][-1].lower() not in _OFF if name in flags else fallback
 
 
 def _integer(name: str, value: str) -> int:
