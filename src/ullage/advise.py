@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ullage.engines.serving import EngineStart
 from ullage.errors import InputError
-from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, concurrency_at, judge, replicas
+from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge, replicas
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention
 from ullage.spec.serving import ServingJob
@@ -72,7 +72,7 @@ def _try(
         cost=change.cost,
         flags=change.flags,
         verdict=after.verdict,
-        max_concurrency=as_int(concurrency_at(engine, after.context).value) or 0,
+        max_concurrency=as_int(after.max_concurrency.value) or 0,
         max_context=after.max_context,
     )
     return item, _RANK[after.verdict]
@@ -82,7 +82,7 @@ def _gain(before: FitResult, after: FitResult) -> int:
     """Return the room won per GPU: by needing less on the device, or by a larger share of the pool being free."""
     less = before.need.value - after.need.value
     if before.engine.starts and after.engine.starts:
-        free = [result.engine.kv_cache_bytes.value - result.need.kv_cache_bytes for result in (before, after)]
+        free = [result.pool.value - result.need.kv_cache_bytes for result in (before, after)]
         less = max(less, free[1] - free[0])
     return int(less)
 

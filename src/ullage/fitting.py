@@ -14,7 +14,7 @@ from ullage.account.parameters import Counts, count
 from ullage.engines.serving import Amount, EngineStart, RankClass, start
 from ullage.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_TIGHT, InputError
 from ullage.i18n import _
-from ullage.ledger import Ledger, Term
+from ullage.ledger import Ledger
 from ullage.spec.serving import ServingJob
 from ullage.units import cdiv, parse_size
 
@@ -83,6 +83,7 @@ class FitResult:
     reserve_bytes: int
     worst: RankClass
     need: Need
+    pool: Amount
     max_context: int
     max_concurrency: Amount
     curve: tuple[Point, ...]
@@ -195,11 +196,10 @@ def judge(
     reserve_bytes = parse_reserve(reserve, int(total.value))
     per_replica = cdiv(concurrency, replicas(job))
     asked_kv = engine.kv.bytes_of_request(tokens) * per_replica
-    if job.engine not in ELASTIC_POOLS:
-        asked_kv = max(asked_kv, int(engine.kv_cache_bytes.value))
     needs = [Need(rest=_rest(ranks.ledger), kv_cache_bytes=asked_kv) for ranks in engine.ranks]
     at = max(range(len(needs)), key=lambda index: needs[index].value)
-    verdict, reason = _verdict(engine, needs[at], asked_kv, total, reserve_bytes)
+    pool = pool_for_requests(engine, needs[at], total)
+    verdict, reason = _verdict(engine, needs[at], pool, total, reserve_bytes)
     return FitResult(
         asked=asked,
         job=job,
@@ -213,16 +213,23 @@ def judge(
         reserve_bytes=reserve_bytes,
         worst=engine.ranks[at],
         need=needs[at],
-        max_context=largest_context(engine, per_replica),
-        max_concurrency=concurrency_at(engine, tokens),
-        curve=_curve(engine, tokens),
+        pool=pool,
+        max_context=largest_context(engine, pool, per_replica),
+        max_concurrency=concurrency_at(engine, pool, tokens),
+        curve=_curve(engine, pool, tokens),
         warnings=tuple(dict.fromkeys((*engine.warnings, *engine.ranks[at].ledger.warnings))),
     )
 
 
-def pool_term(ledger: Ledger) -> Term | None:
-    """Return the term that holds the KV pool."""
-    return next((term for term in ledger.terms() if term.name == "kv_cache"), None)
+def pool_for_requests(engine: EngineStart, need: Need, total: Amount) -> Amount:
+    """Return the bytes per GPU that requests may take: the engine's pool, or what a fixed pool could grow to."""
+    if engine.job.engine in ELASTIC_POOLS:
+        return engine.kv_cache_bytes
+    return Amount(
+        value=max(0.0, total.value - need.rest.value),
+        low=max(0.0, total.low - need.rest.high),
+        high=max(0.0, total.high - need.rest.low),
+    )
 
 
 def _rest(ledger: Ledger) -> Amount:
@@ -235,23 +242,23 @@ def _rest(ledger: Ledger) -> Amount:
     )
 
 
-def _verdict(engine: EngineStart, need: Need, asked_kv: int, total: Amount, reserve_bytes: int) -> tuple[str, str]:
+def _verdict(engine: EngineStart, need: Need, pool: Amount, total: Amount, reserve_bytes: int) -> tuple[str, str]:
     """Return the verdict and the one sentence that says why (see ``docs/verdict.md``)."""
-    pool, load = engine.kv_cache_bytes, engine.load_peak_bytes or 0
+    load, asked = engine.load_peak_bytes or 0, need.kv_cache_bytes
     refusals = (
         (not engine.starts, engine.reason or _("the engine does not start")),
-        (pool.value < asked_kv, _("the KV pool does not hold the requests asked for")),
         (need.value > total.value, _("more is needed than the device has")),
+        (pool.value < asked, _("the KV pool does not hold the requests asked for")),
         (load > total.high, _("loading the weights needs more than the device has")),
     )
     for refused, reason in refusals:
         if refused:
             return "does_not_fit", reason
     doubts = (
-        (pool.low < asked_kv, _("the KV pool holds it only at the better end of its range")),
         (need.high > total.low, _("it fits only inside the margin of error")),
+        (pool.low < asked, _("the KV pool holds it only at the better end of its range")),
         (load > total.low, _("loading the weights fits only inside the margin of error")),
-        (need.high + reserve_bytes > total.value, _("it fits only inside the reserve")),
+        (need.value + reserve_bytes > total.value, _("it fits only inside the reserve")),
     )
     for doubted, reason in doubts:
         if doubted:
@@ -262,39 +269,37 @@ def _verdict(engine: EngineStart, need: Need, asked_kv: int, total: Amount, rese
 # --------------------------------------------------------------------------------------------------- the largest thing
 
 
-def concurrency_at(engine: EngineStart, context: int) -> Amount:
+def concurrency_at(engine: EngineStart, pool: Amount, context: int) -> Amount:
     """Return how many requests of ``context`` tokens the pools of all replicas hold at a time."""
     cost = engine.kv.bytes_of_request(context)
     spread = replicas(engine.job)
     if cost <= 0:
         return Amount(value=math.inf, low=math.inf, high=math.inf)
-    pool = engine.kv_cache_bytes
     held = [max(0, int(size // cost)) * spread for size in (pool.value, pool.low, pool.high)]
     return Amount(value=held[0], low=held[1], high=held[2])
 
 
-def largest_context(engine: EngineStart, per_replica: int) -> int:
+def largest_context(engine: EngineStart, pool: Amount, per_replica: int) -> int:
     """Return the longest request of which ``per_replica`` fit in a pool at a time, up to what the model declares."""
     job = engine.job
     limit = max(job.model.max_position_embeddings or 0, job.max_model_len or 0) or 2**24
-    pool = int(engine.kv_cache_bytes.value)
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if engine.kv.bytes_of_request(middle) * per_replica <= pool:
+        if engine.kv.bytes_of_request(middle) * per_replica <= pool.value:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _curve(engine: EngineStart, asked: int) -> tuple[Point, ...]:
+def _curve(engine: EngineStart, pool: Amount, asked: int) -> tuple[Point, ...]:
     """Return a few points: contexts by powers of four around the one asked, and how many requests of each fit."""
     limit = engine.job.max_model_len or engine.job.model.max_position_embeddings or asked
     contexts = {asked, limit} | {2**power for power in range(10, 22, 2) if 2**power < limit}
     points = []
     for context in sorted(contexts):
-        held = concurrency_at(engine, context).value
+        held = concurrency_at(engine, pool, context).value
         if math.isfinite(held):
             points.append(Point(context=context, concurrency=int(held)))
     return tuple(points)

@@ -35,7 +35,8 @@ def parse_engine(text: str) -> tuple[str, str]:
 def newest_version(engine: str) -> str:
     """Return the newest version of an engine that is mirrored."""
     versions: tuple[str, ...] = tuple(import_module(SERVING_ENGINES[engine]).VERSIONS)
-    return versions[-1]
+    own = [version for version in versions if version.startswith(engine)]  # llama.cpp's forks are listed beside it
+    return (own or versions)[-1]
 
 
 def attention_heads(model: Model) -> int:

@@ -12,26 +12,23 @@ from ullage.i18n import _
 from ullage.spec.model import Model
 
 INDEX = "models/index.json"
-#: Endings of re-uploads → what their makers write as ``quantization_config`` when they change nothing.
-#: Sources: autoawq@0.2.9:awq/models/_config.py:AwqConfig; auto-gptq@0.7.1:auto_gptq/modeling/_base.py:
-#: BaseQuantizeConfig; compressed-tensors@0.12:quantization/quant_scheme.py presets; DeepSeek-V3's config.json (FP8);
-#: modelopt: hf_quant_config.json of nvidia/*-NVFP4; bitsandbytes: transformers@5.23.0:utils/quantization_config.py.
-_CHANNEL_FP8 = {"type": "float", "num_bits": 8, "strategy": "channel", "symmetric": True}
-_FP8_CHANNEL = {
-    "quant_method": "compressed-tensors",
-    "format": "float-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL_FP8}},
-}
-SUFFIXES: dict[str, dict[str, Any] | None] = {
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
-    "gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
-    "gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False, "sym": True},
-    "fp8-dynamic": _FP8_CHANNEL,
-    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]},
-    "bnb-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+#: Endings of re-uploads → the name of the quantisation (see :mod:`ullage.read.quantization_names`); None: a GGUF file.
+SUFFIXES: dict[str, str | None] = {
+    "awq": "awq",
+    "awq-int4": "awq",
+    "gptq": "gptq",
+    "gptq-int4": "gptq",
+    "gptq-int8": "gptq_int8",
+    "fp8": "fp8_block",
+    "fp8-dynamic": "fp8_dynamic",
+    "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4",
+    "w8a8": "w8a8_int8",
+    "w4a16": "int4",
+    "int4": "int4",
+    "int8": "w8a8_int8",
+    "bnb-4bit": "bnb_nf4",
+    "bnb-8bit": "bnb_int8",
     "gguf": None,
 }
 #: Endings of further training and of releases: the shape is that of the model without them.
@@ -40,11 +37,11 @@ _TUNED = re.compile(r"-(instruct|chat|it|base|hf|preview|thinking|abliterated|\d
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """An entry of the catalog. ``quantization`` is the config of a quantised copy; ``assumed`` says what was taken."""
+    """An entry of the catalog. ``quantization`` names that of a quantised copy; ``assumed`` says what was taken."""
 
     entry: dict[str, Any]
     name: str
-    quantization: dict[str, Any] | None = None
+    quantization: str | None = None
     assumed: tuple[str, ...] = ()
 
 
@@ -95,7 +92,7 @@ def find(text: str) -> Found | None:
     return None
 
 
-def _without_suffix(short: str) -> tuple[str, dict[str, Any] | None, str]:
+def _without_suffix(short: str) -> tuple[str, str | None, str]:
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if short.endswith(f"-{suffix}"):
             return short[: -len(suffix) - 1], SUFFIXES[suffix], suffix
@@ -106,7 +103,7 @@ def _dimensions_of(name: str) -> str:
     return _("the dimensions are those of {name}").format(name=name)
 
 
-def _copy_of(text: str, entry: dict[str, Any], name: str, suffix: str, quantization: dict[str, Any] | None) -> Found:
+def _copy_of(text: str, entry: dict[str, Any], name: str, suffix: str, quantization: str | None) -> Found:
     how = (
         _("the weights are taken as its ending -{suffix} says, as its usual tool writes them").format(suffix=suffix)
         if quantization
@@ -124,11 +121,11 @@ def load_entry(found: Found) -> Model:
     model = replace(model, name=found.name, assumed=(*model.assumed, *found.assumed))
     if found.quantization is None:
         return model
-    from ullage.read.hf_config.keys import Keys
-    from ullage.read.hf_config.quantization import read_quantization
+    from ullage.read.quantization_names import assumption, named_quantization
 
-    keys = Keys({"quantization_config": found.quantization}, found.name)
-    return replace(model, quantization=read_quantization(keys))
+    said = assumption(found.quantization)
+    quantized = named_quantization(found.quantization, model)
+    return replace(model, quantization=quantized, assumed=(*model.assumed, *((said,) if said else ())))
 
 
 def near_names(text: str) -> list[str]:
