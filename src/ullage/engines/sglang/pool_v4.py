@@ -60,9 +60,7 @@ def pool_of(settings: Settings, layers: tuple[spec.Layer, ...], available: int) 
     padded = bool(rule["page_padding"])
     per_window, growing = _per_window_token(settings, held, rule, padded), _growing(settings, held, padded)
     ratio = Fraction(str(settings.flags.number("swa_full_tokens_ratio") or rule["swa_ratio"]))
-    capped = (
-        rule["request_cap"] and settings.max_running is not None and not settings.flags.text("swa_full_tokens_ratio")
-    )
+    capped = _is_capped(settings, held)
     inflation = Fraction(len(layers) + 1, len(layers)) if settings.draft_tokens else Fraction(1)
     cell = (growing + (0 if capped else ratio * per_window)) * inflation
     fixed = 0
@@ -86,6 +84,17 @@ def pool_of(settings: Settings, layers: tuple[spec.Layer, ...], available: int) 
         formula=f"{float(cell):,.2f} B per token + {fixed:,} B",
         source=settings.release.source("v4"),
     )
+
+
+def _is_capped(settings: Settings, held: _Layers) -> bool:
+    """Tell whether the window pool follows the request limit: V4.1 (layers of ratio 1 or 2), unless a ratio is given.
+
+    Source: sglang@0.5.23:srt/arg_groups/model_overrides/deepseek_v4.py (V4 itself keeps 0.1).
+    """
+    given = settings.flags.text("swa_full_tokens_ratio")
+    low_ratio = held.of(1) + held.of(2) > 0
+    rule = settings.release.rule("v4")["request_cap"]
+    return bool(rule and low_ratio and settings.max_running is not None and not given)
 
 
 def _entry(part: spec.CompressedAttention, settings: Settings, page: int, padded: bool) -> Fraction:

@@ -115,9 +115,9 @@ def figures_of(start: StageStart, settings: Settings) -> dict[str, Amount]:
 
 
 def _device_used(start: StageStart, settings: Settings) -> Amount:
-    """What nvidia-smi shows when the server has run: the high end holds the memory that the driver keeps to itself,
+    """Return what ``nvidia-smi`` shows when the server has run.
 
-    which older versions of the tool count as used.
+    The high end holds the memory that the driver keeps to itself, which older versions of the tool count as used.
     """
     graphs, gpu = start.graphs, settings.job.machine.gpu
     used = [
