@@ -306,6 +306,21 @@ def test_splits_of_a_tower(name: str, on_two_ranks: tuple[int, ...]) -> None:
     assert split_shape(by_name(read(whole))[name].parameter, 2) == on_two_ranks
 
 
+def test_a_single_mamba_2_group_is_on_every_rank() -> None:
+    """Falcon-H1-0.5B on 4 ranks: in = (2 x 24 x 64 + 24) / 4 + 2 x 128; conv = 24 x 64 / 4 + 2 x 128."""
+    names = by_name(read_config(need_shared("configs", "tiiuae__Falcon-H1-0.5B.json")))
+    at = "model.layers.0.mamba."
+    assert split_shape(names[at + "in_proj.weight"].parameter, 4) == (774 + 256, 1024)
+    assert split_shape(names[at + "conv1d.weight"].parameter, 4) == (384 + 256, 1, 4)
+    assert split_shape(names[at + "conv1d.bias"].parameter, 4) == (640,)
+    assert split_shape(names[at + "in_proj.weight"].parameter, 1) == (2 * 1536 + 256 + 24, 1024)
+
+
+def test_towers_state_the_sizes_that_engines_go_by() -> None:
+    (tower,) = read(LLAVA).towers
+    assert (tower.num_layers, tower.hidden_size, tower.num_heads) == (24, 1024, 16)
+
+
 def test_the_whole_decides_whether_the_head_is_tied() -> None:
     whole = {"model_type": "qwen3_5", "text_config": QWEN3_5_SMALL, "vision_config": QWEN3_5_VISION}
     assert not read(whole).tied_embeddings

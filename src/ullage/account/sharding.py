@@ -170,7 +170,7 @@ def split_shape(parameter: Parameter, tp: int, *, vocab_padding: int = 1) -> tup
     if parameter.units:
         size = shape[axis] // parameter.units * units_per_rank(parameter.units, tp, where=where)
     else:
-        size = divide(shape[axis], tp, where=where)
+        size = divide(shape[axis] - parameter.whole, tp, where=where) + parameter.whole
     return (*shape[:axis], size, *shape[axis + 1 :])
 
 

@@ -373,11 +373,17 @@ class MtpModule:
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A vision or audio tower with its projector, as a list of tensors; counted apart from the decoder."""
+    """A vision or audio tower with its projector, as a list of tensors; counted apart from the decoder.
+
+    ``num_layers``, ``hidden_size``, ``num_heads`` of its transformer, 0 where they do not apply: engines go by them.
+    """
 
     name: str
     tensors: tuple[ExtraTensor, ...]
     copies: int = 1
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_heads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ Legend: H hidden_size, K conv_kernel, N num_heads, D head_dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.account.parameters.parameter import Parameter, Role, Split, linear_parameters, norm_parameters, of_extra
 from ullage.spec import model as spec
 
@@ -119,18 +121,19 @@ def mamba(part: spec.Mamba, hidden_size: int) -> list[Parameter]:
 
 
 def mamba2(part: spec.Mamba2, hidden_size: int) -> list[Parameter]:
-    """Tensors of a Mamba-2 layer.
+    """Tensors of a Mamba-2 layer. A single group's rows are on every rank; several groups are divided.
 
     Formula: in (2*I + 2*G*n + N, H); conv (I + 2*G*n, 1, K); A_log, D, dt_bias (N); norm (I); out (H, I); I = N*D.
     Symbols: n state_size, G num_groups.
     Source: arXiv:2405.21060; transformers@5.23.0:models/nemotron_h/modeling_nemotron_h.py:NemotronHMamba2Mixer;
         vllm@0.33.0:vllm/model_executor/layers/mamba/mamba_mixer2.py:MambaMixer2.
-    Known error: a single group is held whole by every rank, here it is divided (2*n rows of in and conv).
     """
     at, heads = f"{part.prefix}.", part.num_heads
     inner, groups = heads * part.head_dim, 2 * part.num_groups * part.state_size
     found = linear_parameters(at + "in_proj", 2 * inner + groups + heads, hidden_size, bias=part.proj_bias, split="out")
     found += _convolution(at + "conv1d", inner + groups, part.conv_kernel, bias=part.conv_bias)
+    if part.num_groups == 1:
+        found = [replace(parameter, whole=groups) for parameter in found]
     found += [_vector(at + "A_log", heads, dtype="float32"), _vector(at + "D", heads), _vector(at + "dt_bias", heads)]
     if part.gated_norm:
         found.append(Parameter(name=at + "norm.weight", shape=(inner,), role=Role.NORM, split="out"))

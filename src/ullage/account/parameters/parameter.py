@@ -34,6 +34,7 @@ class Parameter:
         split: how tensor parallelism divides it: "out" the first axis, "in" the second (of the last two),
             "vocab" the padded first axis, "none" replicated.
         units: indivisible pieces along the split axis (KV heads): more ranks than units replicate them. 0: any.
+        whole: pieces of the split axis that every rank holds beside its share (a single Mamba-2 group).
         copies, active_copies: experts in all, and those that one token uses.
         buffer: stored and loaded, but no parameter.
         dtype: when it differs from the model's, whatever the quantisation.
@@ -44,6 +45,7 @@ class Parameter:
     role: Role = Role.LINEAR
     split: Split = "none"
     units: int = 0
+    whole: int = 0
     copies: int = 1
     active_copies: int = 1
     buffer: bool = False

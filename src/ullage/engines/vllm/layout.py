@@ -94,6 +94,16 @@ def loads_mtp(setup: Setup) -> bool:
     return bool(setup.job.model.mtp) and (setup.job.speculative or "").lower().endswith("mtp")
 
 
+def _tower_tp(setup: Setup) -> int:
+    """Return how many ranks share a tower: one where it runs data-parallel or its heads do not divide.
+
+    Source: vllm@0.33.0:vllm/model_executor/models/vision.py:is_vit_use_data_parallel.
+    """
+    tp = setup.job.parallel.tensor_parallel_size
+    divides = all(tower.num_heads % tp == 0 for tower in setup.job.model.towers)
+    return tp if divides and setup.flag("mm_encoder_tp_mode") != "data" else 1
+
+
 def stages(setup: Setup) -> tuple[Stage, ...]:
     """Return the pipeline stages of one replica.
 
@@ -123,7 +133,7 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
             num_local_experts=local,
             vocab_tp=tp,
             head_tp=tp,
-            tower_tp=1 if setup.flag("mm_encoder_tp_mode") == "data" else tp,
+            tower_tp=_tower_tp(setup),
         )
         found.append(Stage(pp_rank=rank, num_ranks=tp * dp, share=share, last=last))
     return tuple(found)

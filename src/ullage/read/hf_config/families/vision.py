@@ -155,6 +155,25 @@ def head_size(part: Keys, hidden: int, heads_key: str) -> int:
     return hidden // heads
 
 
+def tower(
+    part: Keys,
+    tensors: Tensors,
+    *,
+    name: str = "vision",
+    layers: str = "num_hidden_layers",
+    hidden: str = "hidden_size",
+    heads: str = "num_attention_heads",
+) -> Tower:
+    """Return the tower that ``part`` describes; ``layers``, ``hidden`` and ``heads`` are the names of its keys."""
+    return Tower(
+        name=name,
+        tensors=tensors,
+        num_layers=part.integer(layers, 0),
+        hidden_size=part.integer(hidden, 0),
+        num_heads=part.integer(heads, 0),
+    )
+
+
 def read_text(keys: Keys, default_type: str = "") -> Model:
     """Read a decoder with the reader of its own model type, or of ``default_type`` where it names none."""
     return read_as(keys.text("model_type", "") or default_type, keys)

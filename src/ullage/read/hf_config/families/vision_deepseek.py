@@ -25,6 +25,7 @@ _OCR_CLIP_LAYER = replace(
 )
 _SAM_WINDOW = 14  # deepseek-ai/DeepSeek-OCR:deepencoder.py:_build_sam; patches of 16, a neck of 256 channels
 _SAM_PATCH, _SAM_NECK = 16, 256
+_SIZES = {"layers": "layers", "hidden": "width", "heads": "heads"}
 
 
 def read(keys: Keys) -> Model:
@@ -34,15 +35,15 @@ def read(keys: Keys) -> Model:
     language = vision.need_part(keys, "language_config")
     text = _text(language)
     keys.skip(*language.values)  # DeepSeek-OCR repeats the decoder's keys in the whole
-    towers = isinstance(part.raw("width"), dict)
-    at, prefix = ("model.", "model.") if towers else ("", "language.model.")
-    tensors = _ocr_towers(part) if towers else _siglip(part, "vision.")
-    tensors += _projector(vision.need_part(keys, "projector_config"), at + "projector.layers", text.hidden_size)
+    is_ocr = isinstance(part.raw("width"), dict)
+    at, prefix = ("model.", "model.") if is_ocr else ("", "language.model.")
+    towers = _ocr_towers(part) if is_ocr else [_siglip(part, "vision.")]
+    tensors = _projector(vision.need_part(keys, "projector_config"), at + "projector.layers", text.hidden_size)
     if keys.text("tile_tag", "2D") != "2D":
         raise InputError(_("only 2D is understood"), where=keys.at("tile_tag"))
     tensors += table(at + "image_newline", text.hidden_size) + table(at + "view_seperator", text.hidden_size)
-    head = None if towers else "language.lm_head"
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=prefix, head=head)
+    towers.append(Tower(name="projector", tensors=tensors))
+    return vision.assemble(keys, text, towers, prefix=prefix, head=None if is_ocr else "language.lm_head")
 
 
 def _text(language: Keys) -> Model:
@@ -71,12 +72,12 @@ def _projector(part: Keys, at: str, hidden: int) -> Tensors:
     return tensors + linear(f"{at}.{2 * depth - 2}", size, inner, bias=True)
 
 
-def _siglip(part: Keys, at: str) -> Tensors:
+def _siglip(part: Keys, at: str) -> Tower:
     """Return the SigLIP tower as timm names it, with the attention pool that the checkpoint holds.
 
     The inner size is the truncated product of width and ``mlp_ratio``.
     """
-    part.skip("model_name", "heads", "class_token", "global_pool", "ignore_head", "num_classes", "weight_init")
+    part.skip("model_name", "class_token", "global_pool", "ignore_head", "num_classes", "weight_init")
     width, patch = part.integer("width", 1024), part.integer("patch_size", 16)
     inner = int(width * _ratio(part))
     positions = (part.integer("image_size", 384) // patch) ** 2
@@ -89,7 +90,8 @@ def _siglip(part: Keys, at: str) -> Tensors:
     for name, rows, columns in (("q", width, width), ("kv", 2 * width, width), ("proj", width, width)):
         tensors += linear(pool + name, rows, columns, bias=True)
     tensors += linear(pool + "mlp.fc1", inner, width, bias=True)
-    return tensors + linear(pool + "mlp.fc2", width, inner, bias=True)
+    tensors += linear(pool + "mlp.fc2", width, inner, bias=True)
+    return vision.tower(part, tensors, **_SIZES)
 
 
 def _ratio(part: Keys) -> float:
@@ -99,20 +101,21 @@ def _ratio(part: Keys) -> float:
     return ratio
 
 
-def _ocr_towers(part: Keys) -> Tensors:
+def _ocr_towers(part: Keys) -> list[Tower]:
     """Return SAM and CLIP of DeepSeek-OCR; their inner sizes are four times their widths, whatever ``mlp_ratio``."""
     part.skip("mlp_ratio", "model_name")
     widths = vision.need_part(part, "width")
-    tensors: Tensors = ()
+    towers: list[Tower] = []
     for name in widths.values:
         tower = vision.need_part(widths, name)
         if name.startswith("sam_vit"):
-            tensors += _sam(tower, "model.sam_model.", part.integer("image_size"))
+            tensors = _sam(tower, "model.sam_model.", part.integer("image_size"))
         elif name.startswith("clip-"):
-            tensors += _ocr_clip(tower, "model.vision_model.")
+            tensors = _ocr_clip(tower, "model.vision_model.")
         else:
             raise InputError(_("this tower is not understood"), where=widths.at(name))
-    return tensors
+        towers.append(vision.tower(tower, tensors, name=name, **_SIZES))
+    return towers
 
 
 def _sam(part: Keys, at: str, image_size: int) -> Tensors:

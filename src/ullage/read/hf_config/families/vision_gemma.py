@@ -12,7 +12,7 @@ from ullage.i18n import _
 from ullage.read.hf_config.families import vision
 from ullage.read.hf_config.families.vision import CLIP_LAYER, EncoderLayer, Tensors, conv, linear, norm, table
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import ExtraTensor, Model, Tower
+from ullage.spec.model import ExtraTensor, Model
 
 # ------------------------------------------------------------------------------------------------------------- Gemma 3
 
@@ -28,7 +28,7 @@ def read_3(keys: Keys) -> Model:
     return vision.assemble(
         keys,
         text,
-        [Tower(name="vision", tensors=tensors)],
+        [vision.tower(part, tensors)],
         prefix="language_model.model.",
         head="language_model.lm_head",
     )
@@ -84,11 +84,11 @@ def read_4(keys: Keys) -> Model:
     part = keys.part("vision_config")
     if part is not None:
         tensors = _vision_4(part, "model.vision_tower.") + _embedder("vision", text.hidden_size, part, "hidden_size")
-        towers.append(Tower(name="vision", tensors=tensors))
+        towers.append(vision.tower(part, tensors))
     part = keys.part("audio_config")
     if part is not None:
         tensors = _audio_4(part, "model.audio_tower.") + _embedder("audio", text.hidden_size, part, "output_proj_dims")
-        towers.append(Tower(name="audio", tensors=tensors))
+        towers.append(vision.tower(part, tensors, name="audio"))
     return vision.assemble(keys, text, towers, prefix="model.language_model.")
 
 

@@ -12,7 +12,7 @@ from ullage.i18n import _
 from ullage.read.hf_config.families import vision
 from ullage.read.hf_config.families.vision import EncoderLayer, Tensors, conv, linear, norm, table
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import Model, Tower
+from ullage.spec.model import Model
 
 _LAYER = EncoderLayer(
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -35,7 +35,7 @@ def read_3_2(keys: Keys) -> Model:
     return vision.assemble(
         keys,
         text,
-        [Tower(name="vision", tensors=tensors)],
+        [vision.tower(part, tensors, heads="attention_heads")],
         prefix="language_model.model.",
         head="language_model.lm_head",
     )
@@ -84,7 +84,7 @@ def read_4(keys: Keys) -> Model:
     return vision.assemble(
         keys,
         text,
-        [Tower(name="vision", tensors=tensors)],
+        [vision.tower(part, tensors)],
         prefix="language_model.model.",
         head="language_model.lm_head",
         assumed=assumed,

@@ -13,7 +13,7 @@ from ullage.i18n import _
 from ullage.read.hf_config.families import llama, vision
 from ullage.read.hf_config.families.vision import CLIP_LAYER, EncoderLayer, Tensors, conv, linear, norm, table
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import Model, Tower
+from ullage.spec.model import Model
 
 _TEXT, _HEAD = "language_model.model.", "language_model.lm_head"
 
@@ -40,7 +40,9 @@ def read_kimi(keys: Keys) -> Model:
     part = vision.need_part(keys, "vision_config")
     text = vision.read_text(vision.need_part(keys, "text_config"), "kimi_k2")
     tensors = _moonvit(part, "vision_tower.") + _kimi_projector(part, "mm_projector.", text.hidden_size)
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+    keys_of = {"layers": "vt_num_hidden_layers", "hidden": "vt_hidden_size", "heads": "vt_num_attention_heads"}
+    tower = vision.tower(part, tensors, **keys_of)
+    return vision.assemble(keys, text, [tower], prefix=_TEXT, head=_HEAD)
 
 
 def _choice(part: Keys, key: str, *known: str) -> str:
@@ -122,7 +124,7 @@ def read_mistral3(keys: Keys) -> Model:
     tensors = _pixtral(part, "vision_tower.") + norm(at + "norm", hidden)
     tensors += linear(at + "patch_merger.merging_layer", hidden, merged * hidden)
     tensors += _two_layers(keys, at, hidden, text.hidden_size, bias)
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+    return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
 
 
 def _two_layers(keys: Keys, at: str, hidden: int, out: int, bias: bool) -> Tensors:
@@ -168,7 +170,7 @@ def read_llava(keys: Keys) -> Model:
     tensors = _clip(part, "vision_tower.vision_model.")
     bias = keys.flag("multimodal_projector_bias", True)
     tensors += _two_layers(keys, "multi_modal_projector.", part.integer("hidden_size"), text.hidden_size, bias)
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+    return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
 
 
 def _clip(part: Keys, at: str) -> Tensors:
@@ -217,7 +219,7 @@ def read_minimax_m3(keys: Keys) -> Model:
     for name, columns in (("multi_modal_projector", hidden), ("patch_merge_mlp", out * merge * merge)):
         tensors += linear(f"{name}.linear_1", inner, columns, bias=True, split="out")
         tensors += linear(f"{name}.linear_2", out, inner, bias=True, split="in")
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix=_TEXT, head=_HEAD)
+    return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
 
 
 # ------------------------------------------------------------------------------------------------------------ InternVL
@@ -248,7 +250,7 @@ def read_internvl(keys: Keys) -> Model:
     keys.skip("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
     tensors += linear(at + "linear_1", text.hidden_size, merged, bias=True)
     tensors += linear(at + "linear_2", text.hidden_size, text.hidden_size, bias=True)
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix="model.language_model.")
+    return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix="model.language_model.")
 
 
 def _square(part: Keys, key: str, default: int) -> int:

@@ -35,6 +35,10 @@ def _sizes(part: Keys, hidden_key: str = "hidden_size") -> tuple[int, int, int, 
     )
 
 
+def _tower(part: Keys, tensors: Tensors, hidden: str = "hidden_size") -> Tower:
+    return vision.tower(part, tensors, layers="depth", hidden=hidden, heads="num_heads")
+
+
 # ---------------------------------------------------------------------------------------------------- Qwen2-VL, 2.5-VL
 
 
@@ -45,7 +49,7 @@ def read_2_vl(keys: Keys) -> Model:
     inner = hidden * part.integer("mlp_ratio", 4)
     tensors = conv("visual.patch_embed.proj", hidden, *patch) + _LAYER.stack("visual.blocks", depth, hidden, inner)
     tensors += _merger_2(hidden, merged, part.integer("hidden_size"), norm_bias=True)
-    return _assemble_2(keys, tensors)
+    return _assemble_2(keys, _tower(part, tensors, "embed_dim"))
 
 
 def read_2_5_vl(keys: Keys) -> Model:
@@ -56,7 +60,7 @@ def read_2_5_vl(keys: Keys) -> Model:
     tensors = conv("visual.patch_embed.proj", hidden, *patch)
     tensors += layer.stack("visual.blocks", depth, hidden, part.integer("intermediate_size"))
     tensors += _merger_2(hidden, merged, part.integer("out_hidden_size"), norm_bias=False)
-    return _assemble_2(keys, tensors)
+    return _assemble_2(keys, _tower(part, tensors))
 
 
 def _merger_2(hidden: int, merged: int, out: int, *, norm_bias: bool) -> Tensors:
@@ -68,11 +72,11 @@ def _merger_2(hidden: int, merged: int, out: int, *, norm_bias: bool) -> Tensors
     )
 
 
-def _assemble_2(keys: Keys, tensors: Tensors) -> Model:
+def _assemble_2(keys: Keys, tower: Tower) -> Model:
     """Add the decoder, a Qwen2: nested in newer configs, in the whole in older ones."""
     nested = keys.part("text_config")
     text = vision.read_as("qwen2", keys if nested is None else nested)
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix="model.")
+    return vision.assemble(keys, text, [tower], prefix="model.")
 
 
 # -------------------------------------------------------------------------------------------------- Qwen3-VL, Qwen3.5
@@ -93,7 +97,7 @@ def read_3_vl(keys: Keys) -> Model:
     for index in range(len(part.integers("deepstack_visual_indexes", []))):
         tensors += _merger_3(f"{at}deepstack_merger_list.{index}", width, out, norm_size=width)
     text = vision.read_text(vision.need_part(keys, "text_config"))
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix="model.language_model.")
+    return vision.assemble(keys, text, [_tower(part, tensors)], prefix="model.language_model.")
 
 
 def _merger_3(at: str, width: int, out: int, *, norm_size: int) -> Tensors:
@@ -136,4 +140,4 @@ def read_glm4v_moe(keys: Keys) -> Model:
     text = vision.read_text(vision.need_part(keys, "text_config"))
     if text.hidden_size != out:
         raise InputError(_("is not the decoder's hidden_size"), where=part.at("out_hidden_size"))
-    return vision.assemble(keys, text, [Tower(name="vision", tensors=tensors)], prefix="model.language_model.")
+    return vision.assemble(keys, text, [_tower(part, tensors)], prefix="model.language_model.")
