@@ -53,15 +53,18 @@ def _names_layers(quantization: spec.Quantization) -> bool:
 def format_of(parameter: Parameter, *, dtype: str, quantization: spec.Quantization | None) -> WeightFormat:
     """Return how a tensor is stored: the first rule that hits its full name decides.
 
-    A tensor with a dtype of its own keeps it; tensors of one axis (norms, biases) are never quantised; an empty
-    pattern means every linear layer, experts included, and leaves embeddings, routers and convolutions alone.
+    A tensor with a dtype of its own keeps it; tensors of one axis (norms, biases) are never quantised, though a rule
+    can give them another plain dtype; an empty pattern means every linear layer, experts included, and leaves
+    embeddings, routers and convolutions alone.
     """
     if parameter.dtype is not None:
         return _plain(parameter.dtype)
-    if quantization is not None and len(parameter.shape) > 1:
+    if quantization is not None:
         name = parameter.name.replace("{e}", "0")
         linear = parameter.role in _QUANTISED_ROLES
         for pattern, format_ in _compiled(quantization):
+            if len(parameter.shape) < 2 and format_ is not None and format_.name != format_.dtype:
+                continue
             if (linear and pattern is None) or (pattern is not None and pattern.search(name)):
                 return format_ or _plain(dtype)
     return _plain(dtype)

@@ -391,7 +391,8 @@ class QuantRule:
     """The first rule whose ``pattern`` (a regular expression, searched in the full parameter name) hits, decides.
 
     An empty pattern means every linear layer, experts included; it leaves embeddings, heads, routers and convolutions
-    alone. Tensors of one axis are never quantised. ``format`` None: the tensor stays in the model's own dtype.
+    alone. Tensors of one axis are never quantised, but may be given another plain dtype. ``format`` None: the tensor
+    stays in the model's own dtype.
     """
 
     pattern: str

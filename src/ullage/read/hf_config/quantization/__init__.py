@@ -41,7 +41,9 @@ def read_quantization_values(values: Any, config: dict[str, Any], where: str) ->
         raise InputError(_("{value} is not an object").format(value=repr(values)[:60]), where=where)
     part = Keys(values, where)
     method = _method_of(part)
-    num_layers, expert_dtype = config.get("num_hidden_layers"), config.get("expert_dtype")
+    text = config.get("text_config")
+    num_layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    expert_dtype = config.get("expert_dtype")
     context = Context(
         model_type=str(config.get("model_type", "")),
         num_layers=num_layers if isinstance(num_layers, int) and 0 < num_layers <= 10_000 else 0,

@@ -14,7 +14,7 @@ _WRAPPERS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?=layers
 _WRAPPERS_PATTERN = r"^(?:(?:model|language_model|backbone)\.)*"
 #: DeepSeek-V4's own names beside those of Hugging Face.
 _SAME = {"ffn": "(?:ffn|mlp)", "attn": "(?:attn|self_attn)", "head": "(?:head|lm_head)"}
-_LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(?=\.|$)(.*)$")
+_LAYER = re.compile(r"^(.*?\b(?:layers|blocks)\.)(\d+)(?=\.|$)(.*)$")
 MAX_NAMES = 500_000
 
 #: Towers and projectors are quantised only where a config lists them by name.
@@ -73,7 +73,8 @@ def fold_modules(names: Iterable[str], *, num_layers: int = 0) -> tuple[str, ...
 
 
 def _layers_pattern(head: str, layers: frozenset[int], tails: Sequence[str], num_layers: int) -> str:
-    numbers = r"\d+" if num_layers and layers >= set(range(num_layers)) else "|".join(map(str, sorted(layers)))
+    whole = num_layers and head.endswith("layers.") and layers >= set(range(num_layers))
+    numbers = r"\d+" if whole else "|".join(map(str, sorted(layers)))
     ends = "|".join(_dotted(tail) for tail in tails)
     bare = _WRAPPERS.sub("", head)
     start = _WRAPPERS_PATTERN + re.escape(bare) if bare.startswith("layers.") else r"(?:^|\.)" + re.escape(head)
