@@ -110,10 +110,11 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
     Formula: max_position_embeddings x rotary_dim x e, for each distinct (dim, window or not).
     Source: vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache, __init__.py:get_rope
         (one cached instance for equal arguments); mrope.py:MRotaryEmbedding (four times the positions, hence the range
-        of models with towers).
+        of models with towers). V4's indexer and compressor may keep tables of their own.
     """
     model = setup.job.model
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
+    packed = any(isinstance(mixer, spec.CompressedAttention) for mixer in model.layers[0].mixers)
     kinds: set[tuple[int, bool, int]] = set()
     for layer in model.layers[slice(*stage.share.layers)]:
         for mixer in layer.mixers:
@@ -128,7 +129,7 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
         "rotary_tables",
         num_bytes,
         low=num_bytes,
-        high=(4 if model.towers else 1) * num_bytes,
+        high=(4 if model.towers else 2 if packed else 1) * num_bytes,
         formula=f"{model.max_position_embeddings:,} positions x {[dim for dim, _kind, _size in sorted(kinds)]} values",
         source="vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache",
     )

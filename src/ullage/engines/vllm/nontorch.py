@@ -34,30 +34,62 @@ def _ranks(setup: Setup) -> int:
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size
 
 
-def nccl(setup: Setup) -> Term:
-    """Return NCCL's channels and the custom all-reduce buffers of a replica with several ranks.
+def _nvls(setup: Setup) -> bool:
+    """Tell whether NCCL finds NVLink SHARP: Hopper and Blackwell data-centre cards behind NVSwitch."""
+    return (setup.job.machine.gpu.compute_capability or (0, 0))[0] in (9, 10)
 
-    Formula: custom all-reduce 2 x 8 MiB + signals; NCCL channels x peers x 4 MiB (its Simple buffers) and more for
-        the other protocols, connected at first use.
-    Source: NCCL user guide, NCCL_BUFFSIZE (4 MiB) and NCCL_MAX_NCHANNELS;
+
+def _several_ranks(setup: Setup) -> bool:
+    return _ranks(setup) > 1 or setup.job.parallel.data_parallel_size > 1
+
+
+def nccl_at_init(setup: Setup) -> Term:
+    """Return what communicators take when they are made, before the first collective.
+
+    Formula: multicast (NVLS) buffers and the symmetric pool of a Hopper or Blackwell node about 0.9 GiB; elsewhere
+        the custom all-reduce buffers of 8 MiB, signals and channel records, about 24 MiB for each rank.
+    Source: NCCL user guide, NCCL_NVLS_ENABLE, NCCL_BUFFSIZE;
         vllm@0.33.0:vllm/distributed/device_communicators/custom_all_reduce.py (max_size 8 MiB).
-    Known error: topology decides; one node 0.1 to 1.5 GiB, several nodes up to 2.5 GiB.
+    Known error: topology and NCCL version decide; free memory of two H100 falls from 78.57 to 77.64 GiB in public logs.
     """
-    if _ranks(setup) == 1 and setup.job.parallel.data_parallel_size == 1:
-        return exact("nccl", 0, formula="one rank")
+    if not _several_ranks(setup):
+        return exact("nccl_at_init", 0, formula="one rank")
+    ranks = _ranks(setup)
+    low, expected, high = (256, 920, 1536 + 64 * ranks) if _nvls(setup) else (16, 24 * ranks, 512 + 64 * ranks)
+    return ranged(
+        "nccl_at_init",
+        expected * MiB,
+        low=low * MiB,
+        high=high * MiB,
+        formula="communicators, multicast and custom all-reduce buffers",
+        source="vllm@0.33.0:vllm/distributed/device_communicators/custom_all_reduce.py",
+    )
+
+
+def nccl_in_use(setup: Setup) -> Term:
+    """Return what NCCL connects at the first collectives: channel buffers for each peer, more between nodes.
+
+    Formula: channels x protocols x buffer for each peer; Simple 4 MiB, LL128 and LL about half as much.
+    Source: NCCL user guide, NCCL_BUFFSIZE, NCCL_MAX_NCHANNELS, NCCL_RUNTIME_CONNECT.
+    Known error: a factor of three; between nodes 0.25 to 2.5 GiB.
+    """
+    if not _several_ranks(setup):
+        return exact("nccl_in_use", 0, formula="one rank")
     ranks = _ranks(setup)
     backend = setup.flag("distributed_executor_backend").lower()
-    nodes = setup.job.machine.num_nodes > 1 or "nodes" in backend
-    low, expected, high = (
-        (256 * MiB, GiB, 5 * GiB // 2) if nodes else (64 * MiB, (200 + 100 * ranks) * MiB, (1536 + 128 * ranks) * MiB)
-    )
+    if setup.job.machine.num_nodes > 1 or "nodes" in backend:
+        low, expected, high = 192, 768, 2048
+    elif _nvls(setup):
+        low, expected, high = 64, 400, 1024 + 128 * ranks
+    else:
+        low, expected, high = 16, 24 * ranks, 768 + 128 * ranks
     return ranged(
-        "nccl",
-        expected,
-        low=low,
-        high=high,
-        formula="NCCL channels and custom all-reduce buffers",
-        source="vllm@0.33.0:vllm/distributed/device_communicators/custom_all_reduce.py",
+        "nccl_in_use",
+        expected * MiB,
+        low=low * MiB,
+        high=high * MiB,
+        formula="channel buffers connected at the first collectives",
+        source="NCCL user guide, NCCL_BUFFSIZE and NCCL_RUNTIME_CONNECT",
     )
 
 
@@ -119,7 +151,7 @@ def host_side(setup: Setup) -> Term:
     """
     return ranged(
         "host_processes",
-        2 * GiB,
+        GiB,
         low=0,
         high=16 * GiB,
         formula="Python processes, pinned and cached pages",
@@ -134,10 +166,15 @@ def non_torch_parts(setup: Setup) -> tuple[Term, ...]:
         parts.append(context(setup))
     if setup.job.machine.gpu.unified:
         parts.append(host_side(setup))
-    parts.append(nccl(setup))
+    if not setup.version.setting("snapshot_after_nccl"):
+        parts.append(nccl_at_init(setup))
+    parts.append(nccl_in_use(setup))
     return tuple(part for part in parts if part.high_bytes)
 
 
 def before_snapshot(setup: Setup) -> tuple[Term, ...]:
     """Return what is on the card, is not ``non_torch`` by this version's count, and is the engine's all the same."""
-    return () if context_counted(setup) else (context(setup),)
+    parts = [] if context_counted(setup) else [context(setup)]
+    if setup.version.setting("snapshot_after_nccl"):
+        parts.append(nccl_at_init(setup))
+    return tuple(part for part in parts if part.high_bytes)
