@@ -161,16 +161,17 @@ def _is_object(value: object) -> bool:
 
 
 def _by_rank(record: Record, measured: Measured, prediction: Prediction) -> Iterator[Comparison]:
-    quantity, engine = measured.quantity, prediction.engine
-    if len(prediction.ranks) != len(measured.per_rank):
+    quantity, engine, ranks = measured.quantity, prediction.engine, prediction.ranks
+    numbers = [int(rank) if rank.isdecimal() else len(ranks) for rank, _value in measured.per_rank]
+    if max(numbers) >= len(ranks):
         reason = _("{measured} ranks were measured, {predicted} predicted").format(
-            measured=len(measured.per_rank), predicted=len(prediction.ranks)
+            measured=len(numbers), predicted=len(ranks)
         )
         yield skipped(record, measured, reason, engine=engine, failed=True)
         return
-    for rank, (value, amounts) in enumerate(zip(measured.per_rank, prediction.ranks, strict=True)):
-        if quantity in amounts:
-            yield _compared(record, measured, engine, str(rank), value, amounts[quantity])
+    for number, (rank, value) in zip(numbers, measured.per_rank, strict=True):
+        if quantity in ranks[number]:
+            yield _compared(record, measured, engine, rank, value, ranks[number][quantity])
         else:
             reason = _("the {engine} room does not predict {quantity}").format(engine=engine, quantity=quantity)
             yield skipped(record, measured, reason, engine=engine, failed=True)

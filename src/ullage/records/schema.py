@@ -49,7 +49,7 @@ class Measured:
         value, low, high: in bytes or counts; ``low..high`` is what the published digits leave open.
         is_bytes: memory, or a count.
         rank: ``0``, ``max``, ``last``, ``all``, another number, or None.
-        per_rank: one value per rank or device where the source gives them.
+        per_rank: (rank, value) pairs where the source gives each rank's or device's figure.
         note: words of the record.
     """
 
@@ -59,7 +59,7 @@ class Measured:
     high: float
     is_bytes: bool
     rank: str | None = None
-    per_rank: tuple[float, ...] = ()
+    per_rank: tuple[tuple[str, float], ...] = ()
     note: str = ""
 
     @property
@@ -152,11 +152,16 @@ def _measured(figure: Mapping[str, Any], where: str) -> Measured:
         high=high,
         is_bytes=is_bytes,
         rank=None if rank is None else str(rank),
-        per_rank=tuple(
-            _number(one, "measured.per_rank", where) * scale for one in _list(figure.get("per_rank") or [], where)
-        ),
+        per_rank=_per_rank(figure.get("per_rank") or [], scale, where),
         note=_text(figure, "note", where, default=""),
     )
+
+
+def _per_rank(value: Any, scale: float, where: str) -> tuple[tuple[str, float], ...]:
+    """Read ``[1.5, 1.4]``, or ``{"0": 1.5, "3": 1.4}`` where only some ranks were measured."""
+    if not isinstance(value, dict):
+        value = {str(rank): one for rank, one in enumerate(_list(value, where))}
+    return tuple((str(rank), _number(one, "measured.per_rank", where) * scale) for rank, one in value.items())
 
 
 def _bytes_of_unit(figure: Mapping[str, Any], value: float, unit: str, where: str) -> float:

@@ -46,10 +46,11 @@ def summarise(report: ValidationReport) -> list[Summary]:
     """Return the summaries: per source and quantity, per engine, per engine and quantity, and of all."""
     rows, verdicts = report.comparisons, report.verdicts
     found = _by(rows, verdicts, "group", lambda row: (row.group, row.quantity))
-    found += _by(rows, verdicts, "engine", lambda row: (row.engine, ALL))
-    found += _by(rows, verdicts, "engine", lambda row: (row.engine, row.quantity))
-    found += _by(rows, verdicts, "all", lambda row: (ALL, row.quantity))
+    engines = _by(rows, verdicts, "engine", lambda row: (row.engine, ALL))
+    engines += _by(rows, verdicts, "engine", lambda row: (row.engine, row.quantity))
+    found += sorted(engines, key=lambda one: (one.name, one.quantity != ALL, one.quantity))
     found += _by(rows, verdicts, "all", lambda row: (ALL, ALL))
+    found += _by(rows, verdicts, "all", lambda row: (ALL, row.quantity))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -12,10 +13,15 @@ from ullage.i18n import _
 from ullage.records.summary import Summary, summarise
 from ullage.records.validate import ValidationReport
 
+#: Columns of a report that goes into a file or a pipe.
+FILE_WIDTH = 130
+
 
 def print_report(report: ValidationReport, console: Console | None = None) -> None:
     """Print a table per scope, the wrong verdicts, and what was skipped and why."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
     summaries = summarise(report)
     titles = {"group": _("By source"), "engine": _("By engine"), "all": _("All")}
     for scope, title in titles.items():
@@ -35,9 +41,9 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
 
 
 def _table(title: str, rows: Sequence[Summary]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in (_("group"), _("quantity")):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in (_("count"), _("median"), "P90", _("worst"), _("in range"), _("wrong verdicts")):
         table.add_column(heading, justify="right")
     for row in rows:
