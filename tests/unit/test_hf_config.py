@@ -255,6 +255,42 @@ def test_the_native_format_is_known_by_its_keys() -> None:
         read(native, n_sparse_things=3)
 
 
+def test_the_native_format_of_v4_says_the_same_as_its_hugging_face_config() -> None:
+    names = {
+        "hidden_size": "dim",
+        "moe_intermediate_size": "moe_inter_dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_experts_per_tok": "n_activated_experts",
+        "num_hash_layers": "n_hash_layers",
+        "num_nextn_predict_layers": "n_mtp_layers",
+        "qk_rope_head_dim": "rope_head_dim",
+        "sliding_window": "window_size",
+    }
+    left_out = ("model_type", "num_key_value_heads")
+    native = {names.get(key, key): value for key, value in V4.items() if key not in left_out}
+    assert read(native).layers == read(V4).layers
+    assert read(native).mtp == read(V4).mtp
+    assert read(native, dtype="fp8").quantization is not None
+
+
+def test_step_takes_more_heads_in_sliding_layers_and_names_its_expert_layers() -> None:
+    model = read(
+        model_type="step3p5",
+        head_dim=32,
+        layer_types=["full_attention", "sliding_attention"] * 4,
+        sliding_window=512,
+        attention_other_setting={"attention_type": "sliding_attention", "num_attention_heads": 12},
+        moe_layers_enum="2,3",
+        moe_num_experts=8,
+        moe_top_k=2,
+        moe_intermediate_size=64,
+        share_expert_dim=64,
+    )
+    assert [(part.num_heads, part.window) for part in mixers(model)] == [(8, None), (12, 512)] * 4
+    assert [len(layer.ffns) for layer in model.layers] == [1, 1, 2, 2, 1, 1, 1, 1]
+
+
 # -------------------------------------------------------------------------------------------------------- DeepSeek-V4
 
 

@@ -54,6 +54,8 @@ FAMILIES: dict[str, str] = {
     "kimi_k25": "vision_misc:read_kimi",
     "kimi_k3": "vision_misc:read_kimi",
     "kimi_linear": "kimi_linear:read",
+    "lfm2": "lfm2:read",
+    "lfm2_moe": "lfm2:read_moe",
     "llama": "llama:read",
     "llama4": "vision_llama:read_4",
     "llama4_text": "llama4:read_llama4_text",

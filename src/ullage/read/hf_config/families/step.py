@@ -8,12 +8,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
 from ullage.spec.model import Attention, DenseFFN, ExtraTensor, Layer, Model, Tower
 
 KINDS = (common.FULL, common.SLIDING)
+WITHOUT_EFFECT = (
+    "att_impl_type",
+    "max_seq_len",
+    "moe_layer_offset",
+    "moe_router_activation",
+    "moe_router_scaling_factor",
+    "mtp_mlp_layer_types",
+    "need_fp32_gate",
+    "norm_expert_weight",
+    "partial_rotary_factors",
+    "sink",
+    "use_rope_layers",
+    "yarn_only_types",
+    "zero_centered",
+)
 #: vision tower of the config class (Step3p7VisionConfig): width, layers, block width, patch, positions, projector input
 VISION = {"hidden": 1536, "layers": 47, "inner": 8960, "patch": 14, "positions": 2704, "merged": 6144}
 
@@ -25,7 +41,8 @@ def read_text(keys: Keys) -> Model:
     """
     hidden, num_layers = keys.integer("hidden_size"), keys.layers()
     num_mtp = keys.integer("num_nextn_predict_layers", 0, low=0, high=64)
-    keys.skip("moe_router_scaling_factor", "swiglu_limits", "swiglu_limits_shared", "n_shared_experts")
+    keys.skip(*WITHOUT_EFFECT, "swiglu_limits", "swiglu_limits_shared", "n_shared_experts", "mtp_layer_types")
+    common.only(keys, use_moe=True, use_qk_norm=True, moe_every_n_layer=1, attention_bias=False, mlp_bias=False)
     window = keys.integer("sliding_window", None)
     kinds = common.layer_types(keys, num_layers, KINDS, lambda index: common.FULL, spare=num_mtp)
     sparse = common.moe(
@@ -40,7 +57,7 @@ def read_text(keys: Keys) -> Model:
         intermediate_size=keys.first_integer("share_expert_dim", "share_expert_dims"), prefix="share_expert"
     )
     dense, norms = common.dense(keys), common.pre_norms(hidden)
-    has_experts = common.sparse_after(keys, num_layers, 3)
+    has_experts = _has_experts(keys, num_layers)
 
     def make(kind: tuple[str, bool]) -> Layer:
         return Layer(
@@ -53,19 +70,43 @@ def read_text(keys: Keys) -> Model:
     return common.decoder(keys, hidden, layers, mtp_layer=make((common.FULL, False)))
 
 
+def _has_experts(keys: Keys, num_layers: int) -> list[bool]:
+    """Layers with experts: those that ``moe_layers_enum`` (numbers with commas) names, else all after the first."""
+    named = keys.text("moe_layers_enum", None)
+    if named is None:
+        return common.sparse_after(keys, num_layers, 3)
+    numbers = named.split(",")
+    if not all(number.strip().isdecimal() and len(number) < 8 for number in numbers):
+        raise InputError(_("is no list of layer numbers"), where=keys.at("moe_layers_enum"))
+    layers = {int(number) for number in numbers}
+    return [index in layers for index in range(num_layers)]
+
+
 def _attention(keys: Keys, hidden: int, window: int | None) -> Attention:
-    """A gate of one value per head stands beside the projections."""
-    attention = common.gqa(
-        keys, hidden, kv_heads="num_key_value_heads", kv_default=8, head_dim_default=128, qk_norm="head"
-    )
-    heads = attention.num_heads
+    """Build attention with a gate of one value per head beside the projections; sliding layers may have more heads."""
+    num_kv_heads = keys.first_integer("num_key_value_heads", "num_attention_groups", default=8)
+    heads = keys.integer("num_attention_heads")
     other = keys.part("attention_other_setting")
+    sliding_heads = keys.integer("num_sliding_attention_heads", heads)
     if other is not None:
-        other.skip("attention_type", "num_attention_groups", "head_dim", "true_head_dim")
-        sliding_heads = other.integer("num_attention_heads", heads)
-        heads = heads if window is None else sliding_heads
+        other.skip("head_dim", "true_head_dim")
+        common.only(other, attention_type=common.SLIDING, num_attention_groups=num_kv_heads)
+        sliding_heads = other.integer("num_attention_heads", sliding_heads)
+    heads = heads if window is None else sliding_heads
+    if heads % num_kv_heads:
+        raise InputError(
+            _("{kv} KV heads do not divide {heads} attention heads").format(kv=num_kv_heads, heads=heads),
+            where=keys.where,
+        )
     gate = ExtraTensor(name="g_proj.weight", shape=(heads, hidden), split="out")
-    return replace(attention, num_heads=heads, window=window, extras=(gate,))
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=keys.integer("head_dim", 128),
+        qk_norm="head",
+        window=window,
+        extras=(gate,) if keys.flag("use_head_wise_attn_gate", True) else (),
+    )
 
 
 def read(keys: Keys) -> Model:
