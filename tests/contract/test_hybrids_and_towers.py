@@ -101,6 +101,19 @@ GEMMA_4_AUDIO: dict[str, Any] = {
 }
 
 
+LFM2_1_2B: dict[str, Any] = {
+    "model_type": "lfm2",
+    "hidden_size": 2048,
+    "block_ff_dim": 12288,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "conv_L_cache": 3,
+    "vocab_size": 65536,
+}
+
+
 def read(values: dict[str, Any], **changes: Any) -> Model:
     return read_config_object({**values, **changes}, where="config", name="test")
 
@@ -187,6 +200,13 @@ def test_counts_without_a_published_figure(name: str, total: int) -> None:
 def test_llava_takes_the_sizes_that_its_config_leaves_to_llama() -> None:
     counts = count(read(LLAVA))
     assert (counts.total, counts.towers) == (7_063_427_072, 303_507_456 + 1024 * 4096 + 4096 + 4096 * 4096 + 4096)
+
+
+def test_lfm2_is_tied_and_rounds_its_block_up() -> None:
+    """12288 x 2/3 = 8192; 1,170,340,608 parameters in LiquidAI/LFM2-1.2B."""
+    model = read(LFM2_1_2B)
+    assert count(model).total == 1_170_340_608
+    assert by_name(model)["model.layers.0.feed_forward.w1.weight"].parameter.shape == (8192, 2048)
 
 
 def test_gemma_4_audio_tower() -> None:

@@ -23,6 +23,9 @@ KIMI_LINEAR = spec.KimiDeltaAttention(num_heads=32, head_dim=128, conv_kernel=4,
 # MiniMax-M1: 64 heads of 128, no convolution.
 MINIMAX_M1 = spec.LightningAttention(num_heads=64, head_dim=128)
 
+# LFM2-1.2B: 2048 channels, convolution of 3, no recurrent state.
+LFM2 = spec.ShortConvolution(size=2048, conv_kernel=3)
+
 
 def shapes(part: spec.Mixer, ranks: int, **more: int) -> list[tuple[int, ...]]:
     return [tensor.shape for tensor in state_tensors(part, ranks, **more)]
@@ -42,6 +45,7 @@ def shapes(part: spec.Mixer, ranks: int, **more: int) -> list[tuple[int, ...]]:
         (KIMI_LINEAR, 1, [(3, 12288), (32, 128, 128)]),
         (KIMI_LINEAR, 8, [(3, 1536), (4, 128, 128)]),
         (MINIMAX_M1, 8, [(8, 128, 128)]),
+        (LFM2, 2, [(2, 1024)]),
     ],
 )
 def test_shapes(part: spec.Mixer, ranks: int, expected: list[tuple[int, ...]]) -> None:
@@ -70,7 +74,7 @@ def test_attention_has_no_state() -> None:
     attention = spec.Attention(num_heads=32, num_kv_heads=8, head_dim=128)
     assert not has_state(attention)
     assert state_tensors(attention, 8) == ()
-    assert all(has_state(part) for part in (QWEN3_NEXT, NEMOTRON_NANO, JAMBA, KIMI_LINEAR, MINIMAX_M1))
+    assert all(has_state(part) for part in (QWEN3_NEXT, NEMOTRON_NANO, JAMBA, KIMI_LINEAR, MINIMAX_M1, LFM2))
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,19 @@ class StateTensor:
         return math.prod(self.shape)
 
 
+_KINDS = (
+    spec.GatedDeltaNet,
+    spec.KimiDeltaAttention,
+    spec.LightningAttention,
+    spec.Mamba,
+    spec.Mamba2,
+    spec.ShortConvolution,
+)
+
+
 def has_state(part: spec.Mixer) -> bool:
-    """Tell whether a request keeps a recurrent state in this kind of layer."""
-    return isinstance(
-        part, (spec.GatedDeltaNet, spec.KimiDeltaAttention, spec.LightningAttention, spec.Mamba, spec.Mamba2)
-    )
+    """Tell whether a request keeps a fixed state in this kind of layer."""
+    return isinstance(part, _KINDS)
 
 
 def state_tensors(
@@ -69,6 +77,8 @@ def state_tensors(
         return _mamba(part, ranks)
     if isinstance(part, spec.Mamba2):
         return _mamba2(part, ranks, columns)
+    if isinstance(part, spec.ShortConvolution):
+        return _short_convolution(part, ranks, columns)
     return ()
 
 
@@ -152,3 +162,14 @@ def _mamba2(part: spec.Mamba2, ranks: int, speculative: int) -> tuple[StateTenso
         StateTensor(name="conv", shape=(part.conv_kernel - 1 + speculative, channels)),
         StateTensor(name="recurrent", shape=(heads, part.head_dim, part.state_size), dtype=part.state_dtype),
     )
+
+
+def _short_convolution(part: spec.ShortConvolution, ranks: int, speculative: int) -> tuple[StateTensor, ...]:
+    """State of a gated short convolution: the window alone.
+
+    Formula: conv (K - 1 + S, C / t).
+    Symbols: C size.
+    Source: vllm@0.33.0:mamba_utils.py:short_conv_state_shape.
+    """
+    channels = _share(part.size, ranks, "size")
+    return (StateTensor(name="conv", shape=(part.conv_kernel - 1 + speculative, channels)),)

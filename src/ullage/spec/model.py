@@ -248,6 +248,17 @@ class Mamba2:
     extras: tuple[ExtraTensor, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortConvolution:
+    """A gated short convolution (LFM2): a request keeps ``conv_kernel`` - 1 columns, and no recurrent state."""
+
+    size: int
+    conv_kernel: int
+    bias: bool = False
+    prefix: str = "conv"
+    extras: tuple[ExtraTensor, ...] = ()
+
+
 Mixer = Union[
     Attention,
     LatentAttention,
@@ -257,6 +268,7 @@ Mixer = Union[
     LightningAttention,
     Mamba,
     Mamba2,
+    ShortConvolution,
 ]
 
 

@@ -57,6 +57,7 @@ _MIXERS: dict[type, Callable[[Any, int], list[Parameter]]] = {
     spec.LightningAttention: linear.lightning_attention,
     spec.Mamba: linear.mamba,
     spec.Mamba2: linear.mamba2,
+    spec.ShortConvolution: linear.short_convolution,
 }
 _FFNS: dict[type, Callable[[Any, int], list[Parameter]]] = {
     spec.DenseFFN: ffn.dense,

@@ -139,3 +139,18 @@ def mamba2(part: spec.Mamba2, hidden_size: int) -> list[Parameter]:
         found.append(Parameter(name=at + "norm.weight", shape=(inner,), role=Role.NORM, split="out"))
     found += linear_parameters(at + "out_proj", hidden_size, inner, bias=part.proj_bias, split="in")
     return found + [of_extra(extra, at) for extra in part.extras]
+
+
+def short_convolution(part: spec.ShortConvolution, hidden_size: int) -> list[Parameter]:
+    """Tensors of a gated short convolution.
+
+    Formula: in (3*C, H): two gates and the input; conv (C, 1, K); out (H, C).
+    Symbols: C size.
+    Source: transformers@5.23.0:models/lfm2/modeling_lfm2.py:Lfm2ShortConv;
+        vllm@0.33.0:vllm/model_executor/layers/mamba/short_conv.py:ShortConv.
+    """
+    at = f"{part.prefix}."
+    found = linear_parameters(at + "in_proj", 3 * part.size, hidden_size, bias=part.bias, split="out")
+    found += _convolution(at + "conv", part.size, part.conv_kernel, bias=part.bias)
+    found += linear_parameters(at + "out_proj", hidden_size, part.size, bias=part.bias, split="in")
+    return found + [of_extra(extra, at) for extra in part.extras]

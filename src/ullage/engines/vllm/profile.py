@@ -79,6 +79,8 @@ def _attention_width(part: spec.Mixer, tp: int) -> int:
     if isinstance(part, (spec.Mamba, spec.Mamba2)):
         inner = part.inner_size if isinstance(part, spec.Mamba) else part.num_heads * part.head_dim
         return 4 * inner // tp
+    if isinstance(part, spec.ShortConvolution):
+        return 4 * part.size // tp  # two gates, the input, and their product
     return 6 * part.num_heads * part.head_dim // tp
 
 
