@@ -37,8 +37,6 @@ def read_dbrx(keys: Keys) -> Model:
     if part is None or ffn_part is None:
         raise InputError(_("attn_config and ffn_config are both needed"), where=keys.where)
     part.skip("attn_pdrop", "clip_qkv")
-    ffn_part.skip("ffn_act_fn", "moe_jitter_eps", "moe_loss_weight", "moe_normalize_expert_weights")
-    ffn_part.skip("uniform_expert_assignment")
     heads, kv_heads = keys.integer("n_heads"), part.integer("kv_n_heads")
     if hidden % heads or heads % kv_heads:
         raise InputError(_("d_model, n_heads and kv_n_heads do not divide each other"), where=keys.where)
@@ -50,8 +48,22 @@ def read_dbrx(keys: Keys) -> Model:
         prefix="norm_attn_norm.attn",
         o_name="out_proj",
     )
-    ffn = common.moe(
-        ffn_part,
+    ffn = _dbrx_experts(ffn_part)
+    norms = common.norms(hidden, "norm_attn_norm.norm_1", "norm_attn_norm.norm_2", kind="layer")
+    layers = (Layer(mixers=(attention,), ffns=(ffn,), norms=norms),) * keys.layers("n_layers")
+    names: dict[str, Any] = {
+        "embedding_name": "transformer.wte",
+        "layers_name": "transformer.blocks",
+        "norm_name": "transformer.norm_f",
+    }
+    return common.decoder(keys, hidden, layers, norm_kind="layer", context=("max_seq_len",), **names)
+
+
+def _dbrx_experts(part: Keys) -> MoEFFN:
+    part.skip("ffn_act_fn", "moe_jitter_eps", "moe_loss_weight", "moe_normalize_expert_weights")
+    part.skip("uniform_expert_assignment")
+    return common.moe(
+        part,
         num_experts=("moe_num_experts",),
         top_k=("moe_top_k",),
         size="ffn_hidden_size",
@@ -62,14 +74,6 @@ def read_dbrx(keys: Keys) -> Model:
         up_name="v1",
         down_name="w2",
     )
-    norms = common.norms(hidden, "norm_attn_norm.norm_1", "norm_attn_norm.norm_2", kind="layer")
-    layers = (Layer(mixers=(attention,), ffns=(ffn,), norms=norms),) * keys.layers("n_layers")
-    names: dict[str, Any] = {
-        "embedding_name": "transformer.wte",
-        "layers_name": "transformer.blocks",
-        "norm_name": "transformer.norm_f",
-    }
-    return common.decoder(keys, hidden, layers, norm_kind="layer", context=("max_seq_len",), **names)
 
 
 def read_minimax_m2(keys: Keys) -> Model:
