@@ -1,7 +1,7 @@
 """DeepSeek's own inference config (``dim``, ``n_layers``, ``n_heads``, no ``model_type``): V2, V3, V3.1, V3.2, V4.
 
 The keys are those of ModelArgs in inference/model.py of DeepSeek-V3, V3.2-Exp and V4. They are renamed to those of
-Hugging Face and read as such, so parameter names are those of the Hugging Face checkpoints that the format is made from.
+Hugging Face and read as such; parameter names are then those of the Hugging Face checkpoints the format is made from.
 """
 
 from __future__ import annotations
