@@ -145,7 +145,8 @@ def _capacity(settings: Settings, first: StageStart) -> tuple[Amount, Amount]:
     requests, longest = [], []
     limit = max(settings.context, settings.job.model.max_position_embeddings)
     for case in (first.expected, first.low, first.high):
-        requests.append(min(case.tokens / pages, case.max_requests) * replicas)
+        at_once = case.tokens / pages if case.pool.cell > 0 else case.max_requests
+        requests.append(min(at_once, case.max_requests) * replicas)
         longest.append(float(min(case.tokens, limit)))
     return (
         Amount(value=requests[0], low=min(requests), high=max(requests)),
