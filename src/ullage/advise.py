@@ -31,14 +31,14 @@ class Change:
 
 
 def advice(
-    result: FitResult, *, reserve: str, starter: Callable[[ServingJob], EngineStart], limit: int = 4
+    result: FitResult, *, reserve: str, starter: Callable[[ServingJob], EngineStart], limit: int = 3
 ) -> tuple[Advice, ...]:
     """Return the changes that help, the cheapest that mends the verdict first.
 
     When the job fits, only changes that give noticeably more room (1 % of the device) are named.
     """
     found: list[tuple[tuple[int, int], Advice]] = []
-    for change in candidates(result):
+    for change in sorted(candidates(result), key=lambda change: change.price):
         tried = _try(change, result, reserve, starter)
         if tried is None:
             continue
@@ -46,6 +46,8 @@ def advice(
         if rank > _RANK[result.verdict] or item.gain_bytes < result.total_bytes.value / 100:
             continue
         found.append(((rank, change.price), item))
+        if sum(key[0] == _RANK["fits"] for key, _item in found) >= limit:
+            break  # nothing that comes later is both cheaper and better
     found.sort(key=lambda pair: pair[0])
     return tuple(item for _key, item in found[:limit])
 

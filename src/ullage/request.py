@@ -9,6 +9,7 @@ from typing import Any
 
 from ullage.engines.serving import SERVING_ENGINES
 from ullage.errors import InputError
+from ullage.fitting import ELASTIC_POOLS
 from ullage.i18n import _
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
@@ -22,7 +23,7 @@ def parse_engine(text: str) -> tuple[str, str]:
         InputError: not an engine that is known.
     """
     name, _at, version = text.strip().lower().partition("@")
-    name = {"llama.cpp": "llamacpp", "llama-cpp": "llamacpp", "ik_llama.cpp": "llamacpp"}.get(name, name)
+    name = {"llama.cpp": "llamacpp", "llama-cpp": "llamacpp", "ik_llama": "ik_llama.cpp"}.get(name, name)
     if name not in SERVING_ENGINES:
         raise InputError(
             _("unknown engine {engine!r}").format(engine=text[:40]),
@@ -35,7 +36,7 @@ def parse_engine(text: str) -> tuple[str, str]:
 def newest_version(engine: str) -> str:
     """Return the newest version of an engine that is mirrored."""
     versions: tuple[str, ...] = tuple(import_module(SERVING_ENGINES[engine]).VERSIONS)
-    own = [version for version in versions if version.startswith(engine)]  # llama.cpp's forks are listed beside it
+    own = [version for version in versions if version.split()[0] == engine]  # llama.cpp's forks are listed beside it
     return (own or versions)[-1]
 
 
@@ -83,7 +84,7 @@ def serving_job(
     """
     name, version = parse_engine(engine)
     assumed: tuple[str, ...] = () if "@" in engine else (_("{engine} {version}").format(engine=name, version=version),)
-    if parallel is None and name != "llamacpp":
+    if parallel is None and name in ELASTIC_POOLS:
         parallel, said = default_parallel(model, machine)
         assumed += said
     job = ServingJob(

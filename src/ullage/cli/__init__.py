@@ -29,6 +29,17 @@ COMMANDS = {
 }
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """The usual help, without loading the archive formats that argparse drags in to learn the terminal's width."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+        except (OSError, ValueError):
+            width = 80
+        super().__init__(prog, width=max(40, width - 2))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence."""
 
@@ -71,7 +82,9 @@ def _dispatch(argv: list[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is not None and argv[0] == command and command in COMMANDS:
         module = import_module(COMMANDS[command][0])
-        parser = Parser(prog=f"ullage {command}", description=COMMANDS[command][1], allow_abbrev=False)
+        parser = Parser(
+            prog=f"ullage {command}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
+        )
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(argv[1:]))
         return code
@@ -91,7 +104,7 @@ def _top_parser() -> Parser:
         epilog=_("commands:\n{commands}\n\nexample:\n  ullage fit serve deepseek-v3 --on 8xH200").format(
             commands=commands
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ullage {__version__}")
@@ -104,10 +117,3 @@ def print_json(value: object) -> None:
     import json
 
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def console() -> object:
-    """Return a rich console for stdout (imported here: it is slow to load)."""
-    from rich.console import Console
-
-    return Console(highlight=False)

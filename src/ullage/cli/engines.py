@@ -32,9 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
 def engines() -> list[dict[str, Any]]:
     """Return name, versions and the newest of every serving engine."""
     from ullage.engines.serving import SERVING_ENGINES
+    from ullage.request import newest_version
 
     found = []
     for name, module in SERVING_ENGINES.items():
-        versions = list(import_module(module).VERSIONS)
-        found.append({"name": name, "kind": "serve", "newest": versions[-1], "versions": versions})
+        everything = list(import_module(module).VERSIONS)
+        versions = [version for version in everything if version.split()[0] == name] or everything
+        found.append({"name": name, "kind": "serve", "newest": newest_version(name), "versions": versions})
     return found

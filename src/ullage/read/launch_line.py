@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from ullage.errors import InputError
@@ -31,7 +30,7 @@ def read_launch_line(
 
     Args:
         text: ``engine:line`` or ``engine@version:line``, or ``engine:FILE``.
-        machine: the machine; one GPU per rank is not enough to know which, so it must be given.
+        machine: the machine; no launch line names it, so it must be given.
         model: wins over the model that the line names.
         assume: go on over config keys that are not understood.
 
@@ -53,9 +52,9 @@ def read_launch_line(
     def load(name: str) -> Model:
         return load_model(model or name, assume=assume, network=True)
 
-    reader = _llamacpp if engine == "llamacpp" else _python_engine
-    job = reader(engine, version, line, parse_machine(machine), load)
-    return check_layout(replace(job, native=line))
+    reader = _READERS.get(engine, _llamacpp)
+    job = reader(version, line, parse_machine(machine), load)
+    return check_layout(replace(job, engine=engine, native=line))
 
 
 def _line_of(text: str) -> str:
@@ -67,17 +66,29 @@ def _line_of(text: str) -> str:
     return Path(text).read_text(encoding="utf-8", errors="replace").strip()
 
 
-def _llamacpp(engine: str, version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
+def _llamacpp(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
     from ullage.read.llamacpp_args import parse_command
 
     command = parse_command(line)
     name = command.last("model_path") or command.last("hf_repo") or ""
-    return ServingJob(model=load(name), machine=machine, engine=engine, engine_version=version, flags=command.flags)
+    return ServingJob(model=load(name), machine=machine, engine="llamacpp", engine_version=version, flags=command.flags)
 
 
-def _python_engine(engine: str, version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
-    module = import_module(f"ullage.read.{engine}_args")
-    job: ServingJob = getattr(module, f"parse_{engine}_args")(
-        line, machine=machine, load_model=load, engine_version=version
-    )
-    return job
+def _vllm(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
+    from ullage.read.vllm_args import parse_command, serving_job
+
+    command = parse_command(line)
+    return serving_job(command, model=load(command.model), machine=machine, engine_version=version)
+
+
+def _sglang(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
+    from ullage.read.sglang_args import parse_sglang_args
+
+    return parse_sglang_args(line, machine=machine, load_model=load, engine_version=version)
+
+
+#: The others speak llama.cpp's words.
+_READERS: dict[str, Callable[[str, str, Machine, Loader], ServingJob]] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+}

@@ -21,7 +21,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: I
     """Print a table whose first column alone is cut where the terminal is narrow."""
     out = _console()
     widths = [max(len(row[at]) for row in (columns, *rows)) for at in range(len(columns))]
-    widths[0] = max(16, min(widths[0], out.width - sum(widths[1:]) - 2 * (len(columns) - 1)))
+    widths[0] = max(28, min(widths[0], out.width - sum(widths[1:]) - 2 * (len(columns) - 1)))
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for at, name in enumerate(columns):
         justify: Literal["left", "right"] = "right" if at in set(right) else "left"
@@ -45,7 +45,7 @@ def print_models(entries: list[dict[str, Any]]) -> None:
             billions(entry["num_active_parameters"]),
             str(entry["num_layers"]),
             f"{entry['max_position_embeddings']:,}",
-            entry["quantization"] or "–",
+            (entry["quantization"] or "–")[:12],
         )
         for entry in entries
     ]
