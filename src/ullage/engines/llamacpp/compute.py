@@ -44,10 +44,11 @@ def compute_buffers(job: ServingJob, settings: Settings, contents: Contents, pla
 
 def _variants(job: ServingJob, settings: Settings) -> Iterator[Settings]:
     """Yield the settings, likeliest first, that what is known of the job allows."""
-    first = replace(settings, fused_moe=bool(settings.fused_moe))
+    # what a log leaves open: the fork's guides advise -fmoe for every mixture of experts
+    first = replace(settings, fused_moe=settings.fused_moe is not False)
     yield first
     if settings.fused_moe is None:
-        yield replace(first, fused_moe=True)
+        yield replace(first, fused_moe=False)
     if settings.engine == "ollama" and job.max_num_batched_tokens is None:
         larger = min(2 * settings.n_ubatch, settings.n_ctx)
         yield replace(first, n_ubatch=larger, num_outputs=larger)

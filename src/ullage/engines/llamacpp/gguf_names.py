@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from ullage.account.parameters import model_parameters
+from ullage.account.parameters import Placed, model_parameters
 from ullage.spec.model import LatentAttention, Model
 
 #: How the latent key-value projection is stored: mainline files since April 2025 "split" it into k_b and v_b, older
@@ -23,13 +23,17 @@ LatentStorage = Literal["whole", "split", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor of a GGUF: ``shape`` slowest axis first; ``layer`` -1 outside the blocks; ``vector``: kept in F32."""
+    """One tensor of a GGUF: ``shape`` slowest axis first; ``layer`` -1 outside the blocks; ``vector``: kept in F32.
+
+    ``placed``: the parameter of our model that it stores.
+    """
 
     name: str
     shape: tuple[int, ...]
     layer: int
     vector: bool
     experts: bool = False
+    placed: Placed | None = None
 
 
 #: the part of the checkpoint name after the module that holds it → the part of the GGUF name after ``blk.N.``
@@ -108,7 +112,7 @@ def _all_tensors(model: Model, latent: LatentStorage) -> Iterator[GgufTensor]:
             name = _WHOLE_MODEL.get(placed.section, "other") + (f".{kind}" if kind else "")
             if "position" in parameter.name:
                 name = "position_embd.weight"
-            yield GgufTensor(name=name, shape=shape, layer=-1, vector=len(shape) < 2)
+            yield GgufTensor(name=name, shape=shape, layer=-1, vector=len(shape) < 2, placed=placed)
             continue
         inner = parameter.name.split(f"{model.layers_name}.{placed.layer}.", 1)[-1]
         name = _block_name(inner, double_norms=placed.layer in double_norms)
@@ -121,6 +125,7 @@ def _all_tensors(model: Model, latent: LatentStorage) -> Iterator[GgufTensor]:
             layer=placed.layer,
             vector=len(parameter.shape) < 2 or "ffn_gate_inp" in name,
             experts=experts,
+            placed=placed,
         )
         if name == "attn_kv_b" and kind == "weight":
             yield from _latent_projection(tensor, model, latent)
@@ -133,7 +138,7 @@ def _block_name(inner: str, *, double_norms: bool) -> str:
     path = re.sub(r"\.(weight|bias)$", "", inner)
     last = path.rsplit(".", 1)[-1]
     if last == "e_score_correction_bias":
-        return "exp_probs_b"
+        return "exp_probs_b.bias"
     if last == "post_attention_layernorm":
         return "post_attention_norm" if double_norms else "ffn_norm"
     if last == "shared_expert_gate" or last == "shared_experts_gate":

@@ -13,12 +13,14 @@ import re
 from dataclasses import dataclass
 
 from ullage.account.gguf_types import ggml_type
+from ullage.account.weights import stored_format
 from ullage.engines.llamacpp import mixes
 from ullage.engines.llamacpp.gguf_names import GgufTensor, LatentStorage, gguf_tensors
 from ullage.i18n import _
 from ullage.spec.model import Model
 from ullage.units import GiB
 
+_PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _SIZED = re.compile(r"\(\s*(\d+(?:\.(\d+))?)\s*(GiB|GB)\b", re.IGNORECASE)
 _NAME = re.compile(r"(?<![A-Z0-9])(I?Q\d_[A-Z0-9]+(?:_[A-Z0-9]+)*|MXFP4_MOE|MXFP4|TQ[12]_0|BF16|F16|F32)(?![A-Z0-9])")
 #: types that recipes give to everything but the experts, and to ffn_down
@@ -95,6 +97,8 @@ def contents(
     """
     tensors = gguf_tensors(model, latent)
     text = quantization or ""
+    if not text and model.quantization is not None and model.quantization.method == "gguf":
+        return _stored(model, tensors)
     name, size = file_type(text), stated_size(text)
     assumed: list[str] = []
     if name is None:
@@ -120,6 +124,19 @@ def contents(
         lists = [_scaled(tensors, entry[1], size) for entry in found]
         return _result(tensors, types, lists[0], tuple(lists[1:]), exact=False, how=how, assumed=assumed)
     return _by_scaling(tensors, types, size, assumed, name=name, custom=custom, how=how)
+
+
+def _stored(model: Model, tensors: tuple[GgufTensor, ...]) -> Contents:
+    """Return what a GGUF's own table says: the model was read from the file."""
+    types = []
+    for tensor in tensors:
+        assert tensor.placed is not None
+        name = stored_format(model, tensor.placed).name
+        types.append("F32" if tensor.vector else _PLAIN.get(name, name))
+    kinds = tuple(types)
+    return _result(
+        tensors, kinds, _sizes(tensors, kinds), (), exact=True, how=_("types read from the file"), assumed=[]
+    )
 
 
 def _by_scaling(

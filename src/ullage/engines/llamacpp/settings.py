@@ -54,6 +54,7 @@ class Settings:
     Attributes:
         engine, day: of the family, and the day of the version.
         num_devices: cards; n_gpu_layers: layers offloaded, the output layer counted last.
+        split_known: whether ``tensor_split`` is what was typed; a log does not tell.
         overrides: (pattern, buffer) in order; the first whose pattern is found in a tensor's name decides.
         parallel: sequences; kv_unified: one cache for all of them.
         cache_type_k, cache_type_v: ggml types.
@@ -73,6 +74,7 @@ class Settings:
     n_gpu_layers: int
     split_mode: str
     tensor_split: tuple[float, ...] | None
+    split_known: bool
     main_gpu: int
     overrides: tuple[tuple[str, str], ...]
     n_ctx: int
@@ -112,6 +114,7 @@ class _Request:
     flags: dict[str, list[str]]
     day: str
     assumed: list[str]
+    typed: bool
 
     def default(self, name: str) -> Any:
         """Return the engine's default of that day."""
@@ -146,7 +149,8 @@ def resolve(job: ServingJob) -> Settings:
         LayoutError: values that cannot go together.
     """
     day, named = version_day(job.engine, job.engine_version)
-    request = _Request(job=job, flags=_flags(job), day=day, assumed=[])
+    typed = bool(job.native) or any(name in ("command", "n_gpu_layers") for name, _value in job.flags)
+    request = _Request(job=job, flags=_flags(job), day=day, assumed=[], typed=typed)
     if not named:
         request.assumed.append(
             _("version {version!r} not understood: rules of {day}").format(version=job.engine_version, day=day)
@@ -166,6 +170,7 @@ def _placing(request: _Request) -> dict[str, Any]:
         "n_gpu_layers": _gpu_layers(request.job, request.flags, num_devices, request.assumed),
         "split_mode": request.text("split_mode", "layer"),
         "tensor_split": _split(request.flags),
+        "split_known": num_devices < 2 or "tensor_split" in request.flags or not _from_log(request),
         "main_gpu": _main_gpu(request, num_devices),
         "overrides": _overrides(request.flags),
         "kv_offload": "no_kv_offload" not in request.flags,
@@ -174,6 +179,11 @@ def _placing(request: _Request) -> dict[str, Any]:
         "output_first": bool(request.default("output_first")),
         "pipeline_copies": int(request.default("pipeline_copies")),
     }
+
+
+def _from_log(request: _Request) -> bool:
+    """Whether the job is known from a start-up log alone, which does not print every flag."""
+    return "offloaded" in request.flags and not request.typed
 
 
 def _main_gpu(request: _Request, num_devices: int) -> int:
@@ -189,8 +199,8 @@ def _shape(request: _Request) -> dict[str, Any]:
     flash = _flash(job, request.flags, request.day, request.assumed)
     n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
     parallel = max(1, request.integer("parallel", job.max_num_seqs))
-    if job.engine == "ollama":
-        n_ctx *= parallel  # every sequence gets num_ctx cells
+    if job.engine == "ollama" or ("n_ctx" not in request.flags and (job.max_num_seqs or 1) > 1):
+        n_ctx *= parallel  # ollama's num_ctx, and the context of a job, are of one sequence; -c is of all
     if not 0 < n_ctx <= MAX_COUNT:
         raise InputError(_("a context of {count} tokens is not possible").format(count=n_ctx))
     n_ctx = round_up(n_ctx, 256 if flash or job.engine != "ik_llama.cpp" else 32)
@@ -198,8 +208,8 @@ def _shape(request: _Request) -> dict[str, Any]:
     n_ubatch = max(1, min(n_batch, request.integer("n_ubatch", job.max_num_batched_tokens)))
     rows = _integer("worst_graph_tokens", request.text("worst_graph_tokens", "0"))
     fused: bool | None = request.switch("fused_moe", request.default("fused_moe"))
-    if "fused_moe" not in request.flags and job.engine == "ik_llama.cpp" and "offloaded" in request.flags:
-        fused = None  # known from a log that does not print it
+    if "fused_moe" not in request.flags and job.engine == "ik_llama.cpp" and _from_log(request):
+        fused = None
     return {
         "flash_attention": flash,
         "n_ctx": n_ctx,
@@ -216,13 +226,21 @@ def _shape(request: _Request) -> dict[str, Any]:
     }
 
 
+def _unified(request: _Request) -> bool:
+    """Return whether all sequences share one cache when nothing is said of it."""
+    value = request.default("kv_unified")
+    if value == "if_auto":
+        return "parallel" not in request.flags and request.job.max_num_seqs is None
+    return bool(value)
+
+
 def _caching(request: _Request) -> dict[str, Any]:
     """Return the settings of the cache."""
     job = request.job
     latent = any(isinstance(part, LatentAttention) for layer in job.model.layers for part in layer.mixers)
     cache_k = _cache_type(request.flags, "cache_type_k", job, "f16")
     return {
-        "kv_unified": request.switch("kv_unified", request.default("kv_unified")),
+        "kv_unified": request.switch("kv_unified", _unified(request)),
         "cache_type_k": cache_k,
         "cache_type_v": _cache_type(request.flags, "cache_type_v", job, cache_k if job.kv_cache_dtype else "f16"),
         "mla": request.integer("mla") if latent and job.engine == "ik_llama.cpp" else 0,

@@ -52,7 +52,9 @@ def start(job: ServingJob) -> EngineStart:
     ranks = sorted((_rank(device, job, settings) for device in devices), key=_fullness, reverse=True)
     limit = job.device_total_bytes or job.machine.gpu.total_bytes
     worst = ranks[0].ledger.device_used
-    starts = settings.num_devices == 0 or worst.bytes <= limit
+    # a log does not print -ts, which may have moved layers: the job is only ruled out when no split could hold it
+    need = worst.bytes if settings.split_known else worst.low_bytes
+    starts = settings.num_devices == 0 or need <= limit
     reason = (
         ""
         if starts
