@@ -143,18 +143,7 @@ def module_format(shape: tuple[int, ...], tensors: tuple[tuple[str, StoredTensor
     dtype = _DTYPES[values.dtype] if math.prod(values.shape) == rows * columns else _PACKED_BITS.get(bits)
     if dtype is None or rest:
         return None
-    scalars = [tensor for tensor in by_name.values() if math.prod(tensor.shape) <= 2]
-    index = by_name.get("g_idx") or by_name.get("weight_g_idx")
-    zeros = next((tensor for name, tensor in by_name.items() if "zero" in name and tensor not in scalars), None)
-    scale = max(
-        (
-            tensor
-            for tensor in by_name.values()
-            if tensor not in scalars and tensor is not index and tensor is not zeros
-        ),
-        key=lambda tensor: tensor.num_bytes,
-        default=None,
-    )
+    scalars, index, zeros, scale = _roles(by_name)
     block = _block(rows, columns, scale) if scale is not None else None
     if scale is not None and (block is None or scale.dtype not in _DTYPES):
         return None
@@ -169,6 +158,17 @@ def module_format(shape: tuple[int, ...], tensors: tuple[tuple[str, StoredTensor
     )
     total = values.num_bytes + sum(tensor.num_bytes for tensor in by_name.values())
     return format_ if format_.stored_bytes(shape) == total else None
+
+
+def _roles(
+    by_name: dict[str, StoredTensor],
+) -> tuple[list[StoredTensor], StoredTensor | None, StoredTensor | None, StoredTensor | None]:
+    """Return scalars, column index, zero points and scale among what stands beside the values."""
+    scalars = [tensor for tensor in by_name.values() if math.prod(tensor.shape) <= 2]
+    index = by_name.get("g_idx") or by_name.get("weight_g_idx")
+    zeros = next((tensor for name, tensor in by_name.items() if "zero" in name and tensor not in scalars), None)
+    others = [tensor for tensor in by_name.values() if tensor not in (*scalars, index, zeros)]
+    return scalars, index, zeros, max(others, key=lambda tensor: tensor.num_bytes, default=None)
 
 
 def _zero_dtype(zeros: StoredTensor | None, scale: StoredTensor | None, dtype: str) -> str | None:
