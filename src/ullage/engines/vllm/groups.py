@@ -63,7 +63,7 @@ class Grouping:
 
         Formula: ``by_first_page``: ceil(sum over groups of pages x group page / page of the first group), which counts
             a narrow group for less than a block; else :meth:`request_blocks`. Equal where all pages are.
-        Source: vllm@0.23.0:vllm/v1/core/kv_cache_utils.py:get_max_concurrency_for_kv_cache_config; vllm@0.25.0: same.
+        Source: vllm@0.23.0:vllm/v1/core/kv_cache_utils.py:get_max_concurrency_for_kv_cache_config; 0.27.0: per group.
         """
         if not by_first_page or not self.packed or not self.groups:
             return self.request_blocks(length)

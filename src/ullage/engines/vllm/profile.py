@@ -123,7 +123,8 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
                 widest = max(widest, moe_bytes(setup, block, stage, element))
             else:
                 widest = max(widest, tokens * _dense_width(block, stage.share.dense_tp) * element)
-    residual = max((layer.residual.num_streams if layer.residual else 1) for layer in model.layers)
+    # Hyper-connections mix all streams at once: the old and the new ones, and the mix in float32.
+    residual = max((4 * layer.residual.num_streams if layer.residual else 1) for layer in model.layers)
     hidden = tokens * model.hidden_size * element * (2 + residual)
     high = max(2 * (widest + hidden), (widest + hidden) * 6 * setup.tokens_high // (5 * tokens))
     return widest + hidden, high
