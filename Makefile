@@ -27,5 +27,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+locale: $(VENV)/ready-dev
+	$(BIN)/python tools/make_locale.py
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

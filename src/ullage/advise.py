@@ -16,6 +16,8 @@ from ullage.units import cdiv, format_bytes
 _RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
 MIN_BATCHED_TOKENS = 2048
 MIN_CONTEXT = 1024
+#: Where all is well, the answer comes before further advice.
+MAX_TRIED_WHEN_IT_FITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,10 @@ def advice(
     When the job fits, only changes that give noticeably more room (1 % of the device) are named.
     """
     found: list[tuple[tuple[int, int], Advice]] = []
-    for change in sorted(candidates(result), key=lambda change: change.price):
+    changes = sorted(candidates(result), key=lambda change: change.price)
+    if result.verdict == "fits":
+        changes = changes[:MAX_TRIED_WHEN_IT_FITS]
+    for change in changes:
         tried = _try(change, result, reserve, starter)
         if tried is None:
             continue
