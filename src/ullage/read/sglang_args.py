@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ullage.catalog import load, nearest
@@ -127,16 +127,12 @@ def parse_sglang_args(
     Raises:
         InputError: a flag that is not known, a missing or unusable value, or no model.
     """
-    words = _split(line)
-    parsed = _parse(words)
+    parsed = _parse(_split(line))
     name = parsed.text("model-path")
     if not name:
         raise InputError(_("no model is named"), where="--model-path", remedy=_("write --model-path MODEL"))
-    model = load_model(name)
-    eager = True if parsed.has("disable-cuda-graph") else None
-    steps = parsed.integer("speculative-num-steps")
-    return ServingJob(
-        model=model,
+    job = ServingJob(
+        model=load_model(name),
         machine=machine,
         engine="sglang",
         engine_version=engine_version,
@@ -144,22 +140,30 @@ def parse_sglang_args(
         quantization=_word(parsed, "quantization"),
         weights_dtype=_word(parsed, "dtype"),
         kv_cache_dtype=parsed.text("kv-cache-dtype"),
+        speculative=_speculative(parsed),
+        draft_model=_draft(parsed, name, load_model),
+        flags=_flags(parsed),
+        native=line,
+        assumed=_not_counted(parsed),
+    )
+    return _with_numbers(job, parsed)
+
+
+def _with_numbers(job: ServingJob, parsed: _Line) -> ServingJob:
+    """Return the job with the counts and fractions of the line."""
+    return replace(
+        job,
         max_model_len=parsed.integer("context-length"),
         max_num_seqs=parsed.integer("max-running-requests"),
         max_num_batched_tokens=parsed.integer("chunked-prefill-size", least=-1),
         memory_fraction=parsed.number("mem-fraction-static"),
-        enforce_eager=eager,
+        enforce_eager=True if parsed.has("disable-cuda-graph") else None,
         block_size=parsed.integer("page-size"),
         cuda_graph_max_batch_size=parsed.integer("cuda-graph-max-bs"),
         cuda_graph_sizes=_sizes(parsed),
         redundant_experts=parsed.integer("ep-num-redundant-experts", 0, least=0) or 0,
-        speculative=_speculative(parsed),
-        num_speculative_tokens=steps,
-        draft_model=_draft(parsed, name, load_model),
+        num_speculative_tokens=parsed.integer("speculative-num-steps"),
         cpu_offload_bytes=int((parsed.number("cpu-offload-gb") or 0) * GiB),
-        flags=_flags(parsed),
-        native=line,
-        assumed=_not_counted(parsed),
     )
 
 

@@ -24,8 +24,8 @@ class Settings:
     Attributes:
         capacity_mib: the card as ``nvidia-smi`` reports it, by which SGLang takes its defaults.
         tp, pp, copies: tensor and pipeline ranks of one replica, and replicas side by side (plain data parallelism).
-        attention_dp, attention_tp, expert_ranks: how attention and experts divide the tensor ranks.
-        mem_fraction, fraction_formula: ``mem_fraction_static`` and how it came about.
+        attention_dp, expert_ranks: how attention and experts divide the tensor ranks.
+        mem_fraction: ``mem_fraction_static``; where it is a default, ``assumed`` says how it came about.
         kv_dtype: element format of the cache; row_format: the layout name of :mod:`ullage.account.kv_cache`.
         graph_sizes: captured decode batches, empty without graphs.
         max_running: requests per attention rank as given, None: derived from the pool.
@@ -41,10 +41,8 @@ class Settings:
     pp: int
     copies: int
     attention_dp: int
-    attention_tp: int
     expert_ranks: int
     mem_fraction: float
-    fraction_formula: str
     chunk: int
     context: int
     kv_dtype: str
@@ -57,6 +55,11 @@ class Settings:
     draft_steps: int
     model_dtype: str
     assumed: tuple[str, ...]
+
+    @property
+    def attention_tp(self) -> int:
+        """Ranks that share one attention replica."""
+        return self.tp // self.attention_dp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +80,19 @@ def settings_of(job: ServingJob) -> Settings:
         InputError: a value cannot be used, or a version is not understood.
         LayoutError: sizes that cannot go together.
     """
-    release, flags = resolve(job.engine_version), flags_of(job)
-    found = traits.of(job.model)
-    layout = _layout(job, release, flags, found)
+    return _settings(job, resolve(job.engine_version), flags_of(job), traits.of(job.model))
+
+
+def _settings(job: ServingJob, release: Release, flags: Flags, found: Traits) -> Settings:
+    layout, capacity = _layout(job, release, flags, found), capacity_mib(job)
     assumed = [release.assumed] if release.assumed else []
-    capacity = capacity_mib(job)
     running = _max_running(job, flags, release, layout, found)
     graph_max, sizes = graphs.capture(job, flags, release, graphs.Card(mib=capacity, tp=layout.tp), running)
     chunk = _chunk(job, flags, release, capacity)
     draft_tokens, draft_steps = _draft(job, flags, release, assumed)
+    demand = _demand(job, flags, found, layout, chunk, graph_max if sizes else 0)
+    share = fraction.mem_fraction(demand, release, assumed)
     kv_dtype, row_format = _kv_format(job, release, found)
-    demand = fraction.Demand(
-        job=job,
-        flags=flags,
-        traits=found,
-        capacity_mib=capacity,
-        ranks=layout.tp * layout.pp,
-        attention_dp=layout.attention_dp,
-        pp=layout.pp,
-        chunk=chunk,
-        graph_max=graph_max if sizes else 0,
-        speculative=_algorithm(job, flags),
-    )
-    share, formula = fraction.mem_fraction(demand, release, assumed)
     return Settings(
         job=job,
         release=release,
@@ -110,11 +103,9 @@ def settings_of(job: ServingJob) -> Settings:
         pp=layout.pp,
         copies=layout.copies,
         attention_dp=layout.attention_dp,
-        attention_tp=layout.tp // layout.attention_dp,
         expert_ranks=layout.expert_ranks,
         mem_fraction=share,
-        fraction_formula=formula,
-        chunk=max(chunk, 1),
+        chunk=chunk,
         context=_context(job),
         kv_dtype=kv_dtype,
         row_format=row_format,
@@ -126,6 +117,24 @@ def settings_of(job: ServingJob) -> Settings:
         draft_steps=draft_steps,
         model_dtype=canonical_dtype(job.weights_dtype or job.model.dtype),
         assumed=tuple(assumed),
+    )
+
+
+def _demand(
+    job: ServingJob, flags: Flags, found: Traits, layout: Layout, chunk: int, graph_max: int
+) -> fraction.Demand:
+    """Return what the fraction rules look at."""
+    return fraction.Demand(
+        job=job,
+        flags=flags,
+        traits=found,
+        capacity_mib=capacity_mib(job),
+        ranks=layout.tp * layout.pp,
+        attention_dp=layout.attention_dp,
+        pp=layout.pp,
+        chunk=chunk,
+        graph_max=graph_max,
+        speculative=_algorithm(job, flags),
     )
 
 
@@ -193,7 +202,7 @@ def _chunk(job: ServingJob, flags: Flags, release: Release, capacity: float) -> 
     """Return ``chunked_prefill_size``; -1 stands for no chunking, then a batch holds ``max_prefill_tokens``."""
     if job.max_num_batched_tokens is not None:
         given = job.max_num_batched_tokens
-        return given if given > 0 else flags.integer("max_prefill_tokens") or 16384
+        return given if given > 0 else max(flags.integer("max_prefill_tokens") or 16384, 1)
     for below, tokens in release.rule("chunked_prefill_size"):
         if below is None or capacity < below:
             return int(tokens)

@@ -38,8 +38,8 @@ class Demand:
     speculative: str
 
 
-def mem_fraction(demand: Demand, release: Release, assumed: list[str]) -> tuple[float, str]:
-    """Return (fraction, how it came about); adds a sentence to ``assumed`` where a default was taken.
+def mem_fraction(demand: Demand, release: Release, assumed: list[str]) -> float:
+    """Return the fraction; adds a sentence on how it came about to ``assumed`` where a default was taken.
 
     Raises:
         InputError: a given fraction that is not between 0 and 1.
@@ -51,7 +51,7 @@ def mem_fraction(demand: Demand, release: Release, assumed: list[str]) -> tuple[
                 _("a mem-fraction-static of {value} cannot be used").format(value=given),
                 remedy=_("give a number between 0 and 1, such as 0.88"),
             )
-        return given, f"--mem-fraction-static {given}"
+        return given
     fixed = release.rule("dsa")["mem_fraction_static"] if demand.traits.dsa else None
     if fixed is not None:
         value, formula = float(fixed), f"fixed to {fixed} for sparse attention"
@@ -63,9 +63,9 @@ def mem_fraction(demand: Demand, release: Release, assumed: list[str]) -> tuple[
             _("by SGLang's own rule nothing is left for weights and cache on this card"),
             remedy=_("give --mem-fraction-static"),
         )
-    sentence = _("mem_fraction_static: {value:.3f} taken, the default of SGLang {version}")
-    assumed.append(sentence.format(value=value, version=release.version))
-    return value, formula
+    sentence = _("mem_fraction_static: {value:.3f} taken, the default of SGLang {version}: {formula}")
+    assumed.append(sentence.format(value=value, version=release.version, formula=formula))
+    return value
 
 
 def _by_rule(demand: Demand, rule: dict[str, Any]) -> tuple[float, str]:

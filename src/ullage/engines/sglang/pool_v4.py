@@ -47,7 +47,7 @@ def pool_of(settings: Settings, layers: tuple[spec.Layer, ...], available: int) 
     """Return the rules of V4's pool.
 
     Formula: cell = r S + n4 (K4/4 + I/4) + n128 K128/128; S = K L + 8/q (4 D + 4 d) 4 n4; times (L+1)/L with a draft.
-        fixed = c128 states of all requests; with given requests S moves from the cell into fixed.
+        fixed = c128 states of all requests; in V4.1 with a request limit S moves from the cell into fixed.
     Symbols: r window tokens per token (0.1), K entry bytes (584, with page padding), I index key bytes, q page (window
         in older releases), D head_dim, d index head size, n4, n128, L layers.
     Source: sglang@0.5.23:srt/model_executor/pool_configurator.py:DSV4PoolConfigurator; older coefficients
@@ -57,8 +57,7 @@ def pool_of(settings: Settings, layers: tuple[spec.Layer, ...], available: int) 
     held = _Layers(parts=tuple(m for layer in layers for m in layer.mixers if isinstance(m, spec.CompressedAttention)))
     rule = settings.release.rule("v4")
     window = max(part.window for part in held.parts)
-    padded = bool(rule["page_padding"])
-    per_window, growing = _per_window_token(settings, held, rule, padded), _growing(settings, held, padded)
+    per_window, growing = _per_window_token(settings, held, rule), _growing(settings, held, bool(rule["page_padding"]))
     ratio = Fraction(str(settings.flags.number("swa_full_tokens_ratio") or rule["swa_ratio"]))
     capped = _is_capped(settings, held)
     inflation = Fraction(len(layers) + 1, len(layers)) if settings.draft_tokens else Fraction(1)
@@ -117,9 +116,10 @@ def _growing(settings: Settings, held: _Layers, padded: bool) -> Fraction:
     return total
 
 
-def _per_window_token(settings: Settings, held: _Layers, rule: dict[str, object], padded: bool) -> Fraction:
+def _per_window_token(settings: Settings, held: _Layers, rule: dict[str, object]) -> Fraction:
     """Bytes per token of the window: one raw entry per layer, and the compressor states that follow it."""
     page = settings.page if rule["state_per"] == "page" else max(part.window for part in held.parts)
+    padded = bool(rule["page_padding"])
     total = sum((_entry(part, settings, settings.page, padded) for part in held.parts), Fraction(0))
     for part in held.parts:
         if part.compress_ratio == 4:
