@@ -190,12 +190,7 @@ def resolve(job: ServingJob) -> Setup:
     pooling = flags.get("runner") == "pooling" or flags.get("task") in ("embed", "classify", "score", "reward")
     chunked = _chunked_prefill(version, flags, length, pooling)
     tokens, seqs = _batch(job, version, length, chunked, assumed)
-    fraction = job.memory_fraction
-    if fraction is None:
-        fraction = float(version.setting("gpu_memory_utilization"))
-        assumed.append(_("gpu_memory_utilization {value}, the default").format(value=fraction))
-    if not 0 < fraction <= 1:
-        raise InputError(_("gpu_memory_utilization {value} is not in (0, 1]").format(value=fraction))
+    fraction = _memory_fraction(job, version, assumed)
     dtype = _weights_dtype(job)
     filled = replace(
         job,
@@ -221,6 +216,16 @@ def resolve(job: ServingJob) -> Setup:
         tokens_high=max(tokens, _offline_tokens(job, version, length, chunked)),
         warnings=version.warnings,
     )
+
+
+def _memory_fraction(job: ServingJob, version: Version, assumed: list[str]) -> float:
+    fraction = job.memory_fraction
+    if fraction is None:
+        fraction = float(version.setting("gpu_memory_utilization"))
+        assumed.append(_("gpu_memory_utilization {value}, the default").format(value=fraction))
+    if not 0 < fraction <= 1:
+        raise InputError(_("gpu_memory_utilization {value} is not in (0, 1]").format(value=fraction))
+    return fraction
 
 
 def towers_left_out(flags: dict[str, str]) -> bool:

@@ -157,6 +157,21 @@ def _load_peak(setup: Setup, one: Profiled) -> int:
     return one.weights.bytes + one.weights.bytes // layers + one.non_torch.bytes + context
 
 
+def _ranks(
+    setup: Setup, profiles: Sequence[Profiled], pools: tuple[Pool, Pool, Pool], sizes: Sequence[int]
+) -> list[RankClass]:
+    """Return one class of equal ranks for each pipeline stage."""
+    tp = setup.job.parallel.tensor_parallel_size
+    return [
+        RankClass(
+            pp_rank=each.stage.pp_rank,
+            num_ranks=each.stage.num_ranks,
+            ledger=_ledger(setup, each, pools, size, each.stage.pp_rank * tp),
+        )
+        for each, size in zip(profiles, sizes, strict=True)
+    ]
+
+
 def start(job: ServingJob) -> EngineStart:
     """Run the start arithmetic of vLLM for ``job`` (see the package).
 
@@ -173,16 +188,7 @@ def start(job: ServingJob) -> EngineStart:
     tightest = min(range(len(profiles)), key=lambda index: profiles[index].available[1] / max(1, sizes[index]))
     one, size = profiles[tightest], sizes[tightest]
     reason = _load_refusal(setup, profiles) or _free_refusal(setup) or pools[1].reason
-    ranks = [
-        RankClass(
-            pp_rank=each.stage.pp_rank,
-            num_ranks=each.stage.num_ranks,
-            ledger=_ledger(
-                setup, each, pools, sizes[index], each.stage.pp_rank * setup.job.parallel.tensor_parallel_size
-            ),
-        )
-        for index, each in enumerate(profiles)
-    ]
+    ranks = _ranks(setup, profiles, pools, sizes)
     ranks.insert(0, ranks.pop(tightest))
     figures = report.figures(
         setup, one, pools, _device_used(setup, one, pools[1].num_blocks * size), requested(setup)[1]
