@@ -50,23 +50,65 @@ def attention_heads(model: Model) -> int:
     return found or 1
 
 
-def default_parallel(model: Model, machine: Machine) -> tuple[ServingParallel, tuple[str, ...]]:
-    """Return the layout taken when none is given: tensor parallel within a node, pipeline over nodes."""
+def default_parallel(
+    model: Model, machine: Machine, *, pipeline: int | None = None, data: int = 1
+) -> tuple[ServingParallel, tuple[str, ...]]:
+    """Return the layout taken when no tensor-parallel size is given.
+
+    Tensor parallel within a node over the GPUs that ``pipeline`` stages and ``data`` replicas leave; pipeline parallel
+    over nodes unless ``pipeline`` says otherwise.
+    """
     heads = attention_heads(model)
-    tensor = next(size for size in range(machine.gpus_per_node, 0, -1) if heads % size == 0)
-    parallel = ServingParallel(tensor_parallel_size=tensor, pipeline_parallel_size=machine.num_nodes)
+    stages = pipeline or (machine.num_nodes if data == 1 else 1)
+    most = min(machine.gpus_per_node, max(1, machine.num_gpus // (stages * data)))
+    tensor = next(size for size in range(most, 0, -1) if heads % size == 0)
+    parallel = ServingParallel(tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=data)
     if machine.num_gpus == 1:
         return parallel, ()
     parts = [_("tensor parallel over {count} GPUs").format(count=tensor)]
-    if machine.num_nodes > 1:
-        parts.append(_("pipeline parallel over {count} nodes").format(count=machine.num_nodes))
+    if stages > 1 and pipeline is None:
+        parts.append(_("pipeline parallel over {count} nodes").format(count=stages))
     sentence = _("layout not given: {parts}").format(parts=", ".join(parts))
-    idle = machine.num_gpus - tensor * machine.num_nodes
-    if idle:
-        sentence += _("; {count} GPUs stay idle, because {tp} does not divide {heads} heads").format(
-            count=idle, tp=machine.gpus_per_node, heads=heads
-        )
+    idle = machine.num_gpus - tensor * stages * data
+    if idle > 0:
+        sentence += _("; {count} GPUs stay idle, because no more divide {heads} heads").format(count=idle, heads=heads)
     return parallel, (sentence,)
+
+
+def stated_parallel(
+    model: Model,
+    machine: Machine,
+    engine: str,
+    *,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    data: int | None = None,
+    dp_attention: int | None = None,
+    decode_context: int | None = None,
+) -> tuple[ServingParallel, tuple[str, ...]]:
+    """Complete a layout of which only a part was given; ``dp_attention`` 0 means as many as there are.
+
+    SGLang's attention data parallelism divides its tensor-parallel group. vLLM has the same effect with data-parallel
+    replicas of one GPU and experts spread over all of them.
+    """
+    if dp_attention is not None and engine == "sglang":
+        whole, said = default_parallel(model, machine, pipeline=pipeline)
+        size = tensor or whole.tensor_parallel_size
+        parallel = replace(whole, tensor_parallel_size=size, data_parallel_size=data or dp_attention or size)
+        said = said if tensor is None else ()
+    elif dp_attention is not None:
+        replicas = data or dp_attention or machine.num_gpus // ((tensor or 1) * (pipeline or 1))
+        parallel, said = ServingParallel(tensor_parallel_size=tensor or 1, data_parallel_size=max(1, replicas)), ()
+        parallel = replace(parallel, pipeline_parallel_size=pipeline or 1, expert_parallel=True)
+    elif tensor is None:
+        parallel, said = default_parallel(model, machine, pipeline=pipeline, data=data or 1)
+    else:
+        parallel, said = ServingParallel(tensor_parallel_size=tensor, data_parallel_size=data or 1), ()
+        parallel = replace(parallel, pipeline_parallel_size=pipeline or 1)
+    parallel = replace(
+        parallel, dp_attention=dp_attention is not None, decode_context_parallel_size=decode_context or 1
+    )
+    return parallel, said
 
 
 def serving_job(

@@ -245,3 +245,28 @@ def test_explain(capsys):
 def test_python_minus_m_works():
     done = subprocess.run([sys.executable, "-m", "ullage", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"ullage {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "sizes"),
+    [
+        ("vllm", [], (8, 1, 1)),
+        ("vllm", ["--pp", "2"], (4, 2, 1)),
+        ("vllm", ["--dp", "2"], (4, 1, 2)),
+        ("vllm", ["--dp-attention"], (1, 1, 8)),
+        ("vllm", ["--tp", "4"], (4, 1, 1)),
+        ("sglang", ["--dp-attention"], (8, 1, 8)),
+        ("sglang", ["--dp-attention", "4"], (8, 1, 4)),
+        ("sglang", ["--tp", "4", "--dp-attention"], (4, 1, 4)),
+    ],
+)
+def test_a_layout_given_in_part_is_completed(capsys, engine, flags, sizes):
+    parallel = fit_json(capsys, *FIT, "--engine", engine, *flags)["job"]["parallel"]
+    assert tuple(parallel[f"{name}_parallel_size"] for name in ("tensor", "pipeline", "data")) == sizes
+    assert parallel["dp_attention"] == ("--dp-attention" in flags)
+
+
+def test_a_quantisation_that_is_not_known_is_refused(capsys):
+    code, _out, err = run(capsys, *FIT, "--quantization", "nonsense")
+    assert code == 2
+    assert "nonsense" in err

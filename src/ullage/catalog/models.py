@@ -31,6 +31,8 @@ SUFFIXES: dict[str, str | None] = {
     "bnb-8bit": "bnb_int8",
     "gguf": None,
 }
+#: Endings that people leave out, in the order in which they are tried.
+RELEASES = ("-instruct", "-chat", "-it", "-base", "-hf", "-v0.1", "-instruct-hf")
 #: Endings of further training and of releases: the shape is that of the model without them.
 _TUNED = re.compile(r"-(instruct|chat|it|base|hf|preview|thinking|abliterated|\d{4}|v\d+(\.\d+)?)$")
 
@@ -77,6 +79,10 @@ def find(text: str) -> Found | None:
             entry, name = keys[candidate]
             return Found(entry=entry, name=name)
     short = key.rpartition("/")[2]
+    for ending in RELEASES:
+        if short + ending in keys:
+            entry, name = keys[short + ending]
+            return Found(entry=entry, name=name)
     base, quantization, suffix = _without_suffix(short)
     if suffix and base in keys:
         entry, name = keys[base]

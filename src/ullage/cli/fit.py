@@ -13,7 +13,7 @@ from ullage.i18n import _
 from ullage.units import parse_count, parse_size
 
 if TYPE_CHECKING:
-    from ullage.spec.serving import ServingJob, ServingParallel
+    from ullage.spec.serving import ServingJob
 
 
 def _typed(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
@@ -152,35 +152,26 @@ def job_of(arguments: argparse.Namespace) -> ServingJob:
 def _from_flags(arguments: argparse.Namespace) -> ServingJob:
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
-    from ullage.request import serving_job
+    from ullage.request import parse_engine, serving_job, stated_parallel
 
     if arguments.on is None:
         raise InputError(_("no machine is named"), where="--on", remedy=_("write for example --on 8xH200"))
     machine = parse_machine(arguments.on)
     model = load_model(arguments.model, assume=arguments.assume, network=True)
     engine = arguments.engine or ("llamacpp" if arguments.model.lower().endswith(".gguf") else "vllm")
-    job = serving_job(model, machine, engine=engine, parallel=_parallel(arguments, engine))
-    return _changed(job, arguments)
-
-
-def _parallel(arguments: argparse.Namespace, engine: str) -> ServingParallel | None:
-    """Return the layout that the flags state, None when they state none."""
-    from ullage.spec.serving import ServingParallel
-
-    stated = (arguments.tp, arguments.pp, arguments.dp, arguments.dp_attention, arguments.dcp)
-    if all(value is None for value in stated):
-        return None
-    tensor = arguments.tp or 1
-    data = arguments.dp or arguments.dp_attention or (tensor if arguments.dp_attention is not None else 1)
-    if arguments.dp_attention is not None and not engine.startswith("sglang") and arguments.dp is None:
-        tensor, data = 1, max(tensor, data)
-    return ServingParallel(
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=arguments.pp or 1,
-        data_parallel_size=data,
-        dp_attention=arguments.dp_attention is not None,
-        decode_context_parallel_size=arguments.dcp or 1,
-    )
+    stated = {
+        "tensor": arguments.tp,
+        "pipeline": arguments.pp,
+        "data": arguments.dp,
+        "dp_attention": arguments.dp_attention,
+        "decode_context": arguments.dcp,
+    }
+    if all(value is None for value in stated.values()):
+        return _changed(serving_job(model, machine, engine=engine), arguments)
+    name, _version = parse_engine(engine)
+    parallel, said = stated_parallel(model, machine, name, **stated)
+    job = serving_job(model, machine, engine=engine, parallel=parallel)
+    return _changed(replace(job, assumed=(*job.assumed, *said)), arguments)
 
 
 def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
@@ -201,6 +192,10 @@ def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
         "num_speculative_tokens": arguments.mtp,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.quantization and not arguments.quantization.lower().startswith("gguf"):
+        from ullage.read.quantization_names import named_quantization
+
+        named_quantization(arguments.quantization, job.model)  # refuses a name that is not known
     if arguments.ep is not None:
         size = arguments.ep or None
         changes["parallel"] = replace(job.parallel, expert_parallel=True, expert_parallel_size=size)

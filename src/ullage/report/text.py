@@ -65,7 +65,7 @@ def _print_verdict(out: Console, result: FitResult) -> None:
         ),
         soft_wrap=True,
     )
-    need = _("{need} of {total} needed per GPU for {count} x {context:,} tokens").format(
+    need = _("{need} of {total} needed per GPU for {count:,} x {context:,} tokens").format(
         need=format_bytes(result.need.value),
         total=format_bytes(result.total_bytes.value),
         count=result.concurrency,
@@ -175,7 +175,7 @@ def _print_largest(out: Console, result: FitResult) -> None:
     )
     _line(
         out,
-        _("{context:,} tokens in each of {count} requests").format(
+        _("{context:,} tokens in each of {count:,} requests").format(
             context=result.max_context, count=result.concurrency
         ),
     )
