@@ -59,6 +59,16 @@ _SUFFIXES = {
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
+    "c_attn": "attn_qkv",
+    "Wqkv": "attn_qkv",
+    "fc_in": "ffn_up",
+    "fc1": "ffn_up",
+    "c_fc": "ffn_up",
+    "dense_h_to_4h": "ffn_up",
+    "fc_out": "ffn_down",
+    "fc2": "ffn_down",
+    "dense_4h_to_h": "ffn_down",
+    "norm": "ssm_norm",
     "w1": "ffn_gate",
     "w2": "ffn_down",
     "w3": "ffn_up",
@@ -129,6 +139,8 @@ def _all_tensors(model: Model, latent: LatentStorage) -> Iterator[GgufTensor]:
         )
         if name == "attn_kv_b" and kind == "weight":
             yield from _latent_projection(tensor, model, latent)
+        elif experts and not kind:
+            yield from _fused_experts(tensor, tail)
         else:
             yield tensor
 
@@ -145,6 +157,8 @@ def _block_name(inner: str, *, double_norms: bool) -> str:
         return "ffn_gate_inp_shexp"
     if last in ("gate", "router") or path.endswith((".router", ".gate.wg")):
         return "ffn_gate_inp"
+    if last == "c_proj":
+        return "ffn_down" if "mlp" in path else "attn_output"
     name = _SUFFIXES.get(last, path)
     if name.startswith("ffn_"):
         if ".{e}." in path or ".experts." in path:
@@ -152,6 +166,21 @@ def _block_name(inner: str, *, double_norms: bool) -> str:
         if "shared" in path:
             return name + "_shexp"
     return name
+
+
+def _fused_experts(tensor: GgufTensor, tail: str) -> Iterator[GgufTensor]:
+    """Yield the experts of a checkpoint that fuses them (gpt-oss, Llama 4): gate and up apart, weights and biases.
+
+    Source: llama.cpp@b7000:convert_hf_to_gguf.py:GptOssModel.modify_tensors, Llama4Model.modify_tensors.
+    """
+    base, ending = f"blk.{tensor.layer}.", "bias" if tail.endswith("bias") else "weight"
+    if not tail.startswith("gate_up"):
+        part = "down" if tail.startswith("down") else tail
+        yield replace(tensor, name=f"{base}ffn_{part}_exps.{ending}")
+        return
+    shape = (tensor.shape[0], tensor.shape[1] // 2, *tensor.shape[2:])
+    for part in ("gate", "up"):
+        yield replace(tensor, name=f"{base}ffn_{part}_exps.{ending}", shape=shape)
 
 
 def _latent_projection(tensor: GgufTensor, model: Model, latent: LatentStorage) -> Iterator[GgufTensor]:
