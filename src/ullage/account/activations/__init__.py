@@ -1,0 +1,1 @@
+"""Tables of the tensors that autograd keeps, per kind of layer and implementation."""

@@ -1,0 +1,95 @@
+"""What every training engine answers, and what it answers with.
+
+An engine room offers ``step(job) -> TrainingStep``: it fills in the defaults of the job's engine version, works out the
+classes of equal ranks, and walks one optimizer step moment by moment. The peak of a rank is the largest of its moments;
+the peak of the job is the largest of its ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.ledger import Ledger
+from ullage.spec.training import TrainingJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRank:
+    """A class of equal ranks over one step.
+
+    Attributes:
+        rank: the first of them; num_ranks: how many they are.
+        pp_rank: pipeline stage.
+        moments: one ledger per moment of the step, in the order they happen (``forward``, ``loss``, ``backward``,
+            ``gradient reduction``, ``optimizer step`` ...; ``ledger.moment`` names it, first step and steady state apart
+            where they differ).
+        after_step: between two steps: weights, gradients that stay, optimizer states, persistent buffers.
+        host_bytes: host memory that offload needs per rank.
+    """
+
+    rank: int
+    num_ranks: int
+    pp_rank: int
+    moments: tuple[Ledger, ...]
+    after_step: Ledger
+    host_bytes: int = 0
+
+    @property
+    def peak(self) -> Ledger:
+        """The moment with the most on the device."""
+        return max(self.moments, key=lambda ledger: ledger.device_used.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """One optimizer step of a job.
+
+    Attributes:
+        job: the job with every default filled in; ``job.assumed`` says which.
+        ranks: one per class of equal ranks, the fullest first.
+    """
+
+    job: TrainingJob
+    ranks: tuple[TrainingRank, ...]
+    warnings: tuple[str, ...] = ()
+
+
+#: engine name -> module with ``step`` and ``VERSIONS``; imported only when asked for.
+TRAINING_ENGINES = {
+    "megatron": "ullage.engines.megatron",
+    "hf_trainer": "ullage.engines.hf_trainer",
+    "single": "ullage.engines.hf_trainer",
+    "ddp": "ullage.engines.hf_trainer",
+    "fsdp1": "ullage.engines.fsdp",
+    "fsdp2": "ullage.engines.fsdp",
+    "torchtitan": "ullage.engines.torchtitan",
+    "torchtune": "ullage.engines.torchtune",
+    "litgpt": "ullage.engines.litgpt",
+    "deepspeed": "ullage.engines.deepspeed",
+}
+
+
+def step(job: TrainingJob) -> TrainingStep:
+    """Walk one step of the job under its engine's rules.
+
+    Raises:
+        InputError: the engine is not known or not built yet, or the layout is impossible.
+    """
+    module_name = TRAINING_ENGINES.get(job.engine)
+    if module_name is None:
+        raise InputError(
+            _("unknown engine {engine!r}").format(engine=job.engine),
+            remedy=_("known are {known}").format(known=", ".join(TRAINING_ENGINES)),
+        )
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise InputError(_("no rules are written for the engine {engine!r} yet").format(engine=job.engine)) from None
+    walk: Callable[[TrainingJob], TrainingStep] = module.step
+    return walk(job)
