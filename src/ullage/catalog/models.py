@@ -34,7 +34,9 @@ SUFFIXES: dict[str, str | None] = {
 #: Endings that people leave out, in the order in which they are tried.
 RELEASES = ("-instruct", "-chat", "-it", "-base", "-hf", "-v0.1", "-instruct-hf")
 #: Endings of further training and of releases: the shape is that of the model without them.
-_TUNED = re.compile(r"-(instruct|chat|it|base|hf|preview|thinking|abliterated|\d{4}|v\d+(\.\d+)?)$")
+_TUNED = re.compile(
+    r"-(instruct|chat|it|base|hf|preview|thinking|reasoning|sft|dpo|rl|qat|abliterated|dequantized|\d{4}|v\d+(\.\d+)?)$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def find(text: str) -> Found | None:
     if suffix and base in keys:
         entry, name = keys[base]
         return _copy_of(text, entry, name, suffix, quantization)
-    tuned = base
+    tuned = base.removeprefix("huihui-")
     while match := _TUNED.search(tuned):
         tuned = tuned[: match.start()]
         if tuned in keys:
