@@ -92,8 +92,9 @@ def find(text: str) -> Found | None:
     tuned = base.removeprefix("huihui-")
     while match := _TUNED.search(tuned):
         tuned = tuned[: match.start()]
-        if tuned in keys:
-            entry, name = keys[tuned]
+        candidate = next((tuned + ending for ending in ("", *RELEASES) if tuned + ending in keys), None)
+        if candidate is not None:
+            entry, name = keys[candidate]
             if suffix:
                 return _copy_of(text, entry, name, suffix, quantization)
             return Found(entry=entry, name=text.strip(), assumed=(_dimensions_of(name),))
