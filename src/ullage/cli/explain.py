@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     found = list(entries())
     if arguments.term is None:
-        print("\n".join(sorted({entry.name for entry in found})))
+        _print_names(sorted({entry.name for entry in found}), as_json=arguments.json)
         return EXIT_OK
     chosen = matching(found, arguments.term)
     terms = _terms_of(arguments) if arguments.model else []
@@ -65,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(f"  {line}" for line in entry.text.splitlines()))
     _print_terms(arguments, terms)
     return EXIT_OK
+
+
+def _print_names(names: list[str], *, as_json: bool) -> None:
+    if as_json:
+        from ullage.cli import print_json
+
+        print_json(names)
+    else:
+        print("\n".join(names))
 
 
 def entries() -> Iterator[Entry]:

@@ -139,7 +139,9 @@ def job_of(arguments: argparse.Namespace) -> ServingJob:
         raise InputError(_("fit train is not part of this version"), remedy=_("ullage fit serve is"))
     if what is None:
         raise InputError(_("nothing to fit"), remedy=_("write ullage fit serve MODEL --on 8xH200, or a job file"))
-    if not Path(what).is_file():
+    from ullage.read.jsonfile import is_file
+
+    if not is_file(Path(what)):
         raise InputError(
             _("{word!r} is neither serve nor a job file").format(word=what[:80]),
             remedy=_("write ullage fit serve MODEL --on 8xH200"),

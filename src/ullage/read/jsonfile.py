@@ -12,6 +12,14 @@ from ullage.i18n import _
 MAX_CONFIG_BYTES = 16 * 2**20
 
 
+def is_file(path: Path) -> bool:
+    """Return whether ``path`` is a file; a name that no file can have (too long) is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.read.jsonfile import MAX_CONFIG_BYTES
+from ullage.read.jsonfile import MAX_CONFIG_BYTES, is_file
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.request import check_layout, parse_engine
@@ -59,11 +59,14 @@ def read_launch_line(
 
 def _line_of(text: str) -> str:
     """Return the text, or what the file of that name holds."""
-    if len(text.split()) > 1 or not Path(text).is_file():
+    if len(text.split()) > 1 or not is_file(Path(text)):
         return text
-    if Path(text).stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(_("the file is too large for a launch line"), where=text)
-    return Path(text).read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        if Path(text).stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(_("the file is too large for a launch line"), where=text)
+        return Path(text).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise InputError(_("cannot be read ({reason})").format(reason=error.strerror), where=text) from None
 
 
 def _llamacpp(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:

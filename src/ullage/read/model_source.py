@@ -68,17 +68,17 @@ def read_folder(folder: Path, *, config: Path | None = None, assume: bool = Fals
     ``hf_quant_config.json`` states the quantisation where the config has none; a ``.gguf`` alone will do as well.
     """
     from ullage.read.hf_config import read_config, read_config_object
-    from ullage.read.jsonfile import read_json_object
+    from ullage.read.jsonfile import is_file, read_json_object
 
     config = config or folder / "config.json"
-    if not config.is_file():
+    if not is_file(config):
         files = sorted(folder.glob("*.gguf"))
         if files:
             return read_gguf_model(files[0])
         if config.name == "config.json":
             raise InputError(_("there is neither a config.json nor a .gguf file"), where=str(folder))
     sidecar = folder / SIDECAR
-    if not sidecar.is_file() or config.name != "config.json":
+    if not is_file(sidecar) or config.name != "config.json":
         return read_config(config, assume=assume)
     values = read_json_object(config)
     if not values.get("quantization_config"):
@@ -100,7 +100,9 @@ def _modelopt(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def read_gguf_model(path: Path) -> Model:
     """Read the model that a ``.gguf`` file describes."""
-    if not path.is_file():
+    from ullage.read.jsonfile import is_file
+
+    if not is_file(path):
         raise InputError(_("no such file"), where=str(path))
     model: Model = import_module("ullage.read.gguf").read_gguf_model(path)
     return model
