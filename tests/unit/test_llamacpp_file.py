@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from conftest import need_shared
 
 from ullage.account.gguf_types import ggml_format, ggml_type
 from ullage.engines.llamacpp import mixes, recipe
 from ullage.engines.llamacpp.gguf_names import gguf_tensors
+from ullage.read.hf_config import read_config
 from ullage.spec.model import (
     Attention,
     DenseFFN,
@@ -148,3 +150,21 @@ def test_a_model_read_from_a_gguf_keeps_its_types() -> None:
     assert found.exact
     assert (kinds["blk.1.ffn_down.weight"], kinds["blk.1.ffn_up.weight"]) == ("Q6_K", "Q4_0")
     assert kinds["blk.1.attn_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("config", "file_type", "gib"),
+    [  # as llama.cpp prints "model size" for the published files
+        ("openai__gpt-oss-20b", "MXFP4", 11.27),
+        ("openai__gpt-oss-120b", "MXFP4", 59.02),
+        ("meta-llama__Llama-3.1-8B-Instruct", "Q4_K_M", 4.58),
+        ("Qwen__Qwen2.5-7B-Instruct", "Q4_K_M", 4.36),
+        ("google__gemma-3-27b-it", "Q4_K_M", 15.40),
+        ("Qwen__Qwen3-30B-A3B", "Q4_K_M", 17.28),
+    ],
+)
+def test_published_files_have_the_derived_size(config: str, file_type: str, gib: float) -> None:
+    of = read_config(need_shared("configs", f"{config}.json"))
+    found = recipe.contents(of, f"gguf:{file_type}", "split")
+    assert found.exact
+    assert sum(found.sizes) / GiB == pytest.approx(gib, abs=0.006)

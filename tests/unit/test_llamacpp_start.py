@@ -189,3 +189,19 @@ def test_a_row_split_shares_the_matrices_and_keeps_the_cache_on_the_main_device(
     result = start(job(2, flags=(("split_mode", "row"),)))
     assert _parts(result, 1).get("kv_cache", 0) == 0
     assert _parts(result, 1)["weights"] > _parts(result, 0)["weights"] // 2
+
+
+def test_host_layers_are_computed_on_the_device_with_matrices_and_cache_copied_over() -> None:
+    flags = (("fa", "1"), ("n_gpu_layers", "8"))
+    part = start(job(max_model_len=131_072, flags=flags)).figures["activation_peak"].value
+    without = start(job(max_model_len=131_072, flags=(*flags, ("no_op_offload", "1")))).figures["activation_peak"].value
+    cache_of_a_layer = 131_072 * 2 * 2 * 64 * 2
+    assert part - without >= cache_of_a_layer
+
+
+def test_host_experts_are_copied_unless_repacking_hides_them_from_the_device() -> None:
+    flags = (("fa", "1"), ("override_tensor", "exps=CPU"), ("n_ubatch", "64"), ("fmoe", "1"))
+    up_and_gate = 2 * 64 * 512 * 1024 * 144 // 256
+    copied = start(job(moe=True, flags=flags)).figures["activation_peak"].value
+    hidden = start(job(moe=True, flags=(*flags, ("run_time_repack", "1")))).figures["activation_peak"].value
+    assert copied > up_and_gate > hidden

@@ -91,7 +91,7 @@ def _sizes(model: Model, settings: Settings, contents: Contents, placement: Plac
     )
     places = layer_places(model, settings, contents, placement)
     output, offload = placement.output, 0
-    if output == HOST and settings.num_devices and settings.op_offload and settings.n_ubatch >= 32:
+    if output == HOST and _offloads(settings):
         names = ("output.weight", "token_embd.weight")
         by_name = {tensor.name: size for tensor, size in zip(contents.tensors, contents.sizes, strict=True)}
         output, offload = 0, next(by_name[name] for name in names if name in by_name)
@@ -99,41 +99,89 @@ def _sizes(model: Model, settings: Settings, contents: Contents, placement: Plac
     return buffer_sizes(graph, settings.pipeline_copies if pipelined else 1)
 
 
+Parts = dict[str, tuple[int, int, str]]  # part of a layer → (where, bytes, type)
+_ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "output"} | {
+    f"ffn_{part}": part for part in ("up", "gate", "down")
+}
+
+
 def layer_places(model: Model, settings: Settings, contents: Contents, placement: Placement) -> tuple[LayerPlace, ...]:
-    """Return where each layer computes, and which host experts are copied to device 0 for a large batch.
+    """Return where each layer computes, and which host matrices are copied to device 0 for a large batch.
 
     Source: ik_llama.cpp@58f08e43:ggml/src/ggml-cuda.cu:ggml_backend_cuda_offload_op (batches of 32 and more),
         ggml_backend_cuda_supports_op; ggml-backend.c:ggml_backend_sched_backend_id_from_cur (the first device).
     """
-    experts: dict[int, dict[str, tuple[int, int, str]]] = {}
-    dense: dict[int, int] = {}
+    dense, experts = _parts_of_layers(contents, placement)
+    found = []
+    for index, backend in enumerate(placement.layers):
+        parts, routed = dense.get(index, {}), experts.get(index, {})
+        copied = tuple(
+            (role, size) for role, (where, size, kind) in parts.items() if where == HOST and _on_device(kind, settings)
+        )
+        offload = _expert_copies(routed, settings)
+        if backend == HOST and copied and settings.latent_cache == "":
+            caches = _host_cache(index, model, settings)
+            place = LayerPlace(backend=0, experts=0, offload_bytes=offload, host_weights=copied, host_cache=caches)
+        else:
+            where = routed["down"][0] if "down" in routed else backend
+            down = parts.get("down", (backend, 0, ""))
+            place = LayerPlace(
+                backend=backend,
+                experts=backend if where < HOST else where,
+                offload_bytes=offload if backend != HOST else None,
+                dense_on_host=down[0] == HOST and backend != HOST and not _on_device(down[2], settings),
+                host_weights=copied if backend != HOST else (),
+            )
+        found.append(place)
+    return tuple(found)
+
+
+def _parts_of_layers(contents: Contents, placement: Placement) -> tuple[dict[int, Parts], dict[int, Parts]]:
+    """Return the dense matrices and the routed experts of each layer by role."""
+    dense: dict[int, Parts] = {}
+    experts: dict[int, Parts] = {}
     for tensor, kind, size, where in zip(
         contents.tensors, contents.types, contents.sizes, placement.tensors, strict=True
     ):
-        if tensor.experts and tensor.name.endswith("weight"):
-            part = tensor.name.split("ffn_", 1)[-1].split("_", 1)[0]
-            experts.setdefault(tensor.layer, {})[part] = (where, size, kind)
-        elif ".ffn_down.weight" in tensor.name:
-            dense[tensor.layer] = where
-    found = []
-    for index, backend in enumerate(placement.layers):
-        parts = experts.get(index, {})
-        where = parts["down"][0] if "down" in parts else backend
-        offload = None
-        if where == HOST and backend != HOST and settings.op_offload and settings.n_ubatch >= 32:
-            kinds = [_stored_type(kind, settings) for _where, _size, kind in parts.values()]
-            if all(kind == plain_of(kind) or kind in _ON_CUDA for kind in kinds):
-                up, gate, down = (parts.get(name, (HOST, 0, ""))[1] for name in ("up", "gate", "down"))
-                offload = (up, gate, down)
-        found.append(
-            LayerPlace(
-                backend=backend,
-                experts=backend if where < HOST else where,
-                offload_bytes=offload,
-                dense_on_host=dense.get(index, backend) == HOST and backend != HOST,
-            )
-        )
-    return tuple(found)
+        if tensor.layer < 0 or tensor.vector or not tensor.name.endswith(".weight"):
+            continue
+        name = tensor.name.split(".", 2)[2].removesuffix(".weight")
+        role = _ROLES.get(name.removesuffix("_exps"))
+        if role:
+            (experts if tensor.experts else dense).setdefault(tensor.layer, {})[role] = (where, size, kind)
+    return dense, experts
+
+
+def _offloads(settings: Settings) -> bool:
+    """Whether host matrices are copied to device 0 to be multiplied: batches of 32 tokens and more."""
+    return bool(settings.num_devices) and settings.op_offload and settings.n_ubatch >= 32
+
+
+def _on_device(kind: str, settings: Settings) -> bool:
+    """Whether a host matrix of this type is copied: the device must know the type that ``-rtr`` leaves it in."""
+    stored = _stored_type(kind, settings)
+    return _offloads(settings) and (stored == plain_of(stored) or stored in _ON_CUDA)
+
+
+def _expert_copies(routed: Parts, settings: Settings) -> tuple[int, int, int] | None:
+    """Return the bytes of host experts (up, gate, down) that are copied, None when none are."""
+    if not routed or any(where != HOST or not _on_device(kind, settings) for where, _size, kind in routed.values()):
+        return None
+    up, gate, down = (routed.get(name, (HOST, 0, ""))[1] for name in ("up", "gate", "down"))
+    return up, gate, down
+
+
+def _host_cache(index: int, model: Model, settings: Settings) -> tuple[int, int]:
+    """Return the bytes of keys and of values of a layer whose cache is in host memory."""
+    part = next((mixer for mixer in model.layers[index].mixers if isinstance(mixer, Attention)), None)
+    if part is None:
+        return 0, 0
+    cells = graph_settings(model, settings).num_kv
+    key, value = ggml_type(settings.cache_type_k), ggml_type(settings.cache_type_v)
+    return (
+        cells * key.tensor_bytes((part.num_kv_heads * part.head_dim,)),
+        cells * value.tensor_bytes((part.num_kv_heads * (part.v_head_dim or part.head_dim),)),
+    )
 
 
 def _stored_type(kind: str, settings: Settings) -> str:

@@ -23,12 +23,16 @@ class LayerPlace:
 
     ``offload_bytes``: sizes of up, gate and down that are copied to device 0 for a large batch, None where the host
     computes them. ``dense_on_host``: the whole block's weights are on the host although the layer is on a device.
+    ``host_weights``: (role, bytes) of a host layer's matrices, each copied to device 0 for its multiplication;
+    ``host_cache``: bytes of keys and of values that follow them.
     """
 
     backend: int
     experts: int
     offload_bytes: tuple[int, int, int] | None = None
     dense_on_host: bool = False
+    host_weights: tuple[tuple[str, int], ...] = ()
+    host_cache: tuple[int, int] = (0, 0)
 
 
 def decoder_graph(
@@ -50,9 +54,9 @@ def decoder_graph(
     kept = _representatives(model, places)
     for index in kept:
         layer, place = model.layers[index], places[index]
-        build.backend = place.backend
+        build.enter(place.backend, dict(place.host_weights), place.host_cache)
         stream = _layer(layer, model.hidden_size, stream, build, place, masks, last=index == len(model.layers) - 1)
-    build.backend = output_backend
+    build.enter(output_backend, {}, (0, 0))
     stream = build.norm(stream, model.hidden_size * settings.num_outputs * F32)
     weight: tuple[Node, ...] = ()
     if output_offload_bytes:
@@ -160,7 +164,8 @@ def _attention(part: Attention, hidden: int, current: Node, build: Builder, mask
         whole = build.op("qkv", sum(sizes), current)
         query, key, value = (build.op("part", size, build.view(whole, size)) for size in sizes)
     else:
-        query, key, value = (build.op("projection", size, current) for size in sizes)
+        roles = zip(("q", "k", "v"), sizes, strict=True)
+        query, key, value = (build.op("projection", size, *build.weight(role), current) for role, size in roles)
         if part.q_bias:
             query, key, value = (build.op("bias", item.size, item, inplace=True) for item in (query, key, value))
     query, key = build.view(query), build.view(key)
@@ -175,14 +180,14 @@ def _attention(part: Attention, hidden: int, current: Node, build: Builder, mask
     mask = _mask(build, mask)
     out = part.num_heads * value_dim * num * F32
     if build.settings.flash_attention:
-        mixed = build.view(build.op("flash attention", out, build.view(query), build.cache, mask))
+        mixed = build.view(build.op("flash attention", out, build.view(query), *build.cached(), mask))
     else:
         num_kv = build.settings.window_kv if part.window and build.settings.window_kv else build.settings.num_kv
-        scores = build.op("scores", part.num_heads * num_kv * num * F32, build.cache, build.view(query))
+        scores = build.op("scores", part.num_heads * num_kv * num * F32, build.cached()[0], build.view(query))
         scores = build.op("softmax", scores.size, scores, mask, inplace=True)
-        mixed = build.op("merge", out, build.view(build.op("weighted values", out, build.cache, scores)))
+        mixed = build.op("merge", out, build.view(build.op("weighted values", out, build.cached()[-1], scores)))
     build.graph.expand(mixed)
-    return build.op("projection", hidden * num * F32, mixed)
+    return build.op("projection", hidden * num * F32, *build.weight("output"), mixed)
 
 
 def _dense(part: DenseFFN, hidden: int, current: Node, build: Builder, place: LayerPlace | None, num: int) -> Node:
@@ -190,14 +195,15 @@ def _dense(part: DenseFFN, hidden: int, current: Node, build: Builder, place: La
     inner = part.intermediate_size * num * F32
     backend = HOST if place is not None and place.dense_on_host else None
     if part.fused_gate_up:
-        both = build.op("gate and up", 2 * inner, current, backend=backend)
+        both = build.op("gate and up", 2 * inner, *build.weight("up"), current, backend=backend)
         product = build.halves_product(both, backend)
     else:
-        up = build.op("up", inner, current, backend=backend)
+        up = build.op("up", inner, *build.weight("up"), current, backend=backend)
         product = up
         if part.gated:
-            product = build.product(build.op("gate", inner, current, backend=backend), up, backend)
-    return build.op("down", hidden * num * F32, product, backend=backend)
+            gate = build.op("gate", inner, *build.weight("gate"), current, backend=backend)
+            product = build.product(gate, up, backend)
+    return build.op("down", hidden * num * F32, *build.weight("down"), product, backend=backend)
 
 
 def _mixture(part: MoEFFN, hidden: int, current: Node, build: Builder, place: LayerPlace, num: int) -> Node:

@@ -52,6 +52,24 @@ class Builder:
     cache: Node = field(default_factory=lambda: Node(name="cache", size=0, external=True))
     positions: Node = field(default_factory=lambda: Node(name="none", size=0, external=True))
     casts: dict[int, Node] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    host_cache: tuple[Node, ...] = ()
+
+    def enter(self, backend: int, weights: dict[str, int], cache_bytes: tuple[int, int]) -> None:
+        """Go on with a layer on ``backend``, with the host matrices and the host cache that it copies over."""
+        self.backend, self.weights = backend, weights
+        self.host_cache = tuple(
+            Node(name="host cache", size=size, external=True, backend=HOST) for size in cache_bytes if size
+        )
+
+    def weight(self, role: str) -> tuple[Node, ...]:
+        """The matrix of ``role`` when it is copied from the host, else nothing."""
+        size = self.weights.get(role, 0)
+        return (Node(name="host weight", size=size, external=True, backend=HOST),) if size else ()
+
+    def cached(self) -> tuple[Node, ...]:
+        """Keys and values to read: on the layer's own device, or copies from the host."""
+        return self.host_cache or (self.cache,)
 
     def input(self, name: str, size: int) -> Node:
         """A tensor that the user fills before each step; it lives on the host."""

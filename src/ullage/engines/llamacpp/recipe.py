@@ -79,7 +79,7 @@ def file_type(quantization: str) -> str | None:
     match = _NAME.search(quantization.upper())
     if not match:
         return None
-    name = match[1]
+    name = "MXFP4_MOE" if match[1] == "MXFP4" else match[1]  # experts in MXFP4, the rest in Q8_0
     for ending, instead in (("_XL", "_M"), ("_XXL", "_M"), ("_L", "_L")):
         if name.endswith(ending) and mixes.base_type(name) is None:
             name = name.removesuffix(ending) + instead
