@@ -72,7 +72,7 @@ def read_folder(folder: Path, *, config: Path | None = None, assume: bool = Fals
 
     config = config or folder / "config.json"
     if not is_file(config):
-        files = sorted(folder.glob("*.gguf"))
+        files = sorted(folder.glob("*.gguf")) if _is_dir(folder) else []
         if files:
             return read_gguf_model(files[0])
         if config.name == "config.json":

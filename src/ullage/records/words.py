@@ -23,6 +23,7 @@ _SAME_AS = {
     "cuda_graph_max_batch_size": ("max_cudagraph_capture_size", "cuda_graph_max_bs"),
     "max_model_len": ("max_model_len", "n_ctx", "ctx-size", "num_ctx"),
 }
+_FRACTIONS = ("gpu_memory_utilization", "mem_fraction_static")
 _USED = {name for names in _SAME_AS.values() for name in names} | {"command", "outcome", "speculative_config"}
 
 
@@ -59,10 +60,18 @@ def text(fields: Mapping[str, Any], key: str, where: str) -> str | None:
 
 def number(value: Any) -> float | None:
     """Return the number that a value is or begins with: ``0.9200 (printed default)``; None for ``auto``."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
     match = re.match(r"\s*(\d+(?:\.\d+)?)", value) if isinstance(value, str) else None
     return float(match.group(1)) if match else None
+
+
+def fraction(value: Any, where: str) -> float:
+    """Return a share of the device: a number above 0 and up to 1."""
+    share = number(value)
+    if share is None or not 0 < share <= 1:
+        raise InputError(_("{value} is not a share of the device").format(value=repr(value)[:60]), where=where)
+    return share
 
 
 def device_memory(gpu: str, flags: Mapping[str, str]) -> tuple[int | None, int | None]:
@@ -106,9 +115,8 @@ def engine_settings(fields: Mapping[str, Any], flags: Mapping[str, str], where: 
         given += [flags[name] for name in names if name in flags]
         if given:
             found[field] = integer({field: given[0]}, field, where)
-    fractions = [fields.get("gpu_memory_utilization"), fields.get("mem_fraction_static")]
-    fractions += [flags.get("gpu_memory_utilization"), flags.get("mem_fraction_static")]
-    found["memory_fraction"] = next((one for one in map(number, fractions) if one is not None), None)
+    shares = [source.get(name) for source in (fields, flags) for name in _FRACTIONS]
+    found["memory_fraction"] = next((fraction(one, where) for one in shares if one not in (None, "auto")), None)
     eager = fields.get("enforce_eager", False if "enforce_eager" in fields else None)
     found["enforce_eager"] = eager if isinstance(eager, bool) or eager is None else None
     if "enforce_eager" in fields and eager is None:
