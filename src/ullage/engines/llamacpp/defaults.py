@@ -54,4 +54,7 @@ def default(engine: str, name: str, day: str) -> Any:
     return found
 
 
-VERSIONS = tuple(f"{engine} {day}" for engine in ENGINES for day in (load(FILE)["latest"][engine],))
+#: days on which a default changed, and the last day read; any build number or day between them is a version
+VERSIONS: tuple[str, ...] = tuple(
+    sorted({str(entry["since"]) for entry in load(FILE)["defaults"]} | {str(load(FILE)["latest"]["llamacpp"])})
+)

@@ -199,8 +199,8 @@ def _shape(request: _Request) -> dict[str, Any]:
     flash = _flash(job, request.flags, request.day, request.assumed)
     n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
     parallel = max(1, request.integer("parallel", job.max_num_seqs))
-    if job.engine == "ollama" or ("n_ctx" not in request.flags and (job.max_num_seqs or 1) > 1):
-        n_ctx *= parallel  # ollama's num_ctx, and the context of a job, are of one sequence; -c is of all
+    if job.engine == "ollama" or _context_is_of_one_sequence(request):
+        n_ctx *= parallel
     if not 0 < n_ctx <= MAX_COUNT:
         raise InputError(_("a context of {count} tokens is not possible").format(count=n_ctx))
     n_ctx = round_up(n_ctx, 256 if flash or job.engine != "ik_llama.cpp" else 32)
@@ -224,6 +224,13 @@ def _shape(request: _Request) -> dict[str, Any]:
         ),
         "groups_one_by_one": request.default("latent_groups") == "one_by_one",
     }
+
+
+def _context_is_of_one_sequence(request: _Request) -> bool:
+    """Whether the context is one request's: so in a plain job. ``-c`` and a log's ``n_ctx`` are those of all slots."""
+    if "n_ctx" in request.flags or _from_log(request) or request.typed:
+        return False
+    return request.job.max_num_seqs is not None and "kv_unified" not in request.flags
 
 
 def _unified(request: _Request) -> bool:

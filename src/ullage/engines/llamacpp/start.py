@@ -148,8 +148,9 @@ def _device(
     cache = Amount(value=cache_bytes, low=cache_bytes * 0.995, high=cache_bytes * 1.005)
     if settings.num_devices > 1 and settings.tensor_split is None and settings.split_mode == "layer":
         mean = weights.value / max(len(held), 1)
-        weights = _uneven(weights, mean if settings.overrides else max(mean, largest_layer_bytes))
-        cache = _uneven(cache, max((layer.num_bytes for layer in layers), default=0))
+        layers_off = 1 if settings.split_known else 2
+        weights = _uneven(weights, layers_off * (mean if settings.overrides else max(mean, largest_layer_bytes)))
+        cache = _uneven(cache, layers_off * max((layer.num_bytes for layer in layers), default=0))
     return Device(
         number=number,
         weights=weights,
@@ -159,10 +160,13 @@ def _device(
     )
 
 
-def _uneven(amount: Amount, layer_bytes: float) -> Amount:
-    """Widen by two layers: without ``-ts`` the split goes by free memory, which differs from card to card."""
-    low = max(0.0, amount.low - 2 * layer_bytes)
-    return Amount(value=amount.value, low=low, high=amount.high + 2 * layer_bytes)
+def _uneven(amount: Amount, difference: float) -> Amount:
+    """Widen a device's share: without ``-ts`` the split goes by free memory, which differs from card to card.
+
+    One layer either way; two when the job is known from a log, which does not print ``-ts``.
+    """
+    low = max(0.0, amount.low - difference)
+    return Amount(value=amount.value, low=low, high=amount.high + difference)
 
 
 def _weights_on(
