@@ -129,6 +129,7 @@ def test_the_latent_cache_has_the_form_of_its_engine_and_day() -> None:
 def test_sequences_of_a_job_have_a_context_each() -> None:
     assert settings(max_model_len=4096, max_num_seqs=4).n_ctx == 16_384
     assert settings(max_num_seqs=4, flags=(("n_ctx", "4096"),)).n_ctx == 4096
+    assert start(job(max_model_len=4096, max_num_seqs=4)).max_concurrency.value == 4
 
 
 def test_cells_are_padded_to_256_with_flash_attention() -> None:

@@ -56,7 +56,7 @@ def _variants(job: ServingJob, settings: Settings) -> Iterator[Settings]:
 
 def graph_settings(model: Model, settings: Settings) -> GraphSettings:
     """Return what of the settings shapes the graph."""
-    cells = settings.n_ctx if settings.kv_unified else settings.n_ctx // settings.parallel
+    cells = settings.n_ctx if settings.kv_unified else settings.sequence_ctx
     windows = [
         part.window for layer in model.layers for part in layer.mixers if isinstance(part, Attention) and part.window
     ]

@@ -56,6 +56,7 @@ class Settings:
         num_devices: cards; n_gpu_layers: layers offloaded, the output layer counted last.
         split_known: whether ``tensor_split`` is what was typed; a log does not tell.
         overrides: (pattern, buffer) in order; the first whose pattern is found in a tensor's name decides.
+        n_ctx: cells of the cache; sequence_ctx: of one sequence.
         parallel: sequences; kv_unified: one cache for all of them.
         cache_type_k, cache_type_v: ggml types.
         latent_cache: "expanded", "key_and_value", "key" or "by_mode" (ik: ``mla``).
@@ -78,6 +79,7 @@ class Settings:
     main_gpu: int
     overrides: tuple[tuple[str, str], ...]
     n_ctx: int
+    sequence_ctx: int
     n_ubatch: int
     parallel: int
     kv_unified: bool
@@ -199,7 +201,8 @@ def _shape(request: _Request) -> dict[str, Any]:
     flash = _flash(job, request.flags, request.day, request.assumed)
     n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
     parallel = max(1, request.integer("parallel", job.max_num_seqs))
-    if job.engine == "ollama" or _context_is_of_one_sequence(request):
+    own = job.engine == "ollama" or _context_is_of_one_sequence(request)
+    if own:
         n_ctx *= parallel
     if not 0 < n_ctx <= MAX_COUNT:
         raise InputError(_("a context of {count} tokens is not possible").format(count=n_ctx))
@@ -213,6 +216,7 @@ def _shape(request: _Request) -> dict[str, Any]:
     return {
         "flash_attention": flash,
         "n_ctx": n_ctx,
+        "sequence_ctx": n_ctx // parallel if own or not request.switch("kv_unified", _unified(request)) else n_ctx,
         "parallel": parallel,
         "n_ubatch": n_ubatch,
         "num_outputs": min(n_ubatch, rows) if rows > 0 else n_ubatch,

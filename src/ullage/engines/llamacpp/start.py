@@ -52,19 +52,10 @@ def start(job: ServingJob) -> EngineStart:
     ranks = sorted((_rank(device, job, settings) for device in devices), key=_fullness, reverse=True)
     limit = job.device_total_bytes or job.machine.gpu.total_bytes
     worst = ranks[0].ledger.device_used
-    # a log does not print -ts, which may have moved layers: the job is only ruled out when no split could hold it
-    need = worst.bytes if settings.split_known else worst.low_bytes
-    starts = settings.num_devices == 0 or need <= limit
-    reason = (
-        ""
-        if starts
-        else _("device {number} would need {need} of {total}").format(
-            number=ranks[0].ledger.rank, need=format_bytes(worst.bytes), total=format_bytes(limit)
-        )
-    )
+    reason = _why_not(ranks[0].ledger, settings, limit)
     resolved = replace(
         job,
-        max_model_len=settings.n_ctx // (1 if settings.kv_unified else settings.parallel),
+        max_model_len=settings.sequence_ctx,
         max_num_seqs=settings.parallel,
         max_num_batched_tokens=settings.n_ubatch,
         assumed=(*job.assumed, *settings.assumed, *file.assumed),
@@ -75,17 +66,31 @@ def start(job: ServingJob) -> EngineStart:
     return EngineStart(
         job=resolved,
         ranks=tuple(ranks),
-        starts=starts,
+        starts=not reason,
         reason=reason,
         figures=_figures(job, settings, file, devices, layers),
         log_lines=log.lines(settings, [(d.number, d.weights, d.kv_cache, d.compute) for d in devices], layers),
         kv=cost,
         kv_cache_bytes=fullest.kv_cache,
         kv_cache_tokens=_certain(cells),
-        max_concurrency=_certain(settings.parallel if not settings.kv_unified else 1),
+        max_concurrency=_certain(cells / settings.sequence_ctx),
         max_context=_longest(settings, cost, worst, limit),
         host_load_peak_bytes=_host_bytes(file, placement),
         warnings=_warnings(settings, worst, limit),
+    )
+
+
+def _why_not(ledger: Ledger, settings: Settings, limit: int) -> str:
+    """Return why the fullest device cannot hold its share; empty when it can.
+
+    A log does not print ``-ts``, which may have moved layers: then only what no split could hold is ruled out.
+    """
+    used = ledger.device_used
+    need = used.bytes if settings.split_known else used.low_bytes
+    if settings.num_devices == 0 or need <= limit:
+        return ""
+    return _("device {number} would need {need} of {total}").format(
+        number=ledger.rank, need=format_bytes(used.bytes), total=format_bytes(limit)
     )
 
 
