@@ -204,16 +204,19 @@ def test_a_folder_with_a_config_is_read(tmp_path):
         load_model(str(tmp_path / "missing.gguf"))
 
 
+def test_the_keys_of_the_index_are_those_of_its_names():
+    stored = {key: tuple(place) for key, place in load(models.INDEX)["keys"].items()}
+    assert stored == models.keys_of(models.entries())
+
+
 def test_one_lookup_is_quick():
     load_model("deepseek-v3")
-    models._by_key.cache_clear()
     load.cache_clear()
     best = min(_seconds() for _ in range(5))
     assert best < 0.02  # 5 ms on a quiet machine
 
 
 def _seconds():
-    models._by_key.cache_clear()
     load.cache_clear()
     start = time.perf_counter()
     load_model("deepseek-v3")

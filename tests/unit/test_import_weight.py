@@ -1,7 +1,7 @@
 """What the start of the program loads, and how long it takes."""
 
 import json
-import statistics
+import resource
 import subprocess
 import sys
 import time
@@ -60,18 +60,25 @@ def test_the_check_can_fail(name):
     assert heavy_in(loaded_by(f"import {name}")) != []
 
 
-def seconds(arguments):
-    start = time.perf_counter()
-    subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+def spent(code):
+    """Return wall and processor seconds of a fresh interpreter that runs ``code``."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_fit_json_answers_within_twelve_bare_interpreters():
-    """The promise of a quick start; the least of several tries, because other work shares the machine."""
-    bare, fit = [], []
+    """The promise of a quick start, least of several tries.
+
+    Where other work shares the processors, the wall clock counts that work too; the program has one thread and waits
+    for nothing, so on a quiet machine it takes its processor time and what it costs to start a process.
+    """
+    tries = []
     for _ in range(9):
-        bare.append(seconds([sys.executable, "-c", "pass"]))
-        fit.append(seconds([sys.executable, "-c", FIT]))
-        if len(fit) >= 3 and min(fit) < 12 * min(bare):
+        tries.append((spent("pass"), spent(FIT)))
+        bare, bare_busy = (min(one[0][at] for one in tries) for at in (0, 1))
+        fit = min(min(one[1][0] for one in tries), min(one[1][1] for one in tries) + max(0.0, bare - bare_busy))
+        if len(tries) >= 3 and fit < 12 * bare:
             break
-    assert min(fit) < 12 * min(bare), (statistics.median(fit), statistics.median(bare))
+    assert fit < 12 * bare, (fit, bare)

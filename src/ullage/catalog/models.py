@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from ullage.catalog import FOLDER, load, nearest
@@ -55,17 +54,24 @@ def entries() -> list[dict[str, Any]]:
     return found
 
 
-@lru_cache(maxsize=1)
-def _by_key() -> dict[str, tuple[dict[str, Any], str]]:
-    """Every name and alias, with and without owner → (entry, the name it stands for). Full names win."""
-    keys: dict[str, tuple[dict[str, Any], str]] = {}
-    for entry in entries():
+def keys_of(found: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Return every name and alias, with and without owner → (place in the index, its name). Full names win.
+
+    The maker of the catalog writes it into the index, so that one lookup computes nothing.
+    """
+    keys: dict[str, tuple[int, str]] = {}
+    for at, entry in enumerate(found):
         for name in (entry["name"], *entry.get("aliases", ())):
-            keys[_key(name)] = (entry, name)
-    for entry in entries():
+            keys[_key(name)] = (at, name)
+    for at, entry in enumerate(found):
         for name in (entry["name"], *entry.get("aliases", ())):
-            keys.setdefault(_key(name.rpartition("/")[2]), (entry, name))
+            keys.setdefault(_key(name.rpartition("/")[2]), (at, name))
     return keys
+
+
+def _by_key() -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = load(INDEX)["keys"]
+    return found
 
 
 def _key(name: str) -> str:
@@ -78,26 +84,26 @@ def find(text: str) -> Found | None:
     key = _key(text)
     for candidate in (key, key.rpartition("/")[2]):
         if candidate in keys:
-            entry, name = keys[candidate]
-            return Found(entry=entry, name=name)
+            at, name = keys[candidate]
+            return Found(entry=entries()[at], name=name)
     short = key.rpartition("/")[2]
     for ending in RELEASES:
         if short + ending in keys:
-            entry, name = keys[short + ending]
-            return Found(entry=entry, name=name)
+            at, name = keys[short + ending]
+            return Found(entry=entries()[at], name=name)
     base, quantization, suffix = _without_suffix(short)
     if suffix and base in keys:
-        entry, name = keys[base]
-        return _copy_of(text, entry, name, suffix, quantization)
+        at, name = keys[base]
+        return _copy_of(text, entries()[at], name, suffix, quantization)
     tuned = base.removeprefix("huihui-")
     while match := _TUNED.search(tuned):
         tuned = tuned[: match.start()]
-        candidate = next((tuned + ending for ending in ("", *RELEASES) if tuned + ending in keys), None)
-        if candidate is not None:
-            entry, name = keys[candidate]
+        candidate = next((tuned + ending for ending in ("", *RELEASES) if tuned + ending in keys), "")
+        if candidate:
+            at, name = keys[candidate]
             if suffix:
-                return _copy_of(text, entry, name, suffix, quantization)
-            return Found(entry=entry, name=text.strip(), assumed=(_dimensions_of(name),))
+                return _copy_of(text, entries()[at], name, suffix, quantization)
+            return Found(entry=entries()[at], name=text.strip(), assumed=(_dimensions_of(name),))
     return None
 
 

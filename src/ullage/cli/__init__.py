@@ -6,6 +6,7 @@ A command module offers ``add_arguments(parser)`` and ``run(arguments) -> exit c
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from importlib import import_module
@@ -81,6 +82,8 @@ def _say(sentence: str, code: int) -> int:
 def _dispatch(argv: list[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is not None and argv[0] == command and command in COMMANDS:
+        if command == "fit":
+            gc.disable()  # one short answer: looking for cycles costs more than it frees
         module = import_module(COMMANDS[command][0])
         parser = Parser(
             prog=f"ullage {command}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False

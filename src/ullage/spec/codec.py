@@ -8,10 +8,11 @@ An object is a JSON object of its fields; fields at their default are left out. 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from ullage.errors import InputError
 from ullage.i18n import _
@@ -88,7 +89,6 @@ def decode_model(value: Any, *, where: str = "") -> spec.Model:
 
 @lru_cache(maxsize=256)
 def _object_decoder(cls: Any) -> _Decoder:
-    hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     decoders: dict[str, _Decoder] = {}
     required = [
@@ -107,7 +107,7 @@ def _object_decoder(cls: Any) -> _Decoder:
             decoder = decoders.get(name)
             if decoder is None:
                 layers = cls is spec.Model and name == "layers"
-                decoder = decoders[name] = _decode_layers if layers else _decoder_of(hints[name])
+                decoder = decoders[name] = _decode_layers if layers else _decoder_of(_hint(cls, name))
             filled[name] = decoder(item, f"{where}.{name}")
         for name in required:
             if name not in filled:
@@ -210,7 +210,17 @@ def _union(arguments: tuple[Any, ...]) -> _Decoder:
 @lru_cache(maxsize=256)
 def _union_fields(cls: Any) -> frozenset[str]:
     """Names of fields that hold one of several classes, alone or in a tuple."""
-    return frozenset(name for name, hint in get_type_hints(cls).items() if _holds_union(hint))
+    return frozenset(field.name for field in dataclasses.fields(cls) if _holds_union(_hint(cls, field.name)))
+
+
+def _hint(cls: Any, name: str) -> Any:
+    """Return the type of a field. Only the fields that are met are looked at: all at once cost several ms."""
+    return _evaluated(cls.__module__, cls.__dataclass_fields__[name].type)
+
+
+@lru_cache(maxsize=512)
+def _evaluated(module: str, annotation: str) -> Any:
+    return eval(annotation, vars(sys.modules[module]))  # our own source, not input
 
 
 def _holds_union(hint: Any) -> bool:
