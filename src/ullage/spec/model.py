@@ -363,6 +363,14 @@ class Layer:
     residual: HyperConnections | None = None
     extras: tuple[ExtraTensor, ...] = ()
 
+    def __hash__(self) -> int:
+        """Computed once: layers are the keys under which work per kind of layer is kept."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash((self.mixers, self.ffns, self.norms, self.residual, self.extras))
+            object.__setattr__(self, "_hash", known)
+        return known
+
 
 @dataclass(frozen=True, kw_only=True)
 class MtpModule:

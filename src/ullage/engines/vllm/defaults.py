@@ -26,6 +26,7 @@ def _catalog() -> dict[str, Any]:
     return loaded
 
 
+@lru_cache(maxsize=1024)
 def _key(version: str) -> tuple[int, ...]:
     parts = [int(part) for part in version.split(".")]
     return tuple(parts + [0] * (3 - len(parts)))
