@@ -50,7 +50,9 @@ def advice(
         if tried is None:
             continue
         item, rank = tried
-        if rank > _RANK[result.verdict] or item.gain_bytes < result.total_bytes.value / 100:
+        wins = item.gain_bytes >= result.total_bytes.value / 100
+        wins = wins or item.max_concurrency >= max(1.1 * result.max_concurrency.value, 1)
+        if rank > _RANK[result.verdict] or item.gain_bytes <= 0 or not wins:
             continue
         found.append(((rank, change.price), item))
         if sum(key[0] == _RANK["fits"] for key, _item in found) >= limit:
