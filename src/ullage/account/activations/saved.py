@@ -6,10 +6,13 @@ A table is a tuple of :class:`SavedTensor` for one layer, one micro-batch and on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ullage.units import tensor_bytes
+from ullage.units import round_up, tensor_bytes
+
+ALLOCATOR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,18 @@ class Shape:
         """Tokens of one micro-batch on this rank outside sequence-parallel regions."""
         return self.micro_batch_size * self.seq_len // self.context_parallel_size
 
+    @property
+    def num_split_tokens(self) -> int:
+        """Tokens on this rank inside sequence-parallel regions: norms, residual stream, inputs of split linears."""
+        return self.num_tokens // (self.tensor_parallel_size if self.sequence_parallel else 1)
+
+    def num_routed_tokens(self, top_k: int) -> int:
+        """Rows that this rank's routed experts work on: every rank sends ``top_k`` copies and receives as many.
+
+        Formula: split tokens x top_k x expert_tensor_parallel_size x expert_load; the expert-parallel size cancels.
+        """
+        return round(self.num_split_tokens * top_k * self.expert_tensor_parallel_size * self.expert_load)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
@@ -80,6 +95,11 @@ class Implementation:
         autocast: fp32 weights under autocast: casts are cached per forward.
         dropout: attention and hidden dropout keep masks.
         trained: parameters of the base are trained; False: frozen base (LoRA), whose linear inputs need not be kept.
+        repeat_kv: keys and values are copied to the number of query heads before the kernel (eager attention always;
+            SDPA with a mask, or before ``enable_gqa``).
+        pads_values: the kernel wants equal head sizes, so MLA's narrower values are padded (FlashAttention 2).
+        router_dtype: of the router's scores.
+        softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).
     """
 
     attention: Literal["flash", "sdpa", "eager", "unfused", "te"] = "sdpa"
@@ -92,3 +112,40 @@ class Implementation:
     autocast: bool = False
     dropout: float = 0.0
     trained: bool = True
+    repeat_kv: bool = False
+    pads_values: bool = False
+    router_dtype: str = "float32"
+    softmax_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Makes the rows of one module's table: ``keep`` always, ``keep_input`` of a linear only where it is trained."""
+
+    shape: Shape
+    implementation: Implementation
+    module: str
+    source: str
+
+    def keep(self, name: str, num_elements: int, formula: str, dtype: str | None = None) -> SavedTensor:
+        """Return a row; ``dtype`` None: the compute dtype."""
+        return SavedTensor(
+            name=name,
+            module=self.module,
+            num_elements=num_elements,
+            dtype=dtype or self.implementation.compute_dtype,
+            formula=formula,
+            source=self.source,
+        )
+
+    def keep_input(self, name: str, num_elements: int, formula: str) -> tuple[SavedTensor, ...]:
+        """Return the input of a linear, which only the gradient of its weight needs."""
+        return (self.keep(name, num_elements, formula),) if self.implementation.trained else ()
+
+
+def table_bytes(table: Iterable[SavedTensor]) -> int:
+    """Return the bytes of a table, each tensor rounded up to the allocator's 512-byte block.
+
+    Source: torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp (kMinBlockSize).
+    """
+    return sum(round_up(tensor.bytes, ALLOCATOR_BLOCK_BYTES) for tensor in table)

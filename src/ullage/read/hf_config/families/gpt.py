@@ -49,8 +49,9 @@ def _read_gpt2(keys: Keys, *, kv_heads: int | None) -> Model:
         o_name="c_proj",
     )
     inner = keys.integer("n_inner", 4 * hidden)
+    activation = keys.text("activation_function", "gelu_new")
     ffn = DenseFFN(
-        intermediate_size=inner, gated=False, bias=True, up_name="c_fc", down_name="c_proj", activation="gelu"
+        intermediate_size=inner, gated=False, bias=True, up_name="c_fc", down_name="c_proj", activation=activation
     )
     norms = common.norms(hidden, "ln_1", "ln_2", kind="layer", bias=True)
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms)
