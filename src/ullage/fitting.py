@@ -246,15 +246,16 @@ def _verdict(engine: EngineStart, need: Need, pool: Amount, total: Amount, reser
     """Return the verdict and the one sentence that says why (see ``docs/verdict.md``)."""
     load, asked = engine.load_peak_bytes or 0, need.kv_cache_bytes
     refusals = (
-        (not engine.starts, engine.reason or _("the engine does not start")),
+        (not engine.starts and not engine.doubt, engine.reason or _("the engine does not start")),
         (need.value > total.value, _("more is needed than the device has")),
-        (pool.value < asked, _("the KV pool does not hold the requests asked for")),
+        (pool.value < asked and not engine.doubt, _("the KV pool does not hold the requests asked for")),
         (load > total.high, _("loading the weights needs more than the device has")),
     )
     for refused, reason in refusals:
         if refused:
             return "does_not_fit", reason
     doubts = (
+        (bool(engine.doubt), engine.doubt),
         (need.high > total.low, _("it fits only inside the margin of error")),
         (pool.low < asked, _("the KV pool holds it only at the better end of its range")),
         (load > total.low, _("loading the weights fits only inside the margin of error")),

@@ -14,6 +14,7 @@ from ullage.errors import InputError
 from ullage.records import validate as validate_module
 from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.schema import read_record
+from ullage.records.scoreboard import markdown
 from ullage.records.store import MAX_LINE_BYTES, read_records
 from ullage.records.summary import quantile, to_json
 from ullage.records.validate import SHIPPED, validate_files
@@ -157,6 +158,22 @@ def test_verdicts(tmp_path: Path, stub: ModuleType, figure: dict[str, Any], star
     assert by_name["somewhere", "kv_cache"]["wrong_verdicts"] == wrong
     assert by_name["engine:stub", "all"]["wrong_verdicts"] == wrong
     assert by_name["all:all", "all"]["num_verdicts"] == 1
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_start_whose_range_holds_both_outcomes_is_tight_and_never_wrong(
+    tmp_path: Path, stub: ModuleType, starts: bool
+) -> None:
+    figure = {"quantity": "kv_cache", "unit": "GiB", "value": 1.0, "gib": 1.0, "note": "start fails: 2 GiB needed"}
+    stub.predict = lambda record: Prediction(
+        engine="stub", figures=figures(kv_cache=GIB), starts=starts, doubt="half a GiB either way"
+    )
+    report = validate_files([write(tmp_path / "r.jsonl", entry(measured=[figure]))])
+    answer = to_json(report)
+    assert answer["verdicts"][0]["tight"] and not answer["verdicts"][0]["wrong"]
+    total = next(one for one in answer["groups"] if one["group"] == "all:all" and one["quantity"] == "all")
+    assert (total["num_verdicts"], total["wrong_verdicts"], total["tight_verdicts"]) == (1, 0, 1)
+    assert "Tight" in markdown(report)
 
 
 def test_failures_are_told_apart_from_records_that_cannot_be_judged(tmp_path: Path, stub: ModuleType) -> None:

@@ -76,6 +76,15 @@ def test_an_engine_that_does_not_start_does_not_fit():
     assert result.max_concurrency.value == 0
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_doubtful_start_is_tight(starts):
+    def doubtful(asked):
+        return replace(fake_engine.start(asked), starts=starts, doubt="half a GiB decides")
+
+    result = fit(job(), starter=doubtful)
+    assert (result.verdict, result.reason) == ("tight", "half a GiB decides")
+
+
 def test_a_load_peak_beyond_the_device_does_not_fit():
     def heavy_load(asked):
         return replace(fake_engine.start(asked), load_peak_bytes=81 * GiB)

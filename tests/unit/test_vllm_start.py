@@ -326,6 +326,25 @@ def test_too_little_free_memory_is_refused() -> None:
     assert not answer.starts and "Free memory" in answer.reason
 
 
+def test_context_and_early_buffers_stand_outside_the_budget() -> None:
+    """Nothing else on the card, and still less is free than 0.999 of it."""
+    refused = start(job_of(small_model(), memory_fraction=0.999))
+    assert not refused.starts and "Free memory" in refused.reason
+    assert not start(job_of(small_model(), version="0.8.5", memory_fraction=0.999)).reason
+
+
+def test_a_start_at_the_border_is_doubtful_both_ways_and_sure_far_from_it() -> None:
+    model = model_of("Qwen/Qwen3-32B")
+    lengths = {length: start(job_of(model, version="0.12.0", max_model_len=length)) for length in (1000, 18000, 120000)}
+    assert lengths[1000].starts and not lengths[1000].doubt
+    assert not lengths[120000].starts and not lengths[120000].doubt
+    assert lengths[18000].doubt
+    border = int(lengths[18000].max_context.value)
+    below, above = (start(job_of(model, version="0.12.0", max_model_len=border + step)) for step in (-64, 64))
+    assert below.starts and "may fail" in below.doubt
+    assert not above.starts and "may start" in above.doubt
+
+
 def test_all_layers_are_checked_by_the_versions_that_did() -> None:
     """0.15 asked every pipeline stage to hold a request of all layers: 24 GiB of 262,144 tokens, at most 34,736."""
     model = replace(small_model(max_position_embeddings=1 << 20), layers=small_model().layers * 12)

@@ -55,7 +55,8 @@ class EngineStart:
     Attributes:
         job: the job with every default filled in; ``job.assumed`` says which.
         ranks: one per class of equal ranks, the tightest first.
-        starts: the engine gets through its start; ``reason`` says why not.
+        starts: the engine gets through its start, by the expected figures; ``reason`` says why not.
+        doubt: why it may come out the other way inside the range of the figures; empty when the answer is sure.
         figures: the engine's own log figures by the names of the truth files (``weights``, ``kv_cache``,
             ``activation_peak``, ``non_torch``, ``cuda_graphs``, ``kv_cache_tokens``, ``max_concurrency``,
             ``num_gpu_blocks``, ``available_after_weights``, ``device_used``, ...): bytes for memory, for the rank that
@@ -80,6 +81,7 @@ class EngineStart:
     max_context: Amount
     load_peak_bytes: int | None = None
     host_load_peak_bytes: int | None = None
+    doubt: str = ""
     warnings: tuple[str, ...] = ()
 
 

@@ -30,6 +30,7 @@ class Prediction:
         figures: by quantity, of the rank that the engine's own log speaks of: bytes or counts.
         ranks: the same by rank number, where ranks are told apart; may be empty.
         starts: whether the job gets through its start; ``reason`` why not. None when that cannot be said.
+        doubt: why the start may come out the other way inside the range; empty when the answer is sure.
         not_comparable: quantities of this record that cannot be judged, and why.
     """
 
@@ -38,6 +39,7 @@ class Prediction:
     ranks: tuple[Mapping[str, Amount], ...] = ()
     starts: bool | None = None
     reason: str = ""
+    doubt: str = ""
     not_comparable: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,20 +89,29 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Did the job start, and what was predicted? ``measured`` None: the record does not say."""
+    """What came of a start, and what was predicted.
+
+    ``tight``: the range of the figures holds both outcomes, so neither was promised.
+    """
 
     record_id: str
     group: str
     engine: str
     measured: bool
     predicted: bool | None
+    tight: bool = False
     reason: str = ""
     skipped: str | None = None
 
     @property
     def wrong(self) -> bool:
-        """The prediction was made and is wrong."""
-        return self.predicted is not None and self.predicted != self.measured
+        """A sure prediction was made, and the run contradicts it."""
+        return self.predicted is not None and not self.tight and self.predicted != self.measured
+
+    @property
+    def came(self) -> str:
+        """What came of the start, in words."""
+        return _("it started") if self.measured else _("it failed to start")
 
 
 def compare(record: Record, prediction: Prediction) -> Iterator[Comparison]:

@@ -21,8 +21,9 @@ def markdown(report: ValidationReport) -> str:
         "",
         _(
             "Made by `ullage validate --markdown`. Errors are relative, predicted against measured; *in range* is the "
-            "share of measured figures inside the range that ullage prints. A verdict is wrong when the job started "
-            "and ullage said it would not, or the other way round."
+            "share of measured figures inside the range that ullage prints. A verdict on a start is wrong when it was "
+            "sure and the run contradicts it; it is tight when the range holds both outcomes, so that neither was "
+            "promised."
         ),
         "",
     ]
@@ -48,7 +49,15 @@ def _header(*cells: str) -> list[str]:
 
 def _table(summaries: Iterable[Summary]) -> Iterator[str]:
     yield from _header(
-        _("group"), _("quantity"), _("count"), _("median"), "P90", _("worst"), _("in range"), _("wrong verdicts")
+        _("group"),
+        _("quantity"),
+        _("count"),
+        _("median"),
+        "P90",
+        _("worst"),
+        _("in range"),
+        _("wrong verdicts"),
+        _("tight"),
     )
     for one in summaries:
         yield _row(
@@ -61,6 +70,7 @@ def _table(summaries: Iterable[Summary]) -> Iterator[str]:
                 percent(one.worst_abs_error),
                 percent(one.coverage, digits=0),
                 f"{one.wrong_verdicts}/{one.num_verdicts}",
+                one.tight_verdicts,
             )
         )
 
@@ -99,8 +109,14 @@ def _wrong(report: ValidationReport) -> Iterator[str]:
     )
     for verdict in judged:
         if verdict.wrong:
-            came = _("it started") if verdict.measured else _("it failed to start")
-            yield f"- {verdict.record_id}: {came}; {verdict.reason or _('ullage says it starts')}"
+            yield f"- {verdict.record_id}: {verdict.came}; {verdict.reason or _('ullage says it starts')}"
+    if any(verdict.tight for verdict in judged):
+        yield ""
+        yield _("Tight, the range holds both outcomes:")
+        yield ""
+        for verdict in judged:
+            if verdict.tight:
+                yield f"- {verdict.record_id}: {verdict.came}; {verdict.reason}"
 
 
 def _not_judged(report: ValidationReport) -> Iterator[str]:

@@ -62,7 +62,8 @@ def predict(record: Record) -> Prediction:
         figures=answer.figures,
         ranks=ranks,
         starts=answer.starts,
-        reason=answer.reason,
+        reason=answer.reason or answer.doubt,
+        doubt=answer.doubt,
         not_comparable=not_comparable,
     )
 

@@ -24,7 +24,8 @@ class Summary:
         count: judged figures; ``num_skipped`` those that were not, ``num_failed`` of them for want of a prediction.
         median_abs_error, p90_abs_error, worst_abs_error: relative, over the figures; None when there are none.
         coverage: share of figures inside the printed range.
-        wrong_verdicts, num_verdicts: over the records of the group that have a figure here.
+        num_verdicts: predicted starts, over the records of the group that have a figure here: ``wrong_verdicts`` of
+            them promised what did not come; ``tight_verdicts`` promised neither, because the range holds both.
     """
 
     scope: str
@@ -40,6 +41,7 @@ class Summary:
     coverage: float | None
     num_verdicts: int
     wrong_verdicts: int
+    tight_verdicts: int
 
 
 def summarise(report: ValidationReport) -> list[Summary]:
@@ -96,6 +98,7 @@ def _summary(scope: str, name: str, quantity: str, rows: Sequence[Comparison], v
         coverage=sum(inside) / len(inside) if inside else None,
         num_verdicts=len(mine),
         wrong_verdicts=sum(verdict.wrong for verdict in mine),
+        tight_verdicts=sum(verdict.tight for verdict in mine),
     )
 
 
@@ -126,6 +129,7 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "coverage": summary.coverage,
         "num_verdicts": summary.num_verdicts,
         "wrong_verdicts": summary.wrong_verdicts,
+        "tight_verdicts": summary.tight_verdicts,
     }
 
 
@@ -155,6 +159,7 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
         "engine": verdict.engine,
         "measured": verdict.measured,
         "predicted": verdict.predicted,
+        "tight": verdict.tight,
         "wrong": verdict.wrong,
         "reason": verdict.reason,
         "skipped": verdict.skipped,

@@ -30,10 +30,9 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
             console.print(_table(title, rows))
     for verdict in report.verdicts:
         if verdict.wrong:
-            came = _("it started") if verdict.measured else _("it failed to start")
             console.print(
                 _("wrong verdict: {record}: {came}; predicted: {reason}").format(
-                    record=verdict.record_id, came=came, reason=verdict.reason or _("it starts")
+                    record=verdict.record_id, came=verdict.came, reason=verdict.reason or _("it starts")
                 ),
                 markup=False,
             )
@@ -44,7 +43,7 @@ def _table(title: str, rows: Sequence[Summary]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in (_("group"), _("quantity")):
         table.add_column(heading, no_wrap=True)
-    for heading in (_("count"), _("median"), "P90", _("worst"), _("in range"), _("wrong verdicts")):
+    for heading in (_("count"), _("median"), "P90", _("worst"), _("in range"), _("wrong verdicts"), _("tight")):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -56,6 +55,7 @@ def _table(title: str, rows: Sequence[Summary]) -> Table:
             percent(row.worst_abs_error),
             percent(row.coverage, digits=0),
             f"{row.wrong_verdicts}/{row.num_verdicts}",
+            str(row.tight_verdicts),
         )
     return table
 

@@ -106,6 +106,7 @@ def _verdict(record: Record, prediction: Prediction) -> Verdict | None:
         engine=prediction.engine,
         measured=measured,
         predicted=None if why else prediction.starts,
+        tight=bool(prediction.doubt) and not why,
         reason=prediction.reason,
         skipped=why,
     )

@@ -9,6 +9,7 @@ from ullage.engines.serving import Amount, EngineStart, KvCost, RankClass
 from ullage.engines.sglang import budget as budgets
 from ullage.engines.sglang import graphs
 from ullage.engines.sglang.activations import activation_term
+from ullage.engines.sglang.budget import Budget
 from ullage.engines.sglang.defaults import Settings, settings_of
 from ullage.engines.sglang.layout import Stage, stages
 from ullage.engines.sglang.load import load
@@ -28,7 +29,7 @@ def start(job: ServingJob) -> EngineStart:
     settings = settings_of(job)
     found = _balanced(settings, [_stage_start(settings, stage) for stage in stages(settings)])
     first = found[0]
-    starts, reason = _verdict(settings, found)
+    reason, doubt = _outcome(settings, found)
     ranks = [
         RankClass(
             pp_rank=entry.stage.pp_rank,
@@ -44,8 +45,9 @@ def start(job: ServingJob) -> EngineStart:
     return EngineStart(
         job=_filled_in(settings),
         ranks=tuple(ranks),
-        starts=starts,
+        starts=not reason,
         reason=reason,
+        doubt=doubt,
         figures=figures,
         log_lines=log_lines(first, settings),
         kv=_kv_cost(settings, found),
@@ -93,27 +95,36 @@ def _balanced(settings: Settings, found: list[StageStart]) -> list[StageStart]:
     return [_stage_start(settings, entry.stage, most) for entry in found]
 
 
-def _verdict(settings: Settings, found: list[StageStart]) -> tuple[bool, str]:
-    """Tell whether the start comes through, and SGLang's words where it does not."""
-    for entry in found:
-        budget = entry.expected
+def _outcome(settings: Settings, found: list[StageStart]) -> tuple[str, str]:
+    """Return (why the start fails by the expected figures, why it may come out the other way), each may be empty."""
+    expected = _refusal(settings, [(entry.expected, entry.graphs[1]) for entry in found])
+    if expected:
+        best = _refusal(settings, [(entry.high, entry.graphs[1]) for entry in found])
+        return expected, "" if best else _("it may start at the better end of the range: {why}").format(why=expected)
+    worst = _refusal(settings, [(entry.low, entry.graphs[0]) for entry in found])
+    return "", worst and _("it may fail at the worse end of the range: {why}").format(why=worst)
+
+
+def _refusal(settings: Settings, found: list[tuple[Budget, int]]) -> str:
+    """Return SGLang's words where the start does not come through; ``found``: a budget and its graphs per stage."""
+    for budget, captured in found:
         if budget.after < 0:
-            return False, _("CUDA out of memory while loading: {need} of weights, {free} free").format(
+            return _("CUDA out of memory while loading: {need} of weights, {free} free").format(
                 need=format_bytes(budget.case.loaded), free=format_bytes(budget.before)
             )
         if budget.tokens <= 0:
             least = 1 - budget.after / budget.before
-            return False, _(
+            return _(
                 "Not enough memory. Please try to increase --mem-fraction-static. Current value: {value:.3f}; the least"
                 " that leaves anything for the cache is {least:.4f}"
             ).format(value=settings.mem_fraction, least=least)
         left = budget.after_pool - budget.draft_late
-        if left - entry.graphs[1] < 0:
-            return False, _(
+        if left < captured:
+            return _(
                 "Capture cuda graph failed: {left} left beside the pool; lower --mem-fraction-static or"
                 " --cuda-graph-max-bs"
             ).format(left=format_bytes(left))
-    return True, ""
+    return ""
 
 
 def _warnings(settings: Settings, found: list[StageStart]) -> tuple[str, ...]:

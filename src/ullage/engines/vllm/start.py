@@ -124,13 +124,17 @@ def _kv_cost(setup: Setup, groups: Grouping, size: int) -> KvCost:
     return KvCost(bytes_per_token=round(slope) if growing else 0, fixed_bytes_per_request=fixed, bytes_of_request=cost)
 
 
-def _free_refusal(setup: Setup) -> str:
-    """V1 from 0.9 on refuses when less is free than requested.
+def _free_refusal(setup: Setup, case: int) -> str:
+    """V1 from 0.9 on refuses when less is free than requested: context and early NCCL buffers stand outside.
 
     Source: vllm@0.33.0:vllm/v1/worker/utils.py:request_memory.
     """
-    free, need = setup.job.device_free_bytes, requested(setup)[1]
-    if free is None or free >= need or setup.version.engine == "V0" or not setup.version.at_least("0.9.0"):
+    if setup.version.engine == "V0" or not setup.version.at_least("0.9.0"):
+        return ""
+    size, need, taken = setup.total_bytes[case], requested(setup)[case], nontorch.before_snapshot(setup)
+    before = sum((term.high_bytes, term.bytes, term.low_bytes)[case] for term in taken)
+    free = setup.job.device_free_bytes if setup.job.device_free_bytes is not None else size - before
+    if free >= need:
         return ""
     return _(
         "Free memory on device ({free:.2f} GiB) on startup is less than desired GPU memory utilization "
@@ -138,13 +142,28 @@ def _free_refusal(setup: Setup) -> str:
     ).format(free=free / GiB, need=need / GiB)
 
 
-def _load_refusal(setup: Setup, profiles: Sequence[Profiled]) -> str:
+def _load_refusal(setup: Setup, profiles: Sequence[Profiled], case: int) -> str:
+    size = setup.total_bytes[case]
     for one in profiles:
-        if one.weights.low_bytes > setup.total_bytes[2]:
+        weights = (one.weights.high_bytes, one.weights.bytes, one.weights.low_bytes)[case]
+        if weights > size:
             return _(
                 "CUDA out of memory while loading: weights of {weights:.2f} GiB on a device of {size:.2f} GiB."
-            ).format(weights=one.weights.bytes / GiB, size=setup.total_bytes[1] / GiB)
+            ).format(weights=weights / GiB, size=size / GiB)
     return ""
+
+
+def _outcome(setup: Setup, profiles: Sequence[Profiled], pools: tuple[Pool, Pool, Pool]) -> tuple[str, str]:
+    """Return (why the start fails by the expected figures, why it may come out the other way), each may be empty.
+
+    The worst case takes the upper end of every part, the best case the lower end.
+    """
+    worst, expected, best = (
+        _load_refusal(setup, profiles, case) or _free_refusal(setup, case) or pools[case].reason for case in range(3)
+    )
+    if expected:
+        return expected, "" if best else _("it may start at the better end of the range: {why}").format(why=expected)
+    return "", worst and _("it may fail at the worse end of the range: {why}").format(why=worst)
 
 
 def _load_peak(setup: Setup, one: Profiled) -> int:
@@ -187,7 +206,7 @@ def start(job: ServingJob) -> EngineStart:
         setup = replace(setup, job=replace(setup.job, max_model_len=pools[1].max_model_len))
     tightest = min(range(len(profiles)), key=lambda index: profiles[index].available[1] / max(1, sizes[index]))
     one, size = profiles[tightest], sizes[tightest]
-    reason = _load_refusal(setup, profiles) or _free_refusal(setup) or pools[1].reason
+    reason, doubt = _outcome(setup, profiles, pools)
     ranks = _ranks(setup, profiles, pools, sizes)
     ranks.insert(0, ranks.pop(tightest))
     figures = report.figures(
@@ -198,6 +217,7 @@ def start(job: ServingJob) -> EngineStart:
         ranks=tuple(ranks),
         starts=not reason,
         reason=reason,
+        doubt=doubt,
         figures=figures,
         log_lines=report.log_lines(setup, one, pools[1], reason),
         kv=_kv_cost(setup, groups, size),
