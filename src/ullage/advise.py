@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.serving import EngineStart
 from ullage.errors import InputError
 from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge, replicas
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention
 from ullage.spec.serving import ServingJob
@@ -22,8 +23,7 @@ ROOMY_PRICES = (1, 4, 5, 6)
 MAX_TRIED_WHEN_IT_FITS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
+class Change(Frozen):
     """A candidate: the job changed in one field. ``price`` orders them, cheapest first."""
 
     price: int

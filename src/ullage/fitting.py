@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from ullage.account.parameters import Counts, count
 from ullage.engines.serving import Amount, EngineStart, RankClass, start
 from ullage.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_TIGHT, InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
 from ullage.spec.serving import ServingJob
@@ -25,8 +26,7 @@ EXIT_CODES = {"fits": EXIT_OK, "tight": EXIT_TIGHT, "does_not_fit": EXIT_DOES_NO
 MAX_CONTEXT = 2**31
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
+class Need(Frozen):
     """What one rank needs on its device in bytes: everything but the pool, and the pool that was asked for."""
 
     rest: Amount
@@ -43,16 +43,14 @@ class Need:
         return self.rest.high + self.kv_cache_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(Frozen):
     """A point of the curve: requests of ``context`` tokens at a time."""
 
     context: int
     concurrency: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Advice:
+class Advice(Frozen):
     """One change and what it gives: ``gain_bytes`` of head-room per GPU, at ``cost``; ``flags`` are what to type."""
 
     change: str
@@ -64,8 +62,7 @@ class Advice:
     max_context: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
+class FitResult(Frozen):
     """The answer of a fit, in values; :mod:`ullage.report` prints it.
 
     ``asked`` is the job as given, ``job`` the same with every default filled in.

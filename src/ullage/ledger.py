@@ -6,8 +6,10 @@ A prediction, a trace and a measurement are all ledgers, so that they can be com
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
+
+from ullage.frozen import Frozen
 
 
 class Certainty(str, Enum):
@@ -23,8 +25,7 @@ class Certainty(str, Enum):
 _RANK_OF = {certainty: rank for rank, certainty in enumerate(Certainty)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Term:
+class Term(Frozen):
     """One named amount of memory.
 
     Attributes:
@@ -112,8 +113,7 @@ def total(name: str, children: Iterable[Term], *, formula: str = "", source: str
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ledger:
+class Ledger(Frozen):
     """The memory of one rank at one moment.
 
     Attributes:

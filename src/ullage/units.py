@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 KiB, MiB, GiB, TiB = 2**10, 2**20, 2**30, 2**40
@@ -172,8 +172,7 @@ def round_up(value: int, multiple: int) -> int:
     return cdiv(value, multiple) * multiple
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFormat:
+class WeightFormat(Frozen):
     """How one weight matrix is stored.
 
     Attributes:

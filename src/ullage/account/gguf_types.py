@@ -9,16 +9,15 @@ ggml/src/ggml.c:type_traits (``row_meta_size``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.units import WeightFormat
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgmlType:
+class GgmlType(Frozen):
     """One ggml type.
 
     Attributes:

@@ -7,19 +7,18 @@ read: 512 fp8 values, 4 scales, 64 rotary values in bf16. Fixed costs (windows, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 from ullage.account.gguf_types import BY_NAME
 from ullage.account.sharding import units_per_rank
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 from ullage.units import dtype_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Frozen):
     """``count`` values of ``each_bytes`` bytes in a row."""
 
     what: str
@@ -27,8 +26,7 @@ class Part:
     each_bytes: Fraction
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(Frozen):
     """One token's entry in one layer on one rank.
 
     ``tokens_per_row``: tokens that share the row (V4 compression); 1 otherwise.
@@ -93,6 +91,20 @@ def attention_row(part: spec.Attention, dtype: str, *, attention_tp: int = 1) ->
         ),
         source="vllm@0.33.0:vllm/v1/kv_cache_interface.py:FullAttentionSpec",
     )
+
+
+def index_key_row(part: spec.Attention, dtype: str = "bfloat16") -> Row:
+    """Return the row of the key by which attention chooses blocks: one head, on every rank, in the model's dtype.
+
+    Formula: d x e.
+    Symbols: d index_key_dim, e bytes of an element.
+    Source: vllm@0.33.0:vllm/models/minimax_m3/common/indexer.py:MiniMaxM3IndexerCache (bf16 unless asked for fp8);
+        sglang@0.5.23:srt/mem_cache/memory_pool.py:get_minimax_sparse_index_dtype.
+    """
+    if not part.index_key_dim or part.shared_kv or part.cross:
+        return NO_ROW
+    key = Part(what="index key", count=part.index_key_dim, each_bytes=element_bytes(dtype))
+    return Row(parts=(key,), source="vllm@0.33.0:vllm/models/minimax_m3/common/indexer.py:MiniMaxM3IndexerCache")
 
 
 _FLASHMLA = "vllm@0.33.0:vllm/v1/attention/backends/mla/flashmla_sparse.py"
@@ -220,8 +232,8 @@ def mixer_rows(
             )
         if not windows and (part.window or part.chunk):
             return ()
-        row = attention_row(part, dtype, attention_tp=attention_tp)
-        return (row,) if row.parts else ()
+        found = (attention_row(part, dtype, attention_tp=attention_tp), index_key_row(part))
+        return tuple(row for row in found if row.parts)
     return ()
 
 

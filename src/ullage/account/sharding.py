@@ -7,11 +7,12 @@ that serve want even division, so an uneven one is a :class:`~ullage.errors.Layo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from ullage.account.parameters import Parameter, Placed, Role, layer_parameters, model_parameters, mtp_prefix
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 from ullage.units import round_up
@@ -32,8 +33,7 @@ COMPONENTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankShare:
+class RankShare(Frozen):
     """What one rank of one engine layout holds.
 
     Attributes:
@@ -96,8 +96,7 @@ def whole(model: spec.Model) -> RankShare:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalParameter:
+class LocalParameter(Frozen):
     """A parameter as a rank holds it: ``copies`` tensors of ``shape``, counted under ``component``."""
 
     parameter: Parameter
@@ -106,8 +105,7 @@ class LocalParameter:
     copies: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankParameter:
+class RankParameter(Frozen):
     """A parameter in its place (full checkpoint name, section, layer) as a rank holds it."""
 
     placed: Placed
@@ -282,12 +280,15 @@ _SECTION_COMPONENTS = {"embedding": "embedding", "head": "lm_head", "tower": "to
 
 
 def _whole_section(placed: Placed, share: RankShare) -> RankParameter:
-    """Return the share of a tensor outside the decoder layers."""
+    """Return the share of a tensor outside the decoder layers; a second table of tokens splits like the embedding.
+
+    Source: vllm@0.33.0:vllm/model_executor/models/gemma4.py:Gemma4Model (embed_tokens_per_layer, vocabulary-parallel);
+        sglang@0.5.23:srt/models/gemma4_causal.py:Gemma4TextModel.
+    """
     parameter = placed.parameter
     component = _SECTION_COMPONENTS.get(placed.section) or ("norms" if parameter.role is Role.NORM else "other")
-    shape = split_shape(
-        parameter, share.tp_of(component), vocab_padding=share.vocab_padding if placed.section != "tower" else 1
-    )
+    tp = share.vocab_tp if component == "other" and parameter.split == "vocab" else share.tp_of(component)
+    shape = split_shape(parameter, tp, vocab_padding=share.vocab_padding if placed.section != "tower" else 1)
     return RankParameter(placed=placed, component=component, shape=shape, copies=parameter.copies)
 
 

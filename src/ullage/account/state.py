@@ -9,16 +9,15 @@ Legend: t tensor_parallel_size, K conv_kernel, S speculative tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateTensor:
+class StateTensor(Frozen):
     """One tensor of a request's state.
 
     Attributes:

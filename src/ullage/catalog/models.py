@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ullage.catalog import FOLDER, load, nearest
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import Model
 
@@ -38,8 +39,7 @@ _TUNED = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
+class Found(Frozen):
     """An entry of the catalog. ``quantization`` names that of a quantised copy; ``assumed`` says what was taken."""
 
     entry: dict[str, Any]

@@ -9,10 +9,10 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ullage.errors import EXIT_OK, InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +21,7 @@ ROOMS = ("account", "engines")
 HEADINGS = ("Formula:", "Symbols:", "Source:", "Known error:")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(Frozen):
     """A formula: where it stands and what its docstring says."""
 
     name: str

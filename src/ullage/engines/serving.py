@@ -7,17 +7,16 @@ version, builds one ledger per class of equal ranks at the engine's steady state
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
 from ullage.spec.serving import ServingJob
 
 
-@dataclass(frozen=True, kw_only=True)
-class Amount:
+class Amount(Frozen):
     """A figure with its honest range, in the unit its name says."""
 
     value: float
@@ -25,8 +24,7 @@ class Amount:
     high: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankClass:
+class RankClass(Frozen):
     """A class of equal ranks: ``ledger.rank`` is the first of them, ``num_ranks`` how many they are."""
 
     pp_rank: int
@@ -34,8 +32,7 @@ class RankClass:
     ledger: Ledger
 
 
-@dataclass(frozen=True, kw_only=True)
-class KvCost:
+class KvCost(Frozen):
     """What requests cost in KV cache, on the rank that fills first: ``fixed + slope x tokens``, per GPU.
 
     ``kv_bytes_per_token`` is the slope of one more token of one long request over all layers of the rank, and
@@ -48,8 +45,7 @@ class KvCost:
     bytes_of_request: Callable[[int], int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineStart:
+class EngineStart(Frozen):
     """What happens when the engine starts.
 
     Attributes:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ullage.account.gguf_types import BY_NUMBER, GgmlType
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
+class Tensor(Frozen):
     """One tensor; ``shape`` slowest axis first, the row length last."""
 
     name: str
@@ -43,15 +42,13 @@ class Tensor:
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkippedArray:
+class SkippedArray(Frozen):
     """A long array (a tokenizer's) of which only the length was kept."""
 
     length: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufFile:
+class GgufFile(Frozen):
     """A GGUF, all its shards together.
 
     ``missing_bytes``: data that the table announces and the files do not hold (a header alone, a broken download).

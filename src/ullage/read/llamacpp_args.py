@@ -11,9 +11,9 @@ gpt_params_find_arg (``-mla``, ``-fmoe``, ``-amb``, ``-rtr``, ``-ser`` ...).
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 #: canonical name → spellings of flags that take one value
@@ -109,8 +109,7 @@ def _spellings() -> dict[str, tuple[str, str]]:
 _KNOWN = _spellings()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LlamaCommand:
+class LlamaCommand(Frozen):
     """A command line as understood. ``flags``: canonical name and value as typed, repeated flags in order."""
 
     program: str

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.quantization import formats
 from ullage.read.hf_config.quantization.methods import Rules, all_linear
@@ -21,8 +22,7 @@ from ullage.units import plain
 __all__ = ["NAMES", "named_quantization"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Named:
+class _Named(Frozen):
     """``methods``: checkpoint methods that this name also stands for; ``assumed``: what the name leaves open."""
 
     rules: Callable[[Model], Rules]

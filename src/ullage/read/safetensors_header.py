@@ -10,11 +10,12 @@ import json
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from ullage.errors import InputError, MissingExtraError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.jsonfile import read_json_object
 
@@ -50,8 +51,7 @@ DTYPE_BITS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(Frozen):
     """One tensor as a checkpoint stores it; ``dtype`` as the header names it (``BF16``, ``F8_E4M3``)."""
 
     dtype: str
@@ -59,8 +59,7 @@ class StoredTensor:
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredTensors:
+class StoredTensors(Frozen):
     """All tensors of a checkpoint by name."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)

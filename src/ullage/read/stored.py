@@ -7,11 +7,11 @@ that every engine and split counts with them; what they cannot explain is listed
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ullage.account.parameters import Parameter
 from ullage.account.sharding import rank_parameters, whole
+from ullage.frozen import Frozen
 from ullage.read.hf_config.quantization.patterns import fold_modules
 from ullage.read.safetensors_header import StoredTensor, StoredTensors
 from ullage.spec.model import Model, Quantization, QuantRule
@@ -39,8 +39,7 @@ _GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _SQUARES = (128, 64, 32, 256)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredReading:
+class StoredReading(Frozen):
     """What headers say of a model.
 
     Attributes:

@@ -14,12 +14,12 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ullage.catalog import load, nearest
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
@@ -48,8 +48,7 @@ NOT_COUNTED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class VllmCommand:
+class VllmCommand(Frozen):
     """A line as understood: the model as typed, flags (dashes as underscores) in order, environment assignments."""
 
     model: str

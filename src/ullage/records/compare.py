@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ullage.engines.serving import Amount
 from ullage.errors import EXIT_USAGE, UllageError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.records.schema import Measured, Record
 
@@ -21,8 +22,7 @@ class NotComparableError(UllageError):
     exit_code = EXIT_USAGE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
+class Prediction(Frozen):
     """What the accounting says of a record's job.
 
     Attributes:
@@ -43,8 +43,7 @@ class Prediction:
     not_comparable: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Frozen):
     """One measured figure beside its prediction.
 
     Attributes:
@@ -87,8 +86,7 @@ class Comparison:
         return self.low <= self.measured <= self.high
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Frozen):
     """What came of a start, and what was predicted.
 
     ``tight``: the range of the figures holds both outcomes, so neither was promised.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 #: Quantities in bytes. Another name is kept, and is memory when its unit is one of memory.
@@ -40,8 +41,7 @@ KERNEL_KEYS = frozenset(["kernel", "provider", "mode", "params", "gpu", "version
 MEASURED_KEYS = frozenset(["quantity", "value", "unit", "gib", "gib_range", "bytes", "rank", "per_rank", "note"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(Frozen):
     """One figure of a record.
 
     Attributes:
@@ -68,8 +68,7 @@ class Measured:
         return (self.high - self.low) / 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Frozen):
     """A published run.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from ullage.frozen import Frozen
 from ullage.records.compare import Comparison, Verdict
 from ullage.records.validate import ValidationReport
 
@@ -14,8 +14,7 @@ SCHEMA_VERSION = 1
 ALL = "all"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Frozen):
     """One group of judged figures.
 
     Attributes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from ullage.errors import UllageError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.records.compare import Comparison, NotComparableError, Prediction, Verdict, compare, skipped, started
 from ullage.records.schema import Measured, Record
@@ -20,8 +20,7 @@ PREDICTORS = {"serve": "ullage.records.serving"}
 SHIPPED = Path(__file__).parent / "data" / "serving.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValidationReport:
+class ValidationReport(Frozen):
     """All rows, in the order of the records. ``warnings`` are sentences on the files."""
 
     comparisons: tuple[Comparison, ...]

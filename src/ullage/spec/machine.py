@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ullage.frozen import Frozen
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
+class Gpu(Frozen):
     """One kind of accelerator.
 
     Attributes:
@@ -36,8 +35,7 @@ class Gpu:
     source: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
+class Machine(Frozen):
     """``num_nodes`` nodes of ``gpus_per_node`` equal GPUs."""
 
     gpu: Gpu

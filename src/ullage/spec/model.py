@@ -9,14 +9,13 @@ Sizes are elements, not bytes. Legend: H hidden_size, V vocab_size, I intermedia
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, Union
 
+from ullage.frozen import Frozen
 from ullage.units import WeightFormat
 
 
-@dataclass(frozen=True, kw_only=True)
-class Norm:
+class Norm(Frozen):
     """A normalisation over the last axis. ``weight`` False: no learned scale (OLMo, some qk norms)."""
 
     name: str
@@ -26,8 +25,7 @@ class Norm:
     bias: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtraTensor:
+class ExtraTensor(Frozen):
     """A small named tensor that fits none of the typed parts: layer scalars, gates, hash tables.
 
     ``prefix`` names the module it stands in (checkpoint name without the layer's own prefix). ``buffer``: stored, but
@@ -47,8 +45,7 @@ class ExtraTensor:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attention:
+class Attention(Frozen):
     """Multi-head, grouped-query or multi-query attention: keys and values are cached per KV head.
 
     Attributes:
@@ -98,8 +95,7 @@ class Attention:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Indexer:
+class Indexer(Frozen):
     """The lightning indexer of DeepSeek sparse attention: picks ``top_k`` tokens for each query.
 
     One key of ``head_dim`` per token is cached for all index heads. A layer that reuses an earlier layer's choice has
@@ -113,8 +109,7 @@ class Indexer:
     key_norm: Literal["layer", "rms"] = "layer"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentAttention:
+class LatentAttention(Frozen):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 eq. 9-19): one latent per token is cached.
 
     ``q_lora_rank`` None: queries are projected directly (V2-Lite). ``indexer``: DeepSeek sparse attention (V3.2).
@@ -137,8 +132,7 @@ class LatentAttention:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressedAttention:
+class CompressedAttention(Frozen):
     """DeepSeek-V4 attention: a sliding window of raw entries plus entries compressed ``compress_ratio`` to one.
 
     Attributes:
@@ -167,8 +161,7 @@ class CompressedAttention:
 # --------------------------------------------------------------------------------------------- linear and state layers
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatedDeltaNet:
+class GatedDeltaNet(Frozen):
     """Gated delta rule linear attention (Qwen3-Next, Qwen3.5): a fixed state per request.
 
     State per request: num_v_heads x k_head_dim x v_head_dim, and conv_kernel - 1 columns of the convolution.
@@ -187,8 +180,7 @@ class GatedDeltaNet:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class KimiDeltaAttention:
+class KimiDeltaAttention(Frozen):
     """Kimi Delta Attention (Kimi Linear): per-channel gated delta rule, separate convolutions for q, k and v.
 
     ``gate_rank``: of the forget gate; ``output_gate_rank``: of the output gate, None for one projection (Kimi K3).
@@ -203,8 +195,7 @@ class KimiDeltaAttention:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LightningAttention:
+class LightningAttention(Frozen):
     """Lightning linear attention (MiniMax-Text-01, M1): state num_heads x head_dim x head_dim per request."""
 
     num_heads: int
@@ -213,8 +204,7 @@ class LightningAttention:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mamba:
+class Mamba(Frozen):
     """Mamba-1 selective state space layer (Jamba)."""
 
     inner_size: int
@@ -228,8 +218,7 @@ class Mamba:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mamba2:
+class Mamba2(Frozen):
     """Mamba-2 layer (Nemotron-H, Falcon-H1): inner size = num_heads x head_dim; B and C shared per group.
 
     ``state_dtype``: of the recurrent state, where the config fixes it.
@@ -248,8 +237,7 @@ class Mamba2:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShortConvolution:
+class ShortConvolution(Frozen):
     """A gated short convolution (LFM2): a request keeps ``conv_kernel`` - 1 columns, and no recurrent state."""
 
     size: int
@@ -275,8 +263,7 @@ Mixer = Union[
 # ----------------------------------------------------------------------------------------------------------------- FFN
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseFFN:
+class DenseFFN(Frozen):
     """A dense feed-forward block. ``gated``: gate and up projections (SwiGLU, GeGLU). ``fused``: stored as one."""
 
     intermediate_size: int
@@ -291,8 +278,7 @@ class DenseFFN:
     extras: tuple[ExtraTensor, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoEFFN:
+class MoEFFN(Frozen):
     """A mixture of experts.
 
     Attributes:
@@ -339,8 +325,7 @@ FeedForward = Union[DenseFFN, MoEFFN]
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-@dataclass(frozen=True, kw_only=True)
-class HyperConnections:
+class HyperConnections(Frozen):
     """Residual streams: ``num_streams`` copies of the hidden state, mixed by learned maps (DeepSeek-V4).
 
     ``prefixes``: one map around each block of the layer, under these checkpoint names.
@@ -350,8 +335,7 @@ class HyperConnections:
     prefixes: tuple[str, ...] = ("hc_attn", "hc_ffn")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(Frozen):
     """One decoder layer. Most have one mixer and one feed-forward block; a hybrid's layer may have either, or two.
 
     Equal layers are equal values, so that work per kind of layer is done once.
@@ -363,17 +347,8 @@ class Layer:
     residual: HyperConnections | None = None
     extras: tuple[ExtraTensor, ...] = ()
 
-    def __hash__(self) -> int:
-        """Computed once: layers are the keys under which work per kind of layer is kept."""
-        known: int | None = self.__dict__.get("_hash")
-        if known is None:
-            known = hash((self.mixers, self.ffns, self.norms, self.residual, self.extras))
-            object.__setattr__(self, "_hash", known)
-        return known
 
-
-@dataclass(frozen=True, kw_only=True)
-class MtpModule:
+class MtpModule(Frozen):
     """One multi-token-prediction module: a layer with its own norms and projection, counted apart.
 
     ``shares_embedding``/``shares_head``: nothing of its own is loaded for them by engines, although a checkpoint may
@@ -391,8 +366,7 @@ class MtpModule:
     prefix: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
+class Tower(Frozen):
     """A vision or audio tower with its projector, as a list of tensors; counted apart from the decoder.
 
     ``num_layers``, ``hidden_size``, ``num_heads`` of its transformer, 0 where they do not apply: engines go by them.
@@ -406,8 +380,7 @@ class Tower:
     num_heads: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantRule:
+class QuantRule(Frozen):
     """The first rule whose ``pattern`` (a regular expression, searched in the full parameter name) hits, decides.
 
     An empty pattern means every linear layer, experts included; it leaves embeddings, heads, routers and convolutions
@@ -419,8 +392,7 @@ class QuantRule:
     format: WeightFormat | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantization:
+class Quantization(Frozen):
     """How a checkpoint's linear weights are stored. Norms, embeddings and biases stay unless a rule names them."""
 
     method: str
@@ -428,8 +400,7 @@ class Quantization:
     kv_cache_dtype: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Frozen):
     """A decoder.
 
     Attributes:

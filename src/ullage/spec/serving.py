@@ -6,14 +6,12 @@ says so in ``assumed``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from ullage.frozen import Frozen
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServingParallel:
+class ServingParallel(Frozen):
     """How a replica is spread.
 
     Attributes:
@@ -36,8 +34,7 @@ class ServingParallel:
     pipeline_layers: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServingJob:
+class ServingJob(Frozen):
     """What the user wants served.
 
     Attributes:

@@ -6,17 +6,16 @@ in ``assumed``. A value that is known to be off is written out (``"none"``, ``()
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from ullage.frozen import Frozen
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingParallel:
+class TrainingParallel(Frozen):
     """How a step is spread; the sizes multiply to the number of GPUs (expert sizes re-divide the same GPUs).
 
     Attributes:
@@ -44,8 +43,7 @@ class TrainingParallel:
     shard_group_size: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precision:
+class Precision(Frozen):
     """Number formats of a recipe, canonical dtype names. ``master`` None: the parameters are the master copy."""
 
     compute: str = "bfloat16"
@@ -56,8 +54,7 @@ class Precision:
     fp8_recipe: Literal["blockwise", "delayed", "tensorwise", "mxfp8", "nvfp4"] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recompute:
+class Recompute(Frozen):
     """Activation checkpointing. ``every`` k layers, the first ``num_layers`` of a stage, or named ``modules``."""
 
     kind: Literal["none", "full", "selective", "modules"] = "none"
@@ -67,8 +64,7 @@ class Recompute:
     modules: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Frozen):
     """Low-rank adapters. ``targets`` are module names, or ``("all-linear",)``."""
 
     rank: int
@@ -78,8 +74,7 @@ class Lora:
     dora: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
+class TrainingJob(Frozen):
     """What the user wants trained.
 
     Attributes:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from ullage.account.parameters import attention, ffn, linear, residual
 from ullage.account.parameters.parameter import Parameter, Role, norm_parameters, of_extra
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 
 __all__ = ["Counts", "Parameter", "Placed", "Role", "count", "layer_parameters", "model_parameters"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placed:
+class Placed(Frozen):
     """A parameter in its place. ``section``: embedding, layer, final, head, mtp, tower; ``layer``: its number or -1."""
 
     section: str
@@ -33,8 +33,7 @@ class Placed:
         return self.parameter.name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
+class Counts(Frozen):
     """Exact parameter counts. ``total``: tied weights once, buffers and MTP left out, towers included.
 
     ``active``: parameters a token meets = total - routed x (1 - top_k / num_experts), embeddings included.

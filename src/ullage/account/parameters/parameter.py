@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 
 Split = Literal["none", "out", "in", "vocab"]
@@ -24,8 +24,7 @@ class Role(str, Enum):
     OTHER = "other"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
+class Parameter(Frozen):
     """One tensor, or ``copies`` equal ones (the routed experts).
 
     Attributes:

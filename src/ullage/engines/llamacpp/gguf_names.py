@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
 from ullage.account.parameters import Placed, model_parameters
+from ullage.frozen import Frozen
 from ullage.spec.model import LatentAttention, Model
 
 #: How the latent key-value projection is stored: mainline files since April 2025 "split" it into k_b and v_b, older
@@ -21,8 +22,7 @@ from ullage.spec.model import LatentAttention, Model
 LatentStorage = Literal["whole", "split", "both"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufTensor:
+class GgufTensor(Frozen):
     """One tensor of a GGUF: ``shape`` slowest axis first; ``layer`` -1 outside the blocks; ``vector``: kept in F32.
 
     ``placed``: the parameter of our model that it stores.

@@ -8,17 +8,16 @@ Known error: one generic layer stands for every family; recurrent mixers are the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ullage.engines.llamacpp.latent_graph import latent_attention
 from ullage.engines.llamacpp.nodes import F16, F32, Builder, GraphSettings
 from ullage.engines.llamacpp.schedule import HOST, Graph, Node
+from ullage.frozen import Frozen
 from ullage.spec.model import Attention, DenseFFN, LatentAttention, Layer, Model, MoEFFN
 from ullage.units import round_up
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerPlace:
+class LayerPlace(Frozen):
     """Where a layer's parts are: ``experts`` HOST when its routed experts are in host memory.
 
     ``offload_bytes``: sizes of up, gate and down that are copied to device 0 for a large batch, None where the host

@@ -6,17 +6,15 @@ Source: ik_llama.cpp@58f08e43:src/llama.cpp:llama_kv_cache_init; llama.cpp@b7000
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.account import state
 from ullage.account.gguf_types import ggml_type
 from ullage.engines.llamacpp.settings import Settings
+from ullage.frozen import Frozen
 from ullage.spec.model import Attention, CompressedAttention, LatentAttention, Layer, Mixer, Model
 from ullage.units import round_up
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCache:
+class LayerCache(Frozen):
     """``bytes_per_cell`` x ``num_cells`` for attention; ``fixed_bytes`` for states. ``window``: a small cache."""
 
     bytes_per_cell: int

@@ -8,10 +8,9 @@ ik_llama.cpp@8337e4cd:src/llama-quantize.cpp:llama_tensor_get_type).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.account.gguf_types import BY_NAME, ggml_type
 from ullage.engines.llamacpp.gguf_names import GgufTensor
+from ullage.frozen import Frozen
 from ullage.spec.model import Attention, LatentAttention, Model, MoEFFN
 
 #: file type → the type that a tensor without a rule of its own gets
@@ -38,8 +37,7 @@ _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixFacts:
+class MixFacts(Frozen):
     """What the rules look at. ``more_value_bits``: the 70B model's rule for attn_v."""
 
     num_layers: int

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ullage.engines.llamacpp.schedule import HOST, Graph, Node
+from ullage.frozen import Frozen
 
 F32, F16 = 4, 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class GraphSettings:
+class GraphSettings(Frozen):
     """What shapes the graph.
 
     Attributes:

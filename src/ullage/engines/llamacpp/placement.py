@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass
 from itertools import accumulate
 
 from ullage.engines.llamacpp.gguf_names import GgufTensor
 from ullage.engines.llamacpp.schedule import HOST
 from ullage.engines.llamacpp.settings import Settings
 from ullage.errors import InputError, LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 #: the split buffer of ``-sm row``: matrices spread by rows over all devices
 SPLIT = -2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placement:
+class Placement(Frozen):
     """``layers``: device of each layer's vectors, cache and computation; ``output``: of the output layer."""
 
     layers: tuple[int, ...]

@@ -10,12 +10,12 @@ Source: llama.cpp@007dbbf3:src/llama-quant.cpp; ik_llama.cpp@8337e4cd:examples/q
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from ullage.account.gguf_types import ggml_type
 from ullage.account.weights import stored_format
 from ullage.engines.llamacpp import mixes
 from ullage.engines.llamacpp.gguf_names import GgufTensor, LatentStorage, gguf_tensors
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import Model
 from ullage.units import GiB
@@ -47,8 +47,7 @@ _DOWN = (
 _EXPLAINED = 0.004
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contents:
+class Contents(Frozen):
     """The file's tensors and their bytes. ``spread``: other byte lists that explain the file equally well."""
 
     tensors: tuple[GgufTensor, ...]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from ullage.account.gguf_types import ggml_type
 from ullage.engines.llamacpp.defaults import default, version_day
 from ullage.errors import InputError, LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention
 from ullage.spec.serving import ServingJob
@@ -47,8 +47,7 @@ _ALIASES = {
 _OFF = ("0", "off", "false", "none", "no")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Frozen):
     """Everything that decides where memory goes.
 
     Attributes:
@@ -108,8 +107,7 @@ class Settings:
         return self.engine == "ik_llama.cpp"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Request:
+class _Request(Frozen):
     """The job's flags by canonical name, with the day whose defaults hold. ``assumed`` collects what was filled in."""
 
     job: ServingJob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.llamacpp import log
 from ullage.engines.llamacpp.compute import compute_buffers
@@ -14,6 +14,7 @@ from ullage.engines.llamacpp.recipe import Contents, contents, file_type
 from ullage.engines.llamacpp.schedule import HOST
 from ullage.engines.llamacpp.settings import Settings, resolve
 from ullage.engines.serving import Amount, EngineStart, KvCost, RankClass
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
 from ullage.spec.model import LatentAttention
@@ -27,8 +28,7 @@ _CACHE = "ik_llama.cpp@58f08e43:src/llama.cpp:llama_kv_cache_init"
 _RESERVE = "ik_llama.cpp@58f08e43:ggml/src/ggml-backend.c:ggml_backend_sched_reserve"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
+class Device(Frozen):
     """What one device (or the host) holds, in bytes; ``extra``: latent projections computed at load time."""
 
     number: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.engines.sglang import graphs
 from ullage.engines.sglang import pool as pools
 from ullage.engines.sglang.defaults import Settings
@@ -11,14 +9,14 @@ from ullage.engines.sglang.layout import Stage
 from ullage.engines.sglang.load import Loaded
 from ullage.engines.sglang.poolspec import Pool
 from ullage.engines.sglang.states import States, states_of
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 from ullage.units import MiB
 
 _NVLINK_BYTES_PER_S = 100e9  # a GPU-to-GPU link faster than PCIe 5 x16 (64 GB/s each way) is NVLink or its like
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(Frozen):
     """One corner of the range: amounts in bytes that the budget starts from."""
 
     total: int
@@ -27,8 +25,7 @@ class Case:
     loaded: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
+class Budget(Frozen):
     """A rank's memory through the start; all in bytes, ``tokens`` and ``max_requests`` are counts."""
 
     case: Case

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.engines.sglang import fraction, graphs, traits
 from ullage.engines.sglang.flags import Flags, flags_of
 from ullage.engines.sglang.traits import Traits
 from ullage.engines.sglang.versions import Release, resolve
 from ullage.errors import InputError, LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.serving import ServingJob
 from ullage.units import MiB, canonical_dtype
@@ -17,8 +16,7 @@ _KV_FP8 = {"fp8": "float8_e4m3", "fp8_e4m3": "float8_e4m3", "fp8_e5m2": "float8_
 _KV_KNOWN = ("auto", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "mxfp8", "nvfp4")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Frozen):
     """A start with nothing left open.
 
     Attributes:
@@ -62,8 +60,7 @@ class Settings:
         return self.tp // self.attention_dp
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Frozen):
     """The sizes of :class:`Settings` that the fraction rules need too."""
 
     tp: int

@@ -6,7 +6,6 @@ it leaves, (1 - f) of that, must hold activations and CUDA graphs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ullage.engines.sglang import graphs
@@ -14,6 +13,7 @@ from ullage.engines.sglang.flags import Flags
 from ullage.engines.sglang.traits import Traits
 from ullage.engines.sglang.versions import Release
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.serving import ServingJob
 
@@ -22,8 +22,7 @@ from ullage.spec.serving import ServingJob
 _BASELINE_VISION_PARAMETERS = 24 * 12 * 1024**2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demand:
+class Demand(Frozen):
     """What the rules look at. ``graph_max`` is 0 without decode graphs, ``ranks`` is tp x pp."""
 
     job: ServingJob

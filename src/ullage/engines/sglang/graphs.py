@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ullage.catalog import load
 from ullage.engines.sglang.flags import Flags
 from ullage.engines.sglang.versions import CATALOG, Release, resolve
+from ullage.frozen import Frozen
 from ullage.spec.serving import ServingJob
 from ullage.units import MiB
 
@@ -19,8 +19,7 @@ _NO_PIECEWISE = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
+class Card(Frozen):
     """What the graph defaults go by: memory as ``nvidia-smi`` shows it, and the tensor-parallel size."""
 
     mib: float

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.account.sharding import RankShare
 from ullage.engines.sglang.defaults import Settings
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Frozen):
     """One pipeline stage: its ranks are equal."""
 
     pp_rank: int

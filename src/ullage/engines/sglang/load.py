@@ -6,7 +6,7 @@ it holds the copies made after loading, the allocator's segments and the modules
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.account.sharding import RankShare, whole
 from ullage.account.weights import weights_term
@@ -14,13 +14,13 @@ from ullage.engines.sglang import graphs, segments
 from ullage.engines.sglang.defaults import Settings
 from ullage.engines.sglang.layout import Stage, absorbed_bytes
 from ullage.engines.sglang.precision import held_quantization
+from ullage.frozen import Frozen
 from ullage.ledger import Term, exact, ranged
 from ullage.spec import model as spec
 from ullage.units import MiB
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
+class Loaded(Frozen):
     """What a rank holds after loading. ``draft``: weights of the draft model, loaded before or after the pool."""
 
     weights: Term

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 from ullage.account import kv_cache
 from ullage.engines.sglang import pool_v4
 from ullage.engines.sglang.defaults import Settings
 from ullage.engines.sglang.poolspec import Pool, Window
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
+class Rows(Frozen):
     """Bytes per token of a stage, by what the rules tell apart. ``buffers``: of each buffer, for the segments."""
 
     full: Fraction

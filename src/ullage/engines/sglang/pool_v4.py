@@ -9,6 +9,7 @@ from fractions import Fraction
 from ullage.account import kv_cache
 from ullage.engines.sglang.defaults import Settings
 from ullage.engines.sglang.poolspec import Pool, Window
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 from ullage.units import round_up
 
@@ -19,8 +20,7 @@ _EVICTION_INTERVAL = 128  # sglang@0.5.23:srt/environ.py:SGLANG_SWA_EVICTION_INT
 _STATE_BYTES = 4  # sglang@0.5.23:srt/environ.py:SGLANG_DSV4_COMPRESS_STATE_DTYPE, float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layers:
+class _Layers(Frozen):
     parts: tuple[spec.CompressedAttention, ...]
 
     def of(self, ratio: int) -> int:

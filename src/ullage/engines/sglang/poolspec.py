@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 from ullage.engines.sglang.segments import reserved_bytes
+from ullage.frozen import Frozen
 from ullage.units import cdiv
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
+class Window(Frozen):
     """Layers that keep ``tokens`` at most, and what one token costs over them."""
 
     tokens: int
     bytes_per_token: Fraction
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pool:
+class Pool(Frozen):
     """How bytes become tokens.
 
     Attributes:

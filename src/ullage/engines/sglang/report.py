@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.engines.serving import Amount
 from ullage.engines.sglang.budget import Budget
 from ullage.engines.sglang.defaults import Settings
 from ullage.engines.sglang.layout import Stage
 from ullage.engines.sglang.load import Loaded
+from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.units import GiB
 
 _POOL_SOURCE = "sglang@0.5.23:srt/mem_cache/kv_cache_configurator.py"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageStart:
+class StageStart(Frozen):
     """A stage's start in its three cases: expected, least memory left, most memory left."""
 
     stage: Stage

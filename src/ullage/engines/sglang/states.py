@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 from ullage.account.state import state_tensors
 from ullage.engines.sglang.defaults import Settings
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 from ullage.units import dtype_bytes
 
 _CONV_DTYPE, _RECURRENT_DTYPE = "bfloat16", "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
-class States:
+class States(Frozen):
     """``slots`` of ``slot_bytes`` (one more for padding), and what drafts need while they are checked.
 
     ``max_requests``: requests that the slots allow, None without states.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ullage.account.state import has_state
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traits:
+class Traits(Frozen):
     """Answers about a model.
 
     ``mla``: latent attention, V4's included; ``dsa``: DeepSeek sparse attention with an indexer; ``v4``: compressed
@@ -47,7 +46,7 @@ def _of_kinds(kinds: tuple[spec.Layer, ...], towers: tuple[spec.Tower, ...]) -> 
     experts = [ffn.num_experts for layer in kinds for ffn in layer.ffns if isinstance(ffn, spec.MoEFFN)]
     return Traits(
         mla=bool(latent) or v4,
-        dsa=any(mixer.indexer is not None for mixer in latent),
+        dsa=any(mixer.indexer is not None or mixer.shared_indexer for mixer in latent),
         v4=v4,
         windows=any(mixer.window or mixer.chunk for mixer in plain),
         state=any(has_state(mixer) for mixer in mixers),

@@ -6,12 +6,12 @@ Rules are looked up in ``catalog/engines/sglang.json``: the last entry of a name
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ullage.catalog import load
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 
 CATALOG = "engines/sglang.json"
@@ -40,8 +40,7 @@ def releases() -> tuple[tuple[str, str], ...]:
 VERSIONS = tuple(version for version, _date in releases())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Release:
+class Release(Frozen):
     """The release whose rules are used. ``assumed`` says how it was found, empty where it was read itself."""
 
     version: str

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 from ullage.spec.serving import ServingJob
@@ -39,8 +40,7 @@ def _versions() -> tuple[str, ...]:
 VERSIONS: tuple[str, ...] = _versions()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Version:
+class Version(Frozen):
     """A vLLM version as understood.
 
     Attributes:
@@ -114,8 +114,7 @@ def _by_date(text: str) -> str | None:
     return released[-1] if released else VERSIONS[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Frozen):
     """A job with every default filled in, and what the version does with it.
 
     Attributes:
@@ -330,7 +329,9 @@ def cache_dtype(job: ServingJob, version: Version, dtype: str) -> str:
     """
     asked = (job.kv_cache_dtype or "auto").lower()
     kinds = _mixers(job.model)
-    sparse = any(isinstance(mixer, spec.LatentAttention) and mixer.indexer for mixer in kinds)
+    sparse = any(
+        isinstance(mixer, spec.LatentAttention) and (mixer.indexer or mixer.shared_indexer) for mixer in kinds
+    )
     packed = any(isinstance(mixer, spec.CompressedAttention) for mixer in kinds)
     stored = job.model.quantization.kv_cache_dtype if job.model.quantization else None
     if asked == "auto":

@@ -6,17 +6,17 @@ equal width, so that every block of the pool costs the same; a group that is not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.specs import CacheSpec, in_flight_tokens, layer_specs
+from ullage.frozen import Frozen
 from ullage.units import cdiv
 
 LayerSpec = tuple[int, CacheSpec]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Frozen):
     """Layers with one block table; ``spec`` stands for the blocks a request takes."""
 
     layers: tuple[LayerSpec, ...]
@@ -27,8 +27,7 @@ class Group:
         return sum(one.page_bytes for index, one in self.layers if first <= index < end)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grouping:
+class Grouping(Frozen):
     """All groups of a model and the rules for counting with them."""
 
     groups: tuple[Group, ...]

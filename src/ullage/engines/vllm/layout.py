@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from ullage.account.sharding import RankShare
 from ullage.engines.vllm.defaults import Setup
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 from ullage.units import cdiv
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Frozen):
     """One pipeline stage: its share of the model, and how many equal ranks of one replica hold it."""
 
     pp_rank: int

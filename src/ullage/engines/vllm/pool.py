@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.groups import Grouping
 from ullage.engines.vllm.layout import Stage
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.units import GiB
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pool:
+class Pool(Frozen):
     """What a given amount of memory makes.
 
     Attributes:

@@ -7,7 +7,7 @@ attention, and state layers, whose page does not depend on the block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from ullage.account import kv_cache
@@ -15,14 +15,14 @@ from ullage.account.sharding import units_per_rank
 from ullage.account.state import state_tensors
 from ullage.engines.vllm.defaults import Setup, has_state
 from ullage.engines.vllm.layout import loads_mtp
+from ullage.frozen import Frozen
 from ullage.spec import model as spec
 from ullage.units import cdiv, dtype_bytes, round_up
 
 Kind = Literal["full", "latent", "window", "chunk", "state"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheSpec:
+class CacheSpec(Frozen):
     """One layer's cache.
 
     Attributes:
@@ -200,7 +200,9 @@ def _mixer_specs(setup: Setup, mixer: spec.Mixer, block: int) -> list[CacheSpec]
         if mixer.window or mixer.chunk:
             kind: Kind = "window" if mixer.window else "chunk"
             return [CacheSpec(kind=kind, block_tokens=block, page_bytes=page, window=mixer.window or mixer.chunk or 0)]
-        return [CacheSpec(kind="full", block_tokens=block, page_bytes=page)]
+        index = int(block * kv_cache.index_key_row(mixer).row_bytes)
+        pages = [page, index] if index else [page]
+        return [CacheSpec(kind="full", block_tokens=block, page_bytes=size) for size in pages]
     if isinstance(mixer, spec.LatentAttention):
         return _latent(setup, mixer, block)
     if isinstance(mixer, spec.CompressedAttention):

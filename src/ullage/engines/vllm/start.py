@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.serving import Amount, EngineStart, KvCost, RankClass
 from ullage.engines.vllm import graphs, nontorch, report
@@ -13,14 +13,14 @@ from ullage.engines.vllm.layout import Stage, stages
 from ullage.engines.vllm.loaded import loaded_weights
 from ullage.engines.vllm.pool import Pool, block_bytes, pool
 from ullage.engines.vllm.profile import activation_peak
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.serving import ServingJob
 from ullage.units import GiB
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profiled:
+class Profiled(Frozen):
     """One stage after its profiling run."""
 
     stage: Stage

@@ -7,11 +7,12 @@ towers over tensor-parallel ranks; a tower that it runs as transformers does is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Literal
 
 from ullage.errors import InputError, UnknownArchitectureError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.common import read_architecture
 from ullage.read.hf_config.keys import Keys
@@ -72,8 +73,7 @@ def table(name: str, *shape: int, split: Split = "none") -> Tensors:
     return (ExtraTensor(name=name, shape=shape, split=split, linear=False),)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderLayer:
+class EncoderLayer(Frozen):
     """The names and biases of a tower's transformer layer; sizes are given to :meth:`tensors`.
 
     ``qkv``: names of three projections, or of one that holds all; ``ups``: projections into the inner size.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ullage.errors import InputError, UnknownArchitectureError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.keys import Keys
 from ullage.read.hf_config.quantization import formats
@@ -27,8 +28,7 @@ Rules = tuple[QuantRule, ...]
 _PLAIN_IN_DEEPSEEK = r"\.(?:eh_proj|weights_proj|compressor)\."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
+class Context(Frozen):
     """What a quantisation config needs of the config around it."""
 
     model_type: str = ""
