@@ -1,0 +1,356 @@
+"""The allocator itself: search, split, merge, and what it does when nothing fits."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ullage.allocator import expandable, release
+from ullage.allocator.constants import (
+    MIN_BLOCK_BYTES,
+    ROUND_LARGE_BYTES,
+    SMALL_BYTES,
+    UNLIMITED_BYTES,
+)
+from ullage.allocator.events import Place, SegmentLayout
+from ullage.allocator.rounding import is_small, round_size, segment_bytes
+from ullage.allocator.settings import AllocatorSettings
+from ullage.allocator.state import ADDRESS_BITS, ADDRESS_MASK, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
+from ullage.units import round_up
+
+#: Where made-up segments start; any value does, ties between equal blocks apart.
+FIRST_ADDRESS = 2**40
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What the driver was asked, and how often it said no."""
+
+    num_segments_allocated: int = 0
+    num_segments_freed: int = 0
+    num_maps: int = 0
+    num_unmaps: int = 0
+    num_retries: int = 0
+    num_synchronisations: int = 0
+    num_rejections: int = 0
+
+    @property
+    def num_driver_calls(self) -> int:
+        """Return the calls that stop the GPU or the host: allocate, free, map, unmap."""
+        return self.num_segments_allocated + self.num_segments_freed + self.num_maps + self.num_unmaps
+
+
+class Request:
+    """All that is known of a request before it is served: one per (bytes, place), made once."""
+
+    __slots__ = ("bound", "by_address", "free_set", "keys", "min_rest", "requested", "rounded", "segment")
+
+    def __init__(self, requested: int, free_set_of: Callable[[bool], FreeSet], settings: AllocatorSettings) -> None:
+        self.requested = requested
+        self.rounded = rounded = round_size(requested + settings.padding_bytes, settings.divisions)
+        self.segment = segment_bytes(rounded, settings.large_segment_size_bytes)
+        free_set = self.free_set = free_set_of(is_small(rounded))
+        self.keys, self.by_address = free_set.keys, free_set.by_address
+        self.bound = rounded << ADDRESS_BITS
+        # should_split: what must be left over for the block to be split
+        if free_set.small or settings.expandable_segments:
+            self.min_rest = MIN_BLOCK_BYTES
+        else:
+            self.min_rest = SMALL_BYTES + 1 if rounded < settings.max_split_size_bytes else UNLIMITED_BYTES
+
+
+class Allocator:
+    """One device's caching allocator under some settings.
+
+    Args:
+        settings: as ``PYTORCH_ALLOC_CONF`` gives them.
+        capacity_bytes: what the driver can give to this allocator; no limit when not given.
+        total_bytes: what the driver reports as the device's memory, for fractions; ``capacity_bytes`` when not given.
+        addresses: called with the bytes of a new segment, returns where it lies.
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings,
+        *,
+        capacity_bytes: int | None = None,
+        total_bytes: int | None = None,
+        addresses: Callable[[int], int] | None = None,
+    ) -> None:
+        self.settings, self.capacity = settings, capacity_bytes
+        self.total = total_bytes if total_bytes is not None else capacity_bytes
+        self.cap = None if settings.memory_fraction is None else settings.allowed_bytes(self.total)
+        self.gc_threshold = settings.garbage_collection_threshold if self.cap is not None else 0.0
+        self.addresses = addresses or self._next_address
+        self.pools: dict[tuple[tuple[int, int], bool], Pool] = {}
+        self.segments: dict[int, Block] = {}  # base address -> first block
+        self.waiting: dict[int, Block] = {}  # freed blocks that a stream still uses
+        self.counters = Counters()
+        self.reserved = self.allocated = self.awaiting = self.requested = 0
+        self.peak_reserved = self.peak_allocated = self.peak_active = 0
+        self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
+        self._top = FIRST_ADDRESS
+        self._has_expandable = settings.expandable_segments
+        limited = settings.max_split_size_bytes != UNLIMITED_BYTES
+        self._plain = not (limited or settings.expandable_segments or self.gc_threshold)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def request(self, size_bytes: int, place: Place) -> Request:
+        """Prepare requests of a size at a place."""
+        return Request(
+            size_bytes, lambda small: self.pool(place.pool_id, small=small).free_set(place.stream), self.settings
+        )
+
+    def pool(self, pool_id: tuple[int, int], *, small: bool) -> Pool:
+        """Return a pool, a new one when it is new."""
+        found = self.pools.get((pool_id, small))
+        if found is None:
+            found = self.pools[pool_id, small] = Pool(pool_id=pool_id, small=small)
+        return found
+
+    def adopt(self, layout: list[SegmentLayout], places: list[Place]) -> dict[int, Block]:
+        """Take over segments that are already there; return their used blocks by owner."""
+        owned: dict[int, Block] = {}
+        for segment in sorted(layout, key=lambda one: one.address):
+            place = places[segment.place]
+            free_set = self.pool(place.pool_id, small=segment.small).free_set(place.stream)
+            if segment.expandable:
+                self._has_expandable, self._plain = True, False
+                first = expandable.adopt_range(self, segment, free_set)
+            else:
+                first = Block(segment.address, segment.size_bytes, free_set, FREE)
+                self.segments[segment.address] = first
+            self.reserved += segment.size_bytes
+            self._top = max(self._top, round_up(segment.address + segment.size_bytes, ROUND_LARGE_BYTES))
+            owned.update(self._fill(segment, first))
+        self.peak_reserved = self.reserved
+        self.peak_allocated, self.peak_active = self.allocated, self.allocated + self.awaiting
+        return owned
+
+    def _fill(self, segment: SegmentLayout, first: Block) -> dict[int, Block]:
+        """Cut the blocks in use out of the free stretch ``first``."""
+        owned: dict[int, Block] = {}
+        rest: Block | None = first
+        for used in segment.blocks:
+            assert rest is not None
+            if used.address > rest.address:
+                before, rest = rest, self._cut(rest, used.address - rest.address)
+                before.free_set.insert(before)
+            block = rest
+            rest = self._cut(block, used.size_bytes) if used.size_bytes < block.size else None
+            block.state, block.requested, block.owner = IN_USE, used.requested_bytes, used.owner
+            self.allocated += block.size
+            self.requested += block.requested
+            owned[used.owner] = block
+            if used.awaiting:
+                self.request_free(block)
+        if rest is not None:
+            rest.free_set.insert(rest)
+        return owned
+
+    def _cut(self, block: Block, size: int) -> Block:
+        """Shorten a block to ``size``; return the new block of the rest, which is in no set yet."""
+        rest = Block(block.address + size, block.size - size, block.free_set, FREE, block.expandable)
+        block.size = size
+        rest.insert_after(block)
+        return rest
+
+    def _next_address(self, size: int) -> int:
+        address = self._top
+        self._top = round_up(address + size, ROUND_LARGE_BYTES)
+        return address
+
+    # -- allocate -------------------------------------------------------------------------------------------------
+
+    def malloc(self, request: Request) -> Block | None:
+        """Serve a request; ``None`` when memory has run out.
+
+        Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:malloc, get_free_block, should_split, alloc_found_block.
+        """
+        keys = request.keys
+        index = bisect_left(keys, request.bound) if self._plain else self._search(request)
+        if 0 <= index < len(keys):
+            block = request.by_address.pop(keys.pop(index) & ADDRESS_MASK)
+        else:
+            acquired = self._acquire(request)
+            if acquired is None:
+                return None
+            block = acquired
+        block.state = IN_USE
+        block.requested = request.requested
+        size = request.rounded
+        if block.size - size >= request.min_rest:
+            rest = Block(block.address + size, block.size - size, block.free_set, FREE, block.expandable)
+            following = block.next
+            rest.prev, rest.next = block, following
+            if following is not None:
+                following.prev = rest
+            block.next = rest
+            block.size = size
+            rest.gc_base = rest.free_set.pool.num_calls
+            rest.key = rest.size << ADDRESS_BITS | rest.address
+            insort(keys, rest.key)
+            request.by_address[rest.address] = rest
+        else:
+            size = block.size
+        self.requested += request.requested
+        self.allocated = allocated = self.allocated + size
+        if allocated > self.peak_allocated:
+            self.peak_allocated = allocated
+        if allocated + self.awaiting > self.peak_active:
+            self.peak_active = allocated + self.awaiting
+        return block
+
+    def _search(self, request: Request) -> int:
+        """Return the index of the block to use, -1 for none, under settings that restrict the choice.
+
+        Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:get_free_block.
+        """
+        free_set, settings, size = request.free_set, self.settings, request.rounded
+        if self.gc_threshold:
+            free_set.pool.num_calls += 1
+        index = free_set.first_fit(size)
+        if index < len(free_set.keys) and self._has_expandable and free_set.at(index).expandable:
+            index = expandable.best_fit(free_set, index, growing=settings.expandable_segments)
+        if index >= len(free_set.keys):
+            return -1
+        found, most = free_set.at(index).size, settings.max_split_size_bytes
+        if size < most <= found:
+            return -1
+        if size >= most and found >= size + settings.max_non_split_rounding_bytes:
+            return -1
+        return index
+
+    def _acquire(self, request: Request) -> Block | None:
+        """Get memory from the driver, giving other memory back where that is needed.
+
+        Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:malloc; throw_on_cudamalloc_oom: pytorch@2.13. The free
+        blocks are not searched again after a release, as there.
+        """
+        if self.gc_threshold:
+            release.garbage_collect(self)
+        over_cap = self.cap is not None and self.reserved + request.segment > self.cap
+        if over_cap and self.settings.throw_on_cudamalloc_oom:
+            self.counters.num_rejections += 1
+            return None
+        block = self._alloc_block(request)
+        if block is None and release.release_available_cached_blocks(self, request):
+            block = self._alloc_block(request)
+        if block is None:
+            release.release_cached_blocks(self)
+            self.counters.num_retries += 1
+            block = self._alloc_block(request)
+        return block
+
+    def _alloc_block(self, request: Request) -> Block | None:
+        """Ask the driver once (source: as :meth:`_acquire`, alloc_block)."""
+        if self.cap is not None and self.reserved + request.segment > self.cap:
+            return None
+        if self.settings.expandable_segments:
+            return expandable.allocate(self, request.free_set, request.rounded)
+        if not self.take(request.segment):
+            return None
+        self.counters.num_segments_allocated += 1
+        address = self.addresses(request.segment)
+        block = Block(address, request.segment, request.free_set, IN_USE)
+        self.segments[address] = block
+        return block
+
+    def take(self, size: int) -> bool:
+        """Take memory from the driver, if it has that much."""
+        if self.capacity is not None and self.reserved + size > self.capacity:
+            return False
+        self.reserved += size
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
+            if self.on_growth is not None:
+                self.on_growth()
+        return True
+
+    # -- free -----------------------------------------------------------------------------------------------------
+
+    def free(self, block: Block) -> None:
+        """Give a block back that no other stream uses."""
+        self.allocated -= block.size
+        self.requested -= block.requested
+        self.give_back(block)
+
+    def request_free(self, block: Block) -> None:
+        """Give a block back that another stream still uses: it stays as it is until the event of that stream."""
+        self.allocated -= block.size
+        self.requested -= block.requested
+        self.awaiting += block.size
+        block.state = AWAITING
+        self.waiting[block.address] = block
+
+    def complete_free(self, block: Block) -> None:
+        """Free such a block; nothing happens when a synchronisation has already done so."""
+        if self.waiting.get(block.address) is block and block.state == AWAITING:
+            del self.waiting[block.address]
+            self.awaiting -= block.size
+            self.give_back(block)
+
+    def synchronise(self) -> None:
+        """Wait for the events of all streams (source: synchronize_and_free_events)."""
+        self.counters.num_synchronisations += 1
+        for block in list(self.waiting.values()):
+            self.complete_free(block)
+
+    def give_back(self, block: Block) -> None:
+        """Merge a block with its free neighbours and put it among the free ones.
+
+        Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:free_block, try_merge_blocks.
+        """
+        free_set = block.free_set
+        keys, by_address = free_set.keys, free_set.by_address
+        before = block.prev
+        if before is not None and before.state == FREE:
+            del keys[bisect_left(keys, before.key)]  # by_address keeps it: the merged block starts there too
+            before.size += block.size
+            before.next = block.next
+            if block.next is not None:
+                block.next.prev = before
+            block = before
+        after = block.next
+        if after is not None and after.state == FREE:
+            del keys[bisect_left(keys, after.key)]
+            del by_address[after.address]
+            block.size += after.size
+            block.next = after.next
+            if after.next is not None:
+                after.next.prev = block
+        block.state = FREE
+        block.gc_base = free_set.pool.num_calls
+        block.key = key = block.size << ADDRESS_BITS | block.address
+        insort(keys, key)
+        by_address[block.address] = block
+
+    def empty_cache(self) -> None:
+        """Give the free segments back to the driver."""
+        release.release_cached_blocks(self)
+
+    def blocks_of(self, base: int) -> list[Block]:
+        """Return the blocks of a segment in order."""
+        found, block = [], self.segments.get(base)
+        while block is not None:
+            found.append(block)
+            block = block.next
+        return found
+
+    def mapped_ranges(self) -> list[list[Block]]:
+        """Return the blocks of each segment, an expandable one split into its mapped ranges, as snapshots have them."""
+        ranges: list[list[Block]] = []
+        for base in sorted(self.segments):
+            current: list[Block] = []
+            for block in self.blocks_of(base):
+                if block.state == UNMAPPED:
+                    if current:
+                        ranges.append(current)
+                    current = []
+                else:
+                    current.append(block)
+            if current:
+                ranges.append(current)
+        return ranges

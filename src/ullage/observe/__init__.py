@@ -1,0 +1,1 @@
+"""REAL FILES to EVENTS: what a run left behind, read without trusting it."""

@@ -1,0 +1,300 @@
+"""Memory snapshots of PyTorch (``torch.cuda.memory._dump_snapshot``): from the file to segments and events.
+
+Source: pytorch@2.14:torch/cuda/memory.py:_snapshot, and what recordings since torch 2.0 hold. Keys come and go between
+versions, so what is not known is named, not refused; what is needed and wrong is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ullage.allocator.events import (
+    ACTIONS,
+    DEFAULT_POOL,
+    OOM,
+    BlockLayout,
+    Places,
+    Recording,
+    SegmentLayout,
+)
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.observe import safe_pickle
+
+TOP_KEYS = {
+    "segments", "device_traces", "allocator_settings", "external_annotations", "host_segments", "host_traces",
+}  # fmt: skip
+SEGMENT_KEYS = {
+    "device", "address", "total_size", "allocated_size", "active_size", "requested_size", "stream", "segment_type",
+    "segment_pool_id", "is_expandable", "frames", "blocks", "registration_counter",
+}  # fmt: skip
+BLOCK_KEYS = {"address", "size", "requested_size", "state", "frames", "history"}
+EVENT_KEYS = {
+    "action", "addr", "size", "stream", "time_us", "frames", "device_free", "pool_id", "compile_context",
+    "user_metadata", "device",
+}  # fmt: skip
+#: Actions that change nothing.
+SILENT = ("snapshot", "annotate", "user_defined", "workspace_snapshot")
+STATES = {
+    "active_allocated": False,
+    "active_awaiting_free": True,
+    "active_pending_free": True,
+    "inactive": None,
+}
+MAX_INTEGER = 2**64 - 1
+MAX_DEVICES = 1024
+
+
+@dataclass(kw_only=True)
+class DeviceMemory:
+    """One device of a snapshot: its segments when it was taken, and what was recorded before that.
+
+    Attributes:
+        segments: the segments with the blocks in use.
+        free_blocks: (segment address, block address, bytes) of the others.
+        recording: the events, oldest first; empty when the history was not recorded.
+        stacks: block address -> stack, of the blocks in use.
+        num_events: entries of the trace, those that change nothing counted too.
+        ooms: (number of the event, bytes) of the requests that were refused.
+    """
+
+    device: int
+    segments: list[SegmentLayout] = field(default_factory=list)
+    free_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    recording: Recording = field(default_factory=Recording)
+    stacks: dict[int, Any] = field(default_factory=dict)
+    num_events: int = 0
+    ooms: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """A snapshot file."""
+
+    source: str
+    devices: dict[int, DeviceMemory]
+    settings: dict[str, Any]
+    warnings: list[str]
+
+
+def read_snapshot(path: Path, *, limits: safe_pickle.Limits | None = None) -> Snapshot:
+    """Read a snapshot file, without running anything in it.
+
+    Raises:
+        InputError: the file is not a snapshot, is broken or is too large.
+    """
+    tree = safe_pickle.load(path, limits=limits)
+    try:
+        return parse_snapshot(tree, source=str(path))
+    except InputError as error:
+        raise InputError(error.what, where=f"{path}: {error.where}" if error.where else str(path)) from None
+
+
+def parse_snapshot(tree: Any, *, source: str = "") -> Snapshot:
+    """Read the plain values of a snapshot."""
+    if isinstance(tree, list):
+        tree = {"segments": tree, "device_traces": []}  # torch 1.x: the segments alone
+    if not isinstance(tree, dict) or not isinstance(tree.get("segments"), list):
+        raise InputError(_("this is no memory snapshot: it has no list of segments"))
+    reader = _Reader()
+    for segment in tree["segments"]:
+        reader.segment(segment)
+    traces = tree.get("device_traces", [])
+    if not isinstance(traces, list) or len(traces) > MAX_DEVICES:
+        raise InputError(_("device_traces must be a list with one list per device"), where="device_traces")
+    for device, events in enumerate(traces):
+        reader.trace(device, events)
+    reader.unknown("top", set(tree) - TOP_KEYS)
+    settings = tree.get("allocator_settings")
+    return Snapshot(
+        source=source,
+        devices=dict(sorted(reader.devices.items())),
+        settings=settings if isinstance(settings, dict) else {},
+        warnings=reader.warnings(),
+    )
+
+
+class _Reader:
+    """Reads segment by segment and event by event; refuses lists that stand for themselves again and again."""
+
+    def __init__(self) -> None:
+        self.devices: dict[int, DeviceMemory] = {}
+        self._places: dict[int, Places] = {}
+        self._strange: dict[str, set[str]] = {}
+        self._seen: set[int] = set()
+
+    def unknown(self, where: str, keys: set[Any]) -> None:
+        """Note keys that are not known."""
+        if keys:
+            self._strange.setdefault(where, set()).update(str(key)[:40] for key in keys)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each place with unknown keys."""
+        return [
+            _("keys of the snapshot that are not known are left out ({where}): {keys}").format(
+                where=where, keys=", ".join(sorted(keys)[:12])
+            )
+            for where, keys in sorted(self._strange.items())
+        ]
+
+    def device(self, number: int) -> DeviceMemory:
+        """Return a device, a new one when it is new."""
+        if number not in self.devices:
+            if len(self.devices) >= MAX_DEVICES:
+                raise InputError(_("more than {count} devices").format(count=MAX_DEVICES))
+            self.devices[number] = DeviceMemory(device=number)
+        return self.devices[number]
+
+    def segment(self, segment: Any) -> None:
+        """Read one segment and its blocks."""
+        where = "segments"
+        entry = self._entry(segment, where)
+        self.unknown(where, entry.keys() - SEGMENT_KEYS)
+        memory = self.device(_integer(entry, "device", where, default=0))
+        total = _integer(entry, "total_size", where)
+        address = _integer(entry, "address", where)
+        kind = entry.get("segment_type")
+        if kind not in ("small", "large"):
+            raise InputError(_("segment_type is {value!r}, not small or large").format(value=_short(kind)), where=where)
+        layout = SegmentLayout(
+            address=address,
+            size_bytes=total,
+            place=memory.recording.known_places.index(
+                _integer(entry, "stream", where, default=0), _pool(entry, "segment_pool_id", where)
+            ),
+            small=kind == "small",
+            expandable=bool(entry.get("is_expandable", False)),
+        )
+        end = address
+        for block in self._list(entry, "blocks", where):
+            end = self._block(memory, layout, end, block)
+        if end != address + total:
+            raise InputError(
+                _("the blocks of the segment at {address:#x} add up to {found}, not to {total} bytes").format(
+                    address=address, found=end - address, total=total
+                ),
+                where=where,
+            )
+        memory.segments.append(layout)
+
+    def _block(self, memory: DeviceMemory, layout: SegmentLayout, start: int, block: Any) -> int:
+        where = "segments.blocks"
+        entry = self._entry(block, where)
+        self.unknown(where, entry.keys() - BLOCK_KEYS)
+        size = _integer(entry, "size", where)
+        address = _integer(entry, "address", where, default=start)
+        if address != start or size <= 0:
+            raise InputError(
+                _("a block at {address:#x} does not follow the one before").format(address=address), where=where
+            )
+        state = entry.get("state")
+        if state not in STATES:
+            raise InputError(_("unknown state {state!r} of a block").format(state=_short(state)), where=where)
+        if STATES[state] is None:
+            memory.free_blocks.append((layout.address, address, size))
+            return address + size
+        requested, stack = _requested(entry, where, size)
+        layout.blocks.append(
+            BlockLayout(address=address, size_bytes=size, requested_bytes=requested, awaiting=bool(STATES[state]))
+        )
+        memory.stacks[address] = stack
+        return address + size
+
+    def trace(self, device: int, events: Any) -> None:
+        """Read the events of one device."""
+        where = f"device_traces[{device}]"
+        if not isinstance(events, list):
+            raise InputError(_("{name} must be a list").format(name=where), where=where)
+        if not events:
+            return
+        memory = self.device(device)
+        memory.num_events = len(events)
+        recording, codes = memory.recording, {name: code for code, name in enumerate(ACTIONS)}
+        places = recording.known_places
+        for event in events:
+            entry = self._entry(event, where)
+            if not entry.keys() <= EVENT_KEYS:
+                self.unknown(where, entry.keys() - EVENT_KEYS)
+            action = entry.get("action")
+            code = codes.get(action) if isinstance(action, str) else None
+            if code is None:
+                if action not in SILENT:
+                    self.unknown(f"{where}.action", {_short(action)})
+                continue
+            address_key = "device_free" if code == OOM else "addr"
+            address = _integer(entry, address_key, where, default=0 if code == OOM else None)
+            size = _integer(entry, "size", where)
+            place = places.index(_integer(entry, "stream", where, default=0), _pool(entry, "pool_id", where))
+            if code == OOM:
+                memory.ooms.append((len(recording), size))
+            recording.append(code, address, size, place, entry.get("frames"))
+
+    def _entry(self, value: Any, where: str) -> dict[Any, Any]:
+        """Return a dict that was not read before: real snapshots write each entry once."""
+        if not isinstance(value, dict):
+            raise InputError(_("an entry of {name} is not a dict").format(name=where), where=where)
+        if id(value) in self._seen:
+            raise InputError(_("an entry of {name} stands twice in the file").format(name=where), where=where)
+        self._seen.add(id(value))
+        return value
+
+    def _list(self, entry: dict[Any, Any], key: str, where: str) -> list[Any]:
+        value = entry.get(key)
+        if not isinstance(value, list):
+            raise InputError(_("{name} must be a list").format(name=key), where=where)
+        return value
+
+
+def _integer(entry: dict[Any, Any], key: str, where: str, *, default: int | None = None) -> int:
+    value = entry.get(key, default)
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        what = _("{name} is {value!r}, not a number of bytes or an address")
+        raise InputError(what.format(name=key, value=_short(value)), where=where)
+    return value
+
+
+def _pool(entry: dict[Any, Any], key: str, where: str) -> tuple[int, int]:
+    value = entry.get(key, DEFAULT_POOL)
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(part) is int for part in value):
+        return value[0], value[1]
+    raise InputError(_("{name} must be two numbers").format(name=key), where=where)
+
+
+def _requested(entry: dict[Any, Any], where: str, size: int) -> tuple[int, Any]:
+    """Return what was asked for and the stack; until torch 2.0 both stand in ``history``, the newest first."""
+    history = entry.get("history")
+    if isinstance(history, list) and history and isinstance(history[0], dict):
+        newest = history[0]
+        requested = entry.get("requested_size", newest.get("real_size", size))
+        stack = newest.get("frames")
+    else:
+        requested, stack = entry.get("requested_size", size), entry.get("frames")
+    if type(requested) is not int or not 0 <= requested <= size:
+        raise InputError(
+            _("requested_size is {value!r} in a block of {size} bytes").format(value=_short(requested), size=size),
+            where=where,
+        )
+    return requested, stack
+
+
+def python_frames(stack: Any, *, limit: int = 8) -> list[str]:
+    """Return the Python frames of a stack, the innermost first, as ``function (file:line)``."""
+    return list(_frames(stack, limit))
+
+
+def _frames(stack: Any, limit: int) -> Iterator[str]:
+    if not isinstance(stack, list):
+        return
+    for frame in stack[:400]:
+        if limit and isinstance(frame, dict) and str(frame.get("filename", "")).endswith(".py"):
+            limit -= 1
+            name, file, line = (str(frame.get(key, "?"))[:200] for key in ("name", "filename", "line"))
+            yield f"{name} ({file}:{line})"
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; only plain ones, because others may be large."""
+    return str(value)[:40] if isinstance(value, (str, int, float, bool)) or value is None else type(value).__name__
