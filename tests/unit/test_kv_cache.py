@@ -141,3 +141,20 @@ def test_element_bytes() -> None:
     assert element_bytes("f16") == element_bytes("bf16") == 2
     with pytest.raises(InputError):
         element_bytes("q9_9")
+
+
+def test_keys_that_choose_blocks_are_cached_besides_on_every_rank() -> None:
+    """MiniMax-M3's sparse layers: 4 KV heads of 128 twice, and one key of 128, in bf16."""
+    sparse = spec.Attention(num_heads=64, num_kv_heads=4, head_dim=128, index_key_dim=128)
+    for ranks, heads in ((1, 4), (4, 1), (8, 1)):
+        rows = mixer_rows(sparse, "bfloat16", attention_tp=ranks)
+        assert sum(row.bytes_per_token for row in rows) == 2 * heads * 128 * 2 + 128 * 2
+    fp8 = mixer_rows(sparse, "fp8", attention_tp=4)
+    assert sum(row.bytes_per_token for row in fp8) == 2 * 128 + 128 * 2
+
+
+def test_layers_that_reuse_a_choice_cache_no_index_keys() -> None:
+    reused = spec.LatentAttention(**{**vars(LATENT), "shared_indexer": True})
+    chosen = spec.LatentAttention(**{**vars(LATENT), "indexer": INDEXER})
+    assert [row.row_bytes for row in mixer_rows(reused, "fp8_ds_mla")] == [656]
+    assert [row.row_bytes for row in mixer_rows(chosen, "fp8_ds_mla")] == [656, 132]

@@ -207,3 +207,22 @@ def test_uneven_splits_name_the_tensor() -> None:
 def test_a_replicated_tensor_keeps_its_shape() -> None:
     parameter = Parameter(name="router", shape=(7, 5))
     assert split_shape(parameter, 4) == (7, 5)
+
+
+def test_a_second_table_of_tokens_splits_like_the_embedding() -> None:
+    table = spec.ExtraTensor(name="embed_tokens_per_layer.weight", shape=(1000, 96), split="vocab", linear=False)
+    projection = spec.ExtraTensor(name="per_layer_projection.weight", shape=(96, HIDDEN))
+    model = spec.Model(
+        name="two tables",
+        architecture="x",
+        hidden_size=HIDDEN,
+        vocab_size=1000,
+        dtype="bfloat16",
+        layers=(),
+        final_norms=(),
+        extras=(table, projection),
+    )
+    share = replace(whole(model), vocab_tp=4, head_tp=4, vocab_padding=64)
+    shapes = {held.placed.parameter.name: held.shape for held in rank_parameters(model, share)}
+    assert shapes["embed_tokens_per_layer.weight"] == (*shapes["model.embed_tokens.weight"][:1], 96) == (256, 96)
+    assert shapes["per_layer_projection.weight"] == (96, HIDDEN)

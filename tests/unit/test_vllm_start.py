@@ -414,3 +414,23 @@ def test_every_catalog_entry_has_unit_source_and_date() -> None:
     for name, entry in {"versions": data["versions"], **data["settings"]}.items():
         assert entry["unit"] and entry["source"] and entry["date"], name
         assert entry["values"], name
+
+
+def test_rocm_counts_what_the_driver_loads_with_the_weights_until_0_21() -> None:
+    card = replace(A100, name="MI300X", vendor="amd", compute_capability=None)
+    old, new = (start(job_of(small_model(), gpu=card, version=version)) for version in ("0.14.0", "0.21.0"))
+    assert new.figures["weights"] == start(job_of(small_model(), version="0.21.0")).figures["weights"]
+    tensors = start(job_of(small_model(), version="0.14.0")).figures["weights"]
+    assert old.figures["weights"].value > tensors.value + 128 * MiB
+    assert old.figures["non_torch"].value > new.figures["non_torch"].value
+
+
+def test_a_shared_key_projection_fills_both_slots() -> None:
+    attention = spec.Attention(num_heads=16, num_kv_heads=8, head_dim=64)
+    shared = replace(attention, value_is_key=True)
+    layer = small_model().layers[0]
+    both, one = (
+        start(job_of(small_model(layers=(replace(layer, mixers=(mixer,)),) * 4))).figures["weights"]
+        for mixer in (attention, shared)
+    )
+    assert both == one

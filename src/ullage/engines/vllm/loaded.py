@@ -15,6 +15,7 @@ from ullage.account.sharding import LocalParameter, frame_share, layer_share
 from ullage.account.weights import KEEP, KeepOr, format_of, weights_term
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage, sequence_parallel_moe
+from ullage.engines.vllm.nontorch import loaded_code
 from ullage.ledger import Term, ranged, total
 from ullage.spec import model as spec
 from ullage.units import MiB, dtype_bytes, round_up
@@ -205,6 +206,27 @@ def padded_model(setup: Setup, share_tp: int, rules: KeepOr) -> spec.Model:
     return replace(model, layers=tuple(kinds[id(layer)] for layer in model.layers))
 
 
+def with_values(model: spec.Model) -> spec.Model:
+    """Return the model with a value projection in every layer: a shared one is loaded into both slots.
+
+    Source: vllm@0.33.0:vllm/model_executor/models/gemma4.py (attention_k_eq_v: k_proj fills K and V of qkv_proj).
+    """
+    if not any(isinstance(m, spec.Attention) and m.value_is_key for layer in model.layers for m in layer.mixers):
+        return model
+    kinds = {id(layer): layer for layer in model.layers}
+    loaded = {
+        key: replace(
+            layer,
+            mixers=tuple(
+                replace(mixer, value_is_key=False) if isinstance(mixer, spec.Attention) else mixer
+                for mixer in layer.mixers
+            ),
+        )
+        for key, layer in kinds.items()
+    }
+    return replace(model, layers=tuple(loaded[id(layer)] for layer in model.layers))
+
+
 def _padded_ffn(ffn: spec.FeedForward, multiple: int, tp: int) -> spec.FeedForward:
     if not isinstance(ffn, spec.MoEFFN):
         return ffn
@@ -256,7 +278,7 @@ def loaded_weights(setup: Setup, stage: Stage) -> Term:
     job, rules = setup.job, quantization_of(setup)
     quantization = job.model.quantization if rules is KEEP else rules
     assert quantization is None or isinstance(quantization, spec.Quantization)
-    model = padded_model(setup, stage.share.expert_tp, rules)
+    model = with_values(padded_model(setup, stage.share.expert_tp, rules))
     tensors = weights_term(model, stage.share, quantization=rules, dtype=job.weights_dtype)
     children = [
         *tensors.children,
@@ -264,6 +286,7 @@ def loaded_weights(setup: Setup, stage: Stage) -> Term:
         _absorbed(setup, stage, quantization),
         _rotary(setup, stage),
         _rounding(setup, stage, quantization),
+        loaded_code(setup),
     ]
     if job.draft_model is not None and stage.last:
         drafted = replace(setup, job=replace(job, model=job.draft_model, draft_model=None, quantization=None))
