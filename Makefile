@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint locale clean
+.PHONY: demo test lint locale scoreboard clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m compileall -q src
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
@@ -26,6 +27,9 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+scoreboard: $(VENV)/ready
+	$(BIN)/ullage validate --markdown > docs/scoreboard.md
 
 locale: $(VENV)/ready-dev
 	$(BIN)/python tools/make_locale.py

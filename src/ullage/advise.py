@@ -10,6 +10,7 @@ from ullage.errors import InputError
 from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge, replicas
 from ullage.frozen import Frozen
 from ullage.i18n import _
+from ullage.spec.machine import Machine
 from ullage.spec.model import LatentAttention
 from ullage.spec.serving import ServingJob
 from ullage.units import cdiv, format_bytes
@@ -191,8 +192,7 @@ def _layouts(result: FitResult) -> Iterator[Change]:
         if extra
         else _("tensor parallel over {count} GPUs").format(count=tensor * 2),
         cost=_("{count} more GPUs").format(count=extra) if extra else _("more communication"),
-        flags=f"--on {more.num_nodes}x{more.gpus_per_node}x{machine.gpu.name} --tp {doubled.tensor_parallel_size}"
-        f" --pp {doubled.pipeline_parallel_size}",
+        flags=f"--on {machine_text(more)} --tp {doubled.tensor_parallel_size} --pp {doubled.pipeline_parallel_size}",
         job=replace(result.asked, machine=more, parallel=doubled),
     )
 
@@ -239,7 +239,7 @@ def next_command(result: FitResult) -> str:
     if result.verdict == "fits":
         return launch_line(result)
     if result.advice and result.advice[0].flags and result.advice[0].verdict != "does_not_fit":
-        return f"{fit_line(result)} {result.advice[0].flags}"
+        return _merge_flags(fit_line(result), result.advice[0].flags)
     return f"ullage explain {_largest(result)} {result.job.model.name}"
 
 
@@ -249,18 +249,34 @@ def _largest(result: FitResult) -> str:
 
 
 def fit_line(result: FitResult) -> str:
-    """Return this fit as a command line (later flags win over earlier ones)."""
+    """Return this fit as a command line."""
     job, machine = result.job, result.job.machine
     parts = [
         "ullage fit serve",
         job.model.name,
-        f"--on {machine.num_nodes}x{machine.gpus_per_node}x{_shell(machine.gpu.name)}",
+        f"--on {machine_text(machine)}",
     ]
     parts.append(f"--engine {job.engine}@{_shell(job.engine_version)}")
     if job.engine in ELASTIC_POOLS:
         parts.append(f"--tp {job.parallel.tensor_parallel_size}")
     parts.append(f"--context {result.context} --concurrency {result.concurrency}")
     return " ".join(parts)
+
+
+def machine_text(machine: Machine) -> str:
+    """Return a machine as it is typed after ``--on``: ``8xH200``, ``2x8xH20``."""
+    nodes = f"{machine.num_nodes}x" if machine.num_nodes > 1 else ""
+    return f"{nodes}{machine.gpus_per_node}x{_shell(machine.gpu.name)}"
+
+
+def _merge_flags(line: str, flags: str) -> str:
+    """Return a command line with ``flags`` (name and value in turn) in place of what it said for them."""
+    words, new = line.split(), flags.split()
+    for name, value in zip(new, [*new[1:], ""], strict=True):
+        if name in words:
+            at = words.index(name)
+            del words[at : at + (1 if value.startswith("--") or not value else 2)]
+    return " ".join(words + new)
 
 
 def _shell(text: str) -> str:

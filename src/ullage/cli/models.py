@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ullage.errors import EXIT_OK
+from ullage.errors import EXIT_OK, UllageError
 from ullage.i18n import _
+
+if TYPE_CHECKING:
+    from ullage.spec.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: Model) -> dict[str, Any]:
     """Return the counts of a model as plain values."""
     from ullage.account.parameters import count
-    from ullage.spec.codec import encode
+    from ullage.report.layers import kinds_of_layers
 
-    counts = count(model)
-    runs = encode(model)["layers"]
+    counts, costs = count(model), cache_costs(model)
     return {
         "name": model.name,
         "architecture": model.architecture,
@@ -65,25 +67,28 @@ def model_facts(model: Any) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "dtype": model.dtype,
         "quantization": model.quantization.method if model.quantization else None,
-        "layers": [{"count": run["count"], "layer": _layer_text(runs, run)} for run in runs],
-        "kv_bytes_per_token": kv_bytes_per_token(model),
+        "layers": [{"count": number, "layer": text} for number, text in kinds_of_layers(model)],
+        "kv_bytes_per_token": costs[0]["bytes_per_token"],
+        "kv_cache": costs,
         "source": model.source,
         "assumed": list(model.assumed),
     }
 
 
-def _layer_text(runs: list[dict[str, Any]], run: dict[str, Any]) -> str:
-    layer = runs[run["layer"]]["layer"] if isinstance(run["layer"], int) else run["layer"]
-    parts = [*layer.get("mixers", ()), *layer.get("ffns", ())]
-    return " + ".join(part["kind"] + (f"(window {part['window']})" if part.get("window") else "") for part in parts)
+def cache_costs(model: Model) -> list[dict[str, Any]]:
+    """Return fixed and slope of one request, whole model, in each cache format that this kind of attention has.
 
+    ``bytes_per_token`` is exact: an integer, or a float where compressed layers make it a fraction.
+    """
+    from ullage.account.request_cache import cache_cost
 
-def kv_bytes_per_token(model: Any) -> int | None:
-    """Return what one more token of a long request keeps over all layers in the model's own dtype, unsharded."""
-    from ullage.account.kv_cache import bytes_per_token
-    from ullage.errors import UllageError
-
-    try:
-        return int(bytes_per_token(model, model.dtype))
-    except UllageError:  # a cache that has no such dtype
-        return None
+    found = []
+    for dtype in (model.dtype, "fp8", "fp8_ds_mla", "nvfp4_ds_mla", "q8_0"):
+        try:
+            cost = cache_cost(model, dtype)
+        except UllageError:  # a format that this kind of attention does not have
+            continue
+        slope = cost.bytes_per_token
+        number = slope.numerator if slope.denominator == 1 else float(slope)
+        found.append({"dtype": dtype, "bytes_per_token": number, "fixed_bytes_per_request": cost.fixed_bytes})
+    return found

@@ -63,11 +63,14 @@ def print_model(facts: dict[str, Any]) -> None:
     for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
         out.print(f"  {name:<24} {facts[name]:>22,}")
     out.print(f"  {'dtype':<24} {facts['dtype']:>22}  {facts['quantization'] or ''}")
-    if facts["kv_bytes_per_token"] is not None:
-        out.print(f"  {'kv_bytes_per_token':<24} {facts['kv_bytes_per_token']:>22,}  ({_('whole model, unsharded')})")
     out.print(f"  {facts['num_layers']} {_('layers')}:")
-    for run in facts["layers"]:
-        out.print(f"    {run['count']:>4} x {run['layer']}", markup=False)
+    for kind in facts["layers"]:
+        out.print(f"    {kind['count']:>4} x {kind['layer']}", markup=False)
+    out.print(f"  {_('cache of one request, whole model, unsharded')}:")
+    for cost in facts["kv_cache"]:
+        fixed = cost["fixed_bytes_per_request"]
+        slope = f"{cost['bytes_per_token']:,} {_('B per token')}"
+        out.print(f"    {cost['dtype']:<14}{slope:>28}" + (f"  + {format_bytes(fixed)}" if fixed else ""), markup=False)
     for sentence in facts["assumed"]:
         out.print(f"  {_('assumed')}: {sentence}", markup=False, style="dim")
     out.print(f"  {_('source')}: {facts['source']}", markup=False, style="dim")
