@@ -1,0 +1,151 @@
+"""The output head and the loss: the largest single tensors of many jobs, and gone a moment later."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ullage.account.activations.saved import ALLOCATOR_BLOCK_BYTES
+from ullage.frozen import Frozen
+from ullage.units import cdiv, dtype_bytes, round_up
+
+Upcast = Literal["none", "head", "loss"]
+
+
+class LossRecipe(Frozen):
+    """How logits become a loss, as far as it decides what is alive.
+
+    Attributes:
+        kind: plain (cross entropy of PyTorch), fused (a kernel that writes the gradient over its input), chunked (the
+            head is applied to a slice of the tokens at a time), liger (fused linear cross entropy).
+        upcast: where logits become fp32: in the model's forward, in the loss function (the 16-bit logits stay), never.
+        shift_copies: the shifted logits are a copy of their own.
+        num_chunks: of a chunked loss.
+        logits_scaled: the head's output is divided by a constant, which makes one more copy in the compute dtype.
+    """
+
+    kind: Literal["plain", "fused", "chunked", "liger"] = "plain"
+    upcast: Upcast = "loss"
+    shift_copies: bool = True
+    num_chunks: int = 8
+    logits_scaled: bool = False
+
+
+class LossPeak(Frozen):
+    """Bytes alive at the worst point of the loss, and how they are made up.
+
+    Attributes:
+        forward_bytes: while the loss is computed; backward_bytes: while its gradient is.
+        head_grad_bytes: gradient of the head's weight that a fused linear loss makes in the forward pass already.
+        kept_bytes: what stays from forward to backward.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+    kept_bytes: int
+    formula: str
+    source: str
+    head_grad_bytes: int = 0
+
+
+def loss_peak(
+    recipe: LossRecipe,
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    compute_dtype: str,
+    vocab_parallel_size: int = 1,
+    head_trained: bool = True,
+) -> LossPeak:
+    """Return what the loss of ``num_tokens`` tokens needs beside the head's input.
+
+    Formula: plain, upcast in the loss function: bsV x (16-bit logits + fp32 copy 4 + shifted copy 4 + log-softmax 4);
+        backward: log-softmax 4 + gradient of the negative log likelihood 4 + gradient of the logits 4 = 12 bsV.
+        fused: the kernel writes the gradient over its input, so log-softmax and the gradients drop out.
+        liger: chunks of the logits and their fp32 copy, gradient of the input 2bsh and of the head.
+    Symbols: V is the share of the vocabulary of a vocabulary-parallel rank.
+    Source: transformers@4.48.1:loss/loss_utils.py:ForCausalLMLoss, @4.45.2:models/llama/modeling_llama.py:forward;
+        torch@2.13.0:aten/src/ATen/native/cuda/SoftMax.cu; liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py.
+    Known error: below 0.1 % against published peaks of 7B to 8B models (docs/training.md).
+    """
+    if recipe.kind == "liger":
+        return _liger(num_tokens, vocab_size, hidden_size, compute_dtype, head_trained)
+    if recipe.kind == "chunked":
+        return _chunked(recipe, num_tokens, vocab_size, hidden_size, compute_dtype)
+    width = int(dtype_bytes(compute_dtype))
+    num_logits = num_tokens * cdiv(vocab_size, vocab_parallel_size)
+    narrow = 0 if width == 4 and recipe.upcast != "none" else width
+    plain = recipe.kind == "plain"
+    if recipe.upcast == "none":
+        copies = [("logits", width)] + ([("log-softmax", width)] if plain else [])
+        backward = 3 * width if plain else width
+    else:
+        copies = [("logits", narrow)] if recipe.upcast == "loss" and narrow else []
+        copies += [("logits as fp32", 4)]
+        copies += [("shifted copy", 4)] if recipe.shift_copies else []
+        copies += [("log-softmax", 4)] if plain else []
+        backward = 12 if plain else 4 + narrow
+    per_logit = sum(size for _name, size in copies)
+    return LossPeak(
+        forward_bytes=_bytes(num_logits * per_logit),
+        backward_bytes=_bytes(num_logits * backward),
+        kept_bytes=_bytes(num_logits * (4 if plain or recipe.upcast != "none" else width)),
+        formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x ("
+        + " + ".join(f"{name} {size}" for name, size in copies)
+        + ")",
+        source="transformers@4.48.1:loss/loss_utils.py:ForCausalLMLoss",
+    )
+
+
+def _liger(num_tokens: int, vocab_size: int, hidden_size: int, compute_dtype: str, head_trained: bool) -> LossPeak:
+    """Return the peak of the fused linear cross entropy: forward computes the gradients chunk by chunk.
+
+    Formula: chunk = next power of two of ceil(bs / ceil(V/h)); chunk x V x (2 logits + 4 fp32 copy) + gradient of the
+        input 2bsh + gradient of the head 2Vh, with one product of a chunk 2Vh beside it.
+    Source: liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py:fused_linear_cross_entropy_forward.
+    """
+    width = int(dtype_bytes(compute_dtype))
+    chunk = liger_chunk(num_tokens, vocab_size, hidden_size)
+    head = _bytes(vocab_size * hidden_size * width) if head_trained else 0
+    hidden = _bytes(num_tokens * hidden_size * width)
+    logits = _bytes(chunk * vocab_size * width)
+    return LossPeak(
+        forward_bytes=logits + _bytes(num_tokens * 4) + hidden + 2 * head,
+        backward_bytes=hidden + head,
+        kept_bytes=hidden + head,
+        head_grad_bytes=head,
+        formula=f"chunk of {chunk:,} tokens x {vocab_size:,} logits + gradient of the head's input"
+        + (" + 2 x gradient of the head" if head else ""),
+        source="liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py:fused_linear_cross_entropy_forward",
+    )
+
+
+def liger_chunk(num_tokens: int, vocab_size: int, hidden_size: int) -> int:
+    """Return the tokens of one chunk: as many logits as the hidden states have elements, rounded to a power of two.
+
+    Source: liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py:fused_linear_cross_entropy_forward.
+    """
+    tokens = cdiv(num_tokens, cdiv(vocab_size, hidden_size))
+    return min(num_tokens, 1 << max(0, tokens - 1).bit_length())
+
+
+def _chunked(recipe: LossRecipe, num_tokens: int, vocab_size: int, hidden_size: int, compute_dtype: str) -> LossPeak:
+    """Return the peak of a loss over slices of the logits; without recompute the slices' logits all stay.
+
+    Source: torchtune@0.6.1:modules/loss/ce_chunked_output_loss.py:CEWithChunkedOutputLoss (fp32 one slice at a time).
+    """
+    width = int(dtype_bytes(compute_dtype))
+    chunk = cdiv(num_tokens, max(1, recipe.num_chunks))
+    logits = _bytes(num_tokens * vocab_size * width)
+    return LossPeak(
+        forward_bytes=logits + _bytes(num_tokens * vocab_size * 4) + _bytes(chunk * vocab_size * 4),
+        backward_bytes=2 * logits + _bytes(num_tokens * vocab_size * 4),
+        kept_bytes=logits + _bytes(num_tokens * vocab_size * 4),
+        formula=f"{num_tokens:,} tokens x {vocab_size:,} x (logits {width} + log-softmax 4) + fp32 slice of {chunk:,}",
+        source="torchtune@0.6.1:modules/loss/ce_chunked_output_loss.py:CEWithChunkedOutputLoss",
+    )
+
+
+def _bytes(num_bytes: int) -> int:
+    """Round up to the allocator's block."""
+    return round_up(num_bytes, ALLOCATOR_BLOCK_BYTES)

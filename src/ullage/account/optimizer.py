@@ -1,0 +1,168 @@
+"""Optimizer states and what an optimizer step needs for a moment."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Literal
+
+from ullage.errors import InputError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+from ullage.ledger import Term, exact, ranged, total
+from ullage.units import dtype_bytes
+
+#: Quantised states: one fp32 scale per block. Source: bitsandbytes@0.43.3:optim/optimizer.py:Optimizer2State
+#: (blockwise, 256 from 0.43.2 on, 2048 before), torchao@0.14:optim/subclass_8bit.py (256).
+BLOCK_8BIT = 256
+#: Source: torchao@0.14:optim/subclass_4bit.py.
+BLOCK_4BIT = 128
+#: Smaller tensors keep fp32 states. Source: bitsandbytes@0.43.3:optim/optimizer.py (min_8bit_size).
+MIN_8BIT_ELEMENTS = 4096
+
+
+class OptimizerRule(Frozen):
+    """What one optimizer keeps per parameter.
+
+    Attributes:
+        num_moments: tensors of the parameter's shape.
+        state: dtype of a moment: None means the job's own.
+        quantised: bits of quantised moments, or None.
+        factored: Adafactor: a row and a column of each matrix instead of the second moment.
+        matrices_only: Muon: one momentum for matrices; embeddings, head and vectors fall back to AdamW.
+        paged: states live in unified memory and may be evicted to the host.
+        master: an fp32 master copy of 16-bit parameters that the optimizer itself keeps.
+        temporaries: multi-tensor step: copies of all parameters alive at once (for_loop: of the largest parameter).
+    """
+
+    num_moments: int
+    quantised: Literal[4, 8] | None = None
+    factored: bool = False
+    matrices_only: bool = False
+    paged: bool = False
+    temporaries: int = 1
+    source: str = ""
+
+
+_ADAM = "torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam (exp_avg_sq_sqrt is one copy of the parameters)"
+_BNB = "bitsandbytes@0.43.3:optim/optimizer.py:Optimizer2State"
+RULES: dict[str, OptimizerRule] = {
+    "adamw": OptimizerRule(num_moments=2, source=_ADAM),
+    "adam": OptimizerRule(num_moments=2, source=_ADAM),
+    "sgd": OptimizerRule(num_moments=0, source="torch@2.13.0:torch/optim/sgd.py:_multi_tensor_sgd", temporaries=0),
+    "sgd_momentum": OptimizerRule(num_moments=1, source="torch@2.13.0:torch/optim/sgd.py", temporaries=0),
+    "lion": OptimizerRule(num_moments=1, source="arXiv:2302.06675 alg. 2"),
+    "adafactor": OptimizerRule(
+        num_moments=0, factored=True, source="transformers@5.23.0:optimization.py:Adafactor.step", temporaries=0
+    ),
+    "muon": OptimizerRule(num_moments=1, matrices_only=True, source="torch@2.13.0:torch/optim/_muon.py"),
+    "adamw_8bit": OptimizerRule(num_moments=2, quantised=8, source=_BNB, temporaries=0),
+    "paged_adamw": OptimizerRule(num_moments=2, paged=True, source=_BNB, temporaries=0),
+    "paged_adamw_8bit": OptimizerRule(num_moments=2, quantised=8, paged=True, source=_BNB, temporaries=0),
+    "lion_8bit": OptimizerRule(num_moments=1, quantised=8, source=_BNB, temporaries=0),
+    "paged_lion_8bit": OptimizerRule(num_moments=1, quantised=8, paged=True, source=_BNB, temporaries=0),
+    "adamw_4bit": OptimizerRule(num_moments=2, quantised=4, source="torchao@0.14:optim/adam.py", temporaries=0),
+}
+ALIASES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
+}
+
+
+class Trained(Frozen):
+    """The tensors that one rank's optimizer works on: (shape, how many equal ones)."""
+
+    tensors: tuple[tuple[tuple[int, ...], int], ...]
+
+    @property
+    def num_elements(self) -> int:
+        """All elements."""
+        return sum(_elements(shape) * copies for shape, copies in self.tensors)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max((_elements(shape) for shape, _copies in self.tensors), default=0)
+
+
+def rule_of(name: str) -> OptimizerRule:
+    """Return the rule of an optimizer.
+
+    Raises:
+        InputError: the optimizer is not known.
+    """
+    key = ALIASES.get(name.lower(), name.lower())
+    if key not in RULES:
+        raise InputError(
+            _("unknown optimizer {name!r}").format(name=name[:40]),
+            remedy=_("known are {known}").format(known=", ".join(RULES)),
+        )
+    return RULES[key]
+
+
+def optimizer_terms(
+    name: str, trained: Trained, *, moments: str, params: str, master: str | None, num_shards: int = 1
+) -> Term:
+    """Return the optimizer's states and master copy on one rank.
+
+    Formula: elements x (moments x bytes of the state + bytes of the master copy) / shards; 8-bit: one fp32 scale
+        per 256 elements, tensors below 4096 elements in fp32; Adafactor: rows + columns of each matrix.
+    Source: the rule's own (RULES).
+    Known error: none for full-precision states; paged states may lie on the host.
+    """
+    rule = rule_of(name)
+    num_bytes = sum(_state_bytes(rule, shape, moments) * copies for shape, copies in trained.tensors)
+    size = -(-num_bytes // num_shards)
+    children = [_maybe_paged(rule, int(size))] if size else []
+    if master is not None and dtype_bytes(master) != dtype_bytes(params):
+        copy = -(-trained.num_elements * dtype_bytes(master) // num_shards)
+        children.append(exact("master_weights", int(copy), formula=f"{trained.num_elements:,} x {master}"))
+    return total("optimizer", children, source=rule.source)
+
+
+def temporaries(name: str, trained: Trained, *, impl: str | None, params: str, num_shards: int = 1) -> int:
+    """Return the bytes an optimizer step allocates and frees again.
+
+    Formula: foreach: one copy of all parameters (square root of the second moments); fused: none; for_loop: two copies
+        of the largest tensor.
+    Source: torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam, :_fused_adam, :_single_tensor_adam.
+    """
+    rule = rule_of(name)
+    width = dtype_bytes(params)
+    if impl == "fused" or not rule.temporaries:
+        return 0
+    if impl == "for_loop":
+        return int(2 * trained.largest * width)
+    return int(rule.temporaries * trained.num_elements * width) // num_shards
+
+
+def _maybe_paged(rule: OptimizerRule, size: int) -> Term:
+    if not rule.paged:
+        return exact("moments", size, formula=f"{rule.num_moments} moments", source=rule.source)
+    return ranged("moments", size, low=0, high=size, formula="paged: may lie on the host", source=rule.source)
+
+
+def _state_bytes(rule: OptimizerRule, shape: tuple[int, ...], moments: str) -> Fraction:
+    elements = _elements(shape)
+    width = dtype_bytes(moments)
+    if rule.factored:
+        matrix = len(shape) >= 2
+        return 4 * Fraction(elements // shape[-1] + elements // shape[-2] if matrix else elements)
+    if rule.matrices_only and len(shape) < 2:
+        return 2 * elements * width
+    if rule.quantised is None:
+        return rule.num_moments * elements * width
+    if elements < MIN_8BIT_ELEMENTS:
+        return rule.num_moments * elements * Fraction(4)
+    block = BLOCK_8BIT if rule.quantised == 8 else BLOCK_4BIT
+    return rule.num_moments * (elements * Fraction(rule.quantised, 8) + Fraction(4 * -(-elements // block)))
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
