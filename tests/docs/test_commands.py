@@ -51,3 +51,9 @@ def test_the_documented_exit_codes_are_those_of_the_program():
 
     rows = re.findall(r"^\| ([a-z ]+) \| (\d) \|", (ROOT / "docs" / "verdict.md").read_text(), re.MULTILINE)
     assert {name.replace(" ", "_"): int(code) for name, code in rows} == EXIT_CODES
+
+
+@pytest.mark.parametrize(("page", "line"), [pair for pair in commands() if pair[0] == "README.md"])
+def test_a_command_of_the_readme_runs(page, line, capsys):
+    assert main(shlex.split(line)[1:]) in (0, 3, 4), line
+    assert capsys.readouterr().out
