@@ -17,6 +17,8 @@ from ullage.units import cdiv, format_bytes
 
 _RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
 MIN_BATCHED_TOKENS = 2048
+#: Shares of the device worth trying; SGLang's must leave room for activations and graphs, so smaller ones come first.
+FRACTIONS = {"vllm": (0.95,), "sglang": (0.88, 0.92, 0.95)}
 MIN_CONTEXT = 1024
 #: Where all is well, the answer comes before further advice: a few changes that are known to win much (the share of the
 #: device, the attention layout, the formats of cache and weights).
@@ -59,7 +61,8 @@ def advice(
         if sum(key[0] == _RANK["fits"] for key, _item in found) >= limit:
             break  # nothing that comes later is both cheaper and better
     found.sort(key=lambda pair: pair[0])
-    return tuple(item for _key, item in found[:limit])
+    mending = [pair for pair in found if pair[0][0] < _RANK["does_not_fit"]]
+    return tuple(item for _key, item in (mending or found)[:limit])
 
 
 def _try(
@@ -93,7 +96,7 @@ def _try(
 def _gain(before: FitResult, after: FitResult) -> int:
     """Return the room won per GPU: by needing less on the device, or by a larger share of the pool being free."""
     less = before.need.value - after.need.value
-    if before.engine.starts and after.engine.starts:
+    if after.engine.starts:
         free = [result.pool.value - result.need.kv_cache_bytes for result in (before, after)]
         less = max(less, free[1] - free[0])
     return int(less)
@@ -110,15 +113,16 @@ def candidates(result: FitResult) -> Iterator[Change]:
 def _settings(result: FitResult) -> Iterator[Change]:
     job, given = result.job, result.asked
     tokens, seqs, fraction = job.max_num_batched_tokens, job.max_num_seqs, job.memory_fraction
-    if fraction is not None and fraction < 0.95 and job.engine in ELASTIC_POOLS:
-        flag = "--gpu-memory-utilization" if job.engine == "vllm" else "--memory-fraction"
-        yield Change(
-            price=1,
-            change=_("give the engine 95 % of the device"),
-            cost=_("less is left for anything else on the card"),
-            flags=f"{flag} 0.95",
-            job=replace(given, memory_fraction=0.95),
-        )
+    for share in FRACTIONS.get(job.engine, ()):
+        if fraction is not None and fraction < share:
+            flag = "--gpu-memory-utilization" if job.engine == "vllm" else "--memory-fraction"
+            yield Change(
+                price=1,
+                change=_("give the engine {share:.0%} of the device").format(share=share),
+                cost=_("less is left for anything else on the card"),
+                flags=f"{flag} {share}",
+                job=replace(given, memory_fraction=share),
+            )
     if tokens is not None and tokens > MIN_BATCHED_TOKENS:
         lower = max(MIN_BATCHED_TOKENS, tokens // 4)
         yield Change(
