@@ -17,6 +17,7 @@ from ullage.engines.vllm.groups import grouping
 from ullage.engines.vllm.layout import stage_layers, stages
 from ullage.engines.vllm.loaded import loaded_weights, rounded
 from ullage.engines.vllm.profile import activation_peak
+from ullage.engines.vllm.workspace import at_load, at_profile, attention_bytes
 from ullage.errors import InputError, LayoutError
 from ullage.read.hf_config import read_config
 from ullage.spec import model as spec
@@ -434,3 +435,48 @@ def test_a_shared_key_projection_fills_both_slots() -> None:
         for mixer in (attention, shared)
     )
     assert both == one
+
+
+def _sparse_setup(name: str, version: str, **fields: Any) -> Any:
+    model = model_of(name)
+    parallel = ServingParallel(tensor_parallel_size=8)
+    job = job_of(model, version=version, gpus=8, parallel=parallel, max_num_batched_tokens=8192, **fields)
+    setup = resolve(job)
+    return setup, stages(setup)[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "workspace"),
+    [
+        ("0.12.0", 0),
+        ("0.14.0", 5 * 163840 * 576 * 2),
+        ("0.20.0", 5 * 163840 * 576 * 2 + 8192 * 16 * 576 * 2),
+        ("0.33.0", 5 * 163840 * 576 * 2 + 8192 * (16 * 576 + 64 * (576 + 512) + 16 * 512) * 2),
+    ],
+)
+def test_sparse_attention_reserves_its_workspace_with_the_weights(version: str, workspace: int) -> None:
+    """V3.2 at 163,840 tokens with the packed cache: five rows a token, from 0.32 on queries and outputs too."""
+    setup, stage = _sparse_setup("deepseek-ai/DeepSeek-V3.2", version, max_model_len=163840, kv_cache_dtype="fp8")
+    assert attention_bytes(setup, stage) == workspace
+    buffers = at_load(setup, stage)
+    assert buffers.bytes == workspace + 8192 * 2048 * 4
+    assert buffers.low_bytes == 8192 * 2048 * 4
+    assert at_profile(setup, stage) == 0  # 40 x 163,840 x 132 B of gathered keys fit inside it
+
+
+def test_v4_gathers_keys_in_the_profiling_run() -> None:
+    """Gathered index keys, ten a token, against four requests' compressed entries, window and batch."""
+    setup, stage = _sparse_setup("deepseek-ai/DeepSeek-V4-Flash", "0.25.0", max_model_len=1 << 20)
+    assert at_profile(setup, stage) == max(10 * (1 << 20) * 132, 4 * ((1 << 18) + 128 + 8192) * 512 * 2)
+    short, _stage = _sparse_setup("deepseek-ai/DeepSeek-V4-Flash", "0.25.0", max_model_len=4096)
+    assert at_profile(short, stage) == 4 * (1024 + 128 + 8192) * 512 * 2
+    streams = 8192 * 4 * 4096 * 2
+    assert at_load(setup, stage).bytes == streams + 8192 * 512 * 4
+    newer, stage = _sparse_setup("deepseek-ai/DeepSeek-V4-Flash", "0.33.0", max_model_len=4096)
+    assert at_load(newer, stage).bytes == 8192 * 512 * 4
+
+
+def test_dense_attention_has_no_such_buffers() -> None:
+    setup = resolve(job_of(small_model()))
+    stage = stages(setup)[0]
+    assert at_load(setup, stage).high_bytes == at_profile(setup, stage) == 0

@@ -329,9 +329,7 @@ def cache_dtype(job: ServingJob, version: Version, dtype: str) -> str:
     """
     asked = (job.kv_cache_dtype or "auto").lower()
     kinds = _mixers(job.model)
-    sparse = any(
-        isinstance(mixer, spec.LatentAttention) and (mixer.indexer or mixer.shared_indexer) for mixer in kinds
-    )
+    sparse = any(isinstance(mixer, spec.LatentAttention) and (mixer.indexer or mixer.shared_indexer) for mixer in kinds)
     packed = any(isinstance(mixer, spec.CompressedAttention) for mixer in kinds)
     stored = job.model.quantization.kv_cache_dtype if job.model.quantization else None
     if asked == "auto":

@@ -16,6 +16,7 @@ from ullage.account.weights import KEEP, KeepOr, format_of, weights_term
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage, sequence_parallel_moe
 from ullage.engines.vllm.nontorch import loaded_code
+from ullage.engines.vllm.workspace import at_load
 from ullage.ledger import Term, ranged, total
 from ullage.spec import model as spec
 from ullage.units import MiB, dtype_bytes, round_up
@@ -287,6 +288,7 @@ def loaded_weights(setup: Setup, stage: Stage) -> Term:
         _rotary(setup, stage),
         _rounding(setup, stage, quantization),
         loaded_code(setup),
+        at_load(setup, stage),
     ]
     if job.draft_model is not None and stage.last:
         drafted = replace(setup, job=replace(job, model=job.draft_model, draft_model=None, quantization=None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage, expert_parallel_size
+from ullage.engines.vllm.workspace import at_profile, logits_bytes
 from ullage.ledger import Term, ranged
 from ullage.spec import model as spec
 from ullage.units import GiB, MiB, dtype_bytes
@@ -114,10 +115,11 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
     """
     model, tokens = setup.job.model, setup.tokens
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
-    widest = 0
+    widest, logits = 0, logits_bytes(setup, stage)
     for layer in {id(layer): layer for layer in model.layers[slice(*stage.share.layers)]}.values():
         for mixer in layer.mixers:
-            widest = max(widest, tokens * _attention_width(mixer, stage.share.attention_tp) * element)
+            scores = logits if getattr(mixer, "indexer", None) is not None else 0
+            widest = max(widest, tokens * _attention_width(mixer, stage.share.attention_tp) * element + scores)
         for block in layer.ffns:
             if isinstance(block, spec.MoEFFN):
                 widest = max(widest, moe_bytes(setup, block, stage, element))
@@ -153,10 +155,10 @@ def encoder_high_bytes(setup: Setup) -> int:
 def activation_peak(setup: Setup, stage: Stage) -> Term:
     """Return the activation peak: torch's peak during the profiling run less what was allocated before it.
 
-    Formula: cuBLAS workspace + max(forward, sampler).
+    Formula: cuBLAS workspace + sparse attention's + max(forward, sampler).
     Source: vllm@0.33.0:vllm/utils/mem_utils.py:memory_profiling; see :func:`sampler_bytes`, :func:`forward_bytes`.
     """
-    workspace = cublas_workspace(setup)
+    workspace = cublas_workspace(setup) + at_profile(setup, stage)
     forward, forward_high = forward_bytes(setup, stage)
     samples = stage.last and not setup.pooling
     path, other = sampler_path(setup)
@@ -184,5 +186,5 @@ def _formula(setup: Setup, path: str, forward: int, sampler: int, workspace: int
     each = SORT_BYTES_EACH if path == "sort" else IN_PLACE_BYTES_EACH
     return (
         f"max(forward of {setup.tokens:,} tokens {forward / GiB:.2f} GiB, sampler of {setup.rows:,} rows x "
-        f"{setup.job.model.vocab_size:,} x {each} B {sampler / GiB:.2f} GiB) + cuBLAS {workspace / MiB:.0f} MiB"
+        f"{setup.job.model.vocab_size:,} x {each} B {sampler / GiB:.2f} GiB) + workspaces {workspace / MiB:.0f} MiB"
     )
