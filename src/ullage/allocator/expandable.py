@@ -108,6 +108,8 @@ def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
     if not allocator.take(mapped):
         return None
     allocator.counters.num_maps += 1
+    if allocator.on_map is not None:
+        allocator.on_map(block.address, mapped)
     free_set.remove_unmapped(block)
     if mapped < block.size:
         rest = Block(block.address + mapped, block.size - mapped, free_set, UNMAPPED, True)

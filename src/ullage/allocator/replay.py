@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from ullage.allocator import expandable
 from ullage.allocator.constants import SMALL_BYTES, SMALL_SEGMENT_BYTES
 from ullage.allocator.events import (
     ALLOC,
@@ -30,7 +31,6 @@ from ullage.allocator.rounding import round_size
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.simulate import Allocator, Request
 from ullage.allocator.state import FREE, IN_USE, Block
-from ullage.errors import InputError
 from ullage.i18n import _
 
 
@@ -112,11 +112,41 @@ def _undo_event(undo: _Undo, kind: int, address: int, size: int, place: int, set
         undo.segments[address] = SegmentLayout(
             address=address, size_bytes=size, place=place, small=size == SMALL_SEGMENT_BYTES
         )
-    elif kind in (SEGMENT_MAP, SEGMENT_UNMAP):
-        raise InputError(
-            _("the recording has expandable segments; replaying those is not supported yet"),
-            remedy=_("record with expandable_segments:False to check the placement"),
-        )
+    elif kind == SEGMENT_MAP:
+        undo.num_inconsistent += not unmap_range(undo.segments, address, size)
+    elif kind == SEGMENT_UNMAP:
+        map_range(undo.segments, address, size, place)
+
+
+def unmap_range(segments: dict[int, SegmentLayout], address: int, size: int) -> bool:
+    """Take a range out of the mapped ranges; tell whether it was mapped."""
+    base = max((one for one in segments if one <= address), default=None)
+    if base is None or not segments[base].expandable or address + size > base + segments[base].size_bytes:
+        return False
+    whole = segments.pop(base)
+    for start, end in ((base, address), (address + size, base + whole.size_bytes)):
+        if end > start:
+            segments[start] = _mapped(start, end - start, whole.place, whole.small)
+    return True
+
+
+def map_range(segments: dict[int, SegmentLayout], address: int, size: int, place: int) -> None:
+    """Add a mapped range, as part of those of the same place that it touches."""
+    small = size == SMALL_SEGMENT_BYTES  # a small segment is mapped page by page, unlike a large one
+    before = next(
+        (one for one in segments.values() if one.expandable and one.address + one.size_bytes == address), None
+    )
+    after = segments.get(address + size)
+    for other in (before, after):
+        if other is not None and other.expandable and other.place == place:
+            del segments[other.address]
+            address, size = min(address, other.address), size + other.size_bytes
+            small = other.small
+    segments[address] = _mapped(address, size, place, small)
+
+
+def _mapped(address: int, size: int, place: int, small: bool) -> SegmentLayout:
+    return SegmentLayout(address=address, size_bytes=size, place=place, small=small, expandable=True)
 
 
 def _distribute(segments: list[SegmentLayout], blocks: dict[int, BlockLayout]) -> int:
@@ -180,6 +210,8 @@ class Replayer:
         self.placement = Placement()
         self._pending: deque[tuple[int, int]] = deque()
         self.allocator = Allocator(settings, addresses=self._recorded_address)
+        self.allocator.on_map = self._check_map
+        self._unlike_maps = 0
         self._requests: dict[tuple[int, int], Request] = {}
         places = recording.known_places.places
         for number, block in enumerate(block for segment in beginning for block in segment.blocks):
@@ -188,9 +220,16 @@ class Replayer:
         self._live: dict[int, Block] = {block.address: block for block in owned.values()}
 
     def _recorded_address(self, size: int) -> int:
-        if self._pending and self._pending[0][1] == size:
-            return self._pending.popleft()[0]
-        return -1
+        if not self._pending:
+            return -1
+        if self.allocator.settings.expandable_segments:  # addresses are reserved here, _check_map takes what is mapped
+            return self._pending[0][0]
+        return self._pending.popleft()[0] if self._pending[0][1] == size else -1
+
+    def _check_map(self, address: int, size: int) -> None:
+        """Compare a mapping with the recorded one; the first of a new segment says where that lies."""
+        recorded = self._pending.popleft() if self._pending else (-1, 0)
+        self._unlike_maps += recorded != (address, size)
 
     def run(self) -> Placement:
         """Run to the end, or to where the recording and the simulator part for good."""
@@ -206,10 +245,12 @@ class Replayer:
             elif kind == FREE_REQUESTED:
                 if address in live:
                     allocator.request_free(live[address])
-            elif kind == SEGMENT_ALLOC:
+            elif kind in (SEGMENT_ALLOC, SEGMENT_MAP):
                 self._pending.append((address, size))
             elif kind == SEGMENT_FREE:
                 self._free_segment(at, address)
+            elif kind == SEGMENT_UNMAP:
+                self._unmap(at, address, size)
         return self.placement
 
     def _alloc(self, at: int, address: int, size: int, place: int) -> bool:
@@ -217,11 +258,11 @@ class Replayer:
         if request is None:
             known = self.recording.known_places.places[place]
             request = self._requests[size, place] = self.allocator.request(size, known)
-        expected_segments = len(self._pending)
+        self._unlike_maps = 0
         block = self.allocator.malloc(request)
         assert block is not None  # nothing limits a replay
         self.placement.checked += 1
-        if block.address == address and not (expected_segments and self._pending):
+        if block.address == address and not self._pending and not self._unlike_maps:
             self.placement.equal += 1
             self._live[address] = block
             return True
@@ -239,6 +280,8 @@ class Replayer:
         """Undo the placement and put the block where the recording has it, if memory is free there."""
         allocator = self.allocator
         allocator.free(wrong)
+        if wrong.expandable or allocator.settings.expandable_segments:
+            return False
         if wrong.whole and wrong.address < 0:
             release_block(allocator, wrong)
         while self._pending:
@@ -278,12 +321,25 @@ class Replayer:
                 "event {at}: the segment at {address:#x} was given back while in use"
             ).format(at=at, address=address)
 
+    def _unmap(self, at: int, address: int, size: int) -> None:
+        """Unmap what the recording unmapped, if the free block around it gives exactly that."""
+        for pool in self.allocator.pools.values():
+            for block in pool.blocks():
+                if block.expandable and block.address <= address and address + size <= block.address + block.size:
+                    expandable.unmap(self.allocator, block)
+                    return
+        if not self.placement.first_difference:
+            self.placement.first_difference = _("event {at}: memory at {address:#x} was unmapped while in use").format(
+                at=at, address=address
+            )
+
     def compare_final(self, final: list[SegmentLayout]) -> None:
         """Count the segments whose blocks lie at the end as the snapshot has them."""
         self.placement.final_segments = len(final)
+        ranges = {blocks[0].address: blocks for blocks in self.allocator.mapped_ranges()}
         for segment in final:
             recorded = [(one.address, one.size_bytes, one.requested_bytes) for one in segment.blocks]
-            blocks = self.allocator.blocks_of(segment.address)
+            blocks = ranges.get(segment.address, [])
             simulated = [(one.address, one.size, one.requested) for one in blocks if one.state != FREE]
             total = sum(one.size for one in blocks)
             self.placement.final_equal += recorded == simulated and total == segment.size_bytes

@@ -90,6 +90,7 @@ class Allocator:
         self.reserved = self.allocated = self.awaiting = self.requested = 0
         self.peak_reserved = self.peak_allocated = self.peak_active = 0
         self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
+        self.on_map: Callable[[int, int], None] | None = None  # called with what an expandable segment maps
         self._top = FIRST_ADDRESS
         self._has_expandable = settings.expandable_segments
         limited = settings.max_split_size_bytes != UNLIMITED_BYTES
