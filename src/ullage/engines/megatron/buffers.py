@@ -1,0 +1,161 @@
+"""Buffers that stay: GEMM workspaces, Megatron-LM's global buffer, stage inputs, rotary tables, dummy gradients."""
+
+from __future__ import annotations
+
+from ullage.engines.megatron.defaults import Settings
+from ullage.engines.megatron.layout import Chunk
+from ullage.engines.megatron.params import RankTensor
+from ullage.engines.megatron.shape import Sizes
+from ullage.ledger import Certainty, Term, exact, ranged
+from ullage.spec.model import Attention, LatentAttention, MoEFFN
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB, tensor_bytes
+
+WORKSPACE = "pytorch@2.9:aten/src/ATen/cuda/CublasHandlePool.cpp:getWorkspaceForHandle"
+TE_WORKSPACE = "TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:get_cublas_workspace_size_bytes"
+TE_STREAMS, USERBUFFER_STREAMS = 4, 3
+
+
+def buffers(
+    job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes, tensors: tuple[RankTensor, ...]
+) -> tuple[Term, ...]:
+    """Return the persistent buffers of a rank."""
+    return (
+        _cublas(job, settings, parts),
+        _te_workspace(job, settings, parts),
+        _global_buffer(job, settings, parts, sizes),
+        _stage_inputs(job, parts, sizes),
+        _rotary(job, settings, sizes),
+        _dummy_gradients(job, settings, tensors),
+    )
+
+
+def has_moe(job: TrainingJob, parts: tuple[Chunk, ...]) -> bool:
+    """Say whether one of the chunks holds a mixture of experts."""
+    return any(
+        isinstance(block, MoEFFN) for chunk in parts for index in chunk.layers for block in job.model.layers[index].ffns
+    )
+
+
+def _cublas(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...]) -> Term:
+    """PyTorch's own GEMMs keep one workspace for the main thread's handle and one for autograd's.
+
+    They run in the output layer, in unfused attention, in the router and everywhere under ``local``.
+    """
+    uses = not settings.transformer_engine or settings.attention in ("unfused", "local")
+    uses = uses or any(chunk.head for chunk in parts) or has_moe(job, parts)
+    each = settings.cublas_workspace_bytes
+    number = 2 if uses else 0
+    if settings.flags.get("env.CUBLAS_WORKSPACE_CONFIG") or each < 32 * MiB:
+        return exact("cublas_workspaces", number * each, formula=f"{number} x {each}", source=WORKSPACE)
+    capability = job.machine.gpu.compute_capability or (9, 0)
+    low = number * (each if capability < (10, 0) else 8 * MiB + 128 * 1024)
+    return ranged(
+        "cublas_workspaces",
+        number * each,
+        low=low,
+        high=number * each,
+        formula=f"{number} x {each}",
+        source=WORKSPACE,
+    )
+
+
+def _te_workspace(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...]) -> Term:
+    """Transformer Engine's workspace; grouped GEMM has four more, overlapped TP communication three in all.
+
+    The router's GEMM is Transformer Engine's even where layers are local.
+    """
+    if not settings.transformer_engine and not has_moe(job, parts):
+        return exact("te_workspaces", 0)
+    number = USERBUFFER_STREAMS if settings.on("tp-comm-overlap") else 1
+    if settings.grouped_gemm and has_moe(job, parts):
+        number += TE_STREAMS
+    each = settings.te_workspace_bytes
+    return exact("te_workspaces", number * each, formula=f"{number} x {each}", source=TE_WORKSPACE)
+
+
+def _global_buffer(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes) -> Term:
+    """The global buffer ``mpu``: attention scores of the local kernel, or the gathered input of a Megatron linear.
+
+    Formula: max(b * a/t * s^2 local attention, b * s * h where sequence parallel meets a Megatron-LM linear).
+    Source: Megatron-LM@adc69db:megatron/core/utils.py:GlobalMemoryBuffer, transformer/dot_product_attention.py,
+    tensor_parallel/layers.py:LinearWithGradAccumulationAndAsyncCommunication.
+    """
+    elements, formula = 0, ""
+    if settings.attention == "local":
+        for chunk in parts:
+            for index in chunk.layers:
+                for part in job.model.layers[index].mixers:
+                    if isinstance(part, Attention):
+                        scores = sizes.scores(part.num_heads, cross=part.cross)
+                        if scores > elements:
+                            elements, formula = scores, "b*a/t*s^2"
+    gathers = any(chunk.head for chunk in parts) or not settings.transformer_engine
+    gathered = _gathered_for_experts(job, settings, parts, sizes)
+    if gathered > elements:
+        elements, formula = gathered, "n*h*t_e*EP"
+    if job.parallel.sequence_parallel and gathers and sizes.tokens * job.model.hidden_size > elements:
+        elements, formula = sizes.tokens * job.model.hidden_size, "b*s*h"
+    return exact(
+        "global_memory_buffer",
+        tensor_bytes(elements, job.precision.compute),
+        formula=formula,
+        source="Megatron-LM@adc69db:megatron/core/utils.py:GlobalMemoryBuffer",
+    )
+
+
+def _gathered_for_experts(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes) -> int:
+    """Elements that the allgather dispatcher gathers from all ranks of the expert group.
+
+    Source: Megatron-LM@adc69db:megatron/core/transformer/moe/token_dispatcher.py:MoEAllGatherTokenDispatcher.
+    """
+    ranks = job.parallel.expert_parallel_size * (job.parallel.expert_tensor_parallel_size or sizes.tensor)
+    if settings.dispatcher != "allgather" or ranks == 1 or not has_moe(job, parts):
+        return 0
+    return sizes.stream_tokens * job.model.hidden_size * ranks
+
+
+def _stage_inputs(job: TrainingJob, parts: tuple[Chunk, ...], sizes: Sizes) -> Term:
+    """The last micro-batch's input of each chunk and its gradient: the module holds on to them.
+
+    Formula: 2 * b*s*h/(c*t_sp) per chunk that receives.
+    Source: Megatron-LM@adc69db:megatron/core/transformer/transformer_block.py:TransformerBlock.set_input_tensor.
+    """
+    number = sum(chunk.receives for chunk in parts) if job.parallel.pipeline_parallel_size > 1 else 0
+    each = tensor_bytes(sizes.stream_tokens * job.model.hidden_size, job.precision.compute)
+    return exact("stage_inputs", 2 * number * each, formula=f"2 x {number} x b*s*h", source="")
+
+
+def _rotary(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
+    """Cached rotary tables: s x d fp32 (MLA: cosine and sine)."""
+    width = 0
+    for layer in job.model.layers[:1]:
+        for part in layer.mixers:
+            if isinstance(part, LatentAttention):
+                width = 2 * part.qk_rope_head_dim
+            elif isinstance(part, Attention) and not job.model.learned_positions:
+                width = part.head_dim
+    if settings.flags.get("position-embedding-type") == "none":
+        width = 0
+    return exact("rotary_tables", 4 * width * job.seq_len, formula="4*s*d")
+
+
+def _dummy_gradients(job: TrainingJob, settings: Settings, tensors: tuple[RankTensor, ...]) -> Term:
+    """Transformer Engine's dummy weight gradients under fused accumulation: one per distinct weight shape.
+
+    Formula: sum over distinct shapes (rows, columns) of rows * columns in the parameter format.
+    Source: TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:get_dummy_wgrad.
+    """
+    if not (settings.transformer_engine and settings.wgrad_fusion):
+        return exact("dummy_weight_gradients", 0)
+    shapes = {tensor.shape for tensor in tensors if tensor.linear and not tensor.name.endswith((".gate.weight",))}
+    elements = sum(shape[0] * shape[1] for shape in shapes)
+    return Term(
+        name="dummy_weight_gradients",
+        bytes=tensor_bytes(elements, job.precision.params),
+        low_bytes=0,
+        high_bytes=tensor_bytes(elements, job.precision.params),
+        certainty=Certainty.MODELLED,
+        formula=f"{len(shapes)} shapes, {elements} elements",
+        source="TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:get_dummy_wgrad",
+    )

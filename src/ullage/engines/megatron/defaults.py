@@ -1,0 +1,170 @@
+"""What Megatron-LM takes when a flag is not given, and the few flags that decide kernels.
+
+Mirrors Megatron-LM@adc69db (October 2025) to @d98e8a6 (August 2026) and Transformer Engine 2.8 to 2.11.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB
+
+VERSIONS = ("adc69db", "d98e8a6")
+
+Kernel = Literal["flash", "fused", "unfused", "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A job's Megatron-LM settings with every default filled in.
+
+    Attributes:
+        transformer_engine: layers of Transformer Engine; False: ``--transformer-impl local``.
+        attention: flash-attn, cuDNN's fused kernel, Transformer Engine's unfused, or Megatron's local one.
+        fused_loss: ``native`` (torch.compile), ``te`` (Triton, in place), or None.
+        wgrad_fusion: weight gradients are accumulated into the main gradient by the GEMM.
+        cublas_workspace_bytes: of one PyTorch cuBLAS workspace (handle and stream).
+        te_workspace_bytes: of one Transformer Engine cuBLAS workspace.
+        flags: every flag kept on the job.
+    """
+
+    transformer_engine: bool
+    attention: Kernel
+    attention_sure: bool
+    hidden_dropout: float
+    attention_dropout: float
+    fused_activation: bool
+    fused_rope: bool
+    fused_loss: Literal["native", "te"] | None
+    wgrad_fusion: bool
+    distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    grouped_gemm: bool
+    permute_fusion: bool
+    dispatcher: Literal["alltoall", "allgather", "flex"]
+    capacity_factor: float | None
+    router_dtype: str
+    precision_aware: bool
+    fp8_param_gather: bool
+    cublas_workspace_bytes: int
+    te_workspace_bytes: int
+    modern: bool
+    flags: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def on(self, name: str) -> bool:
+        """Say whether a switch is set."""
+        return self.flags.get(name, "").lower() in ("true", "1", "yes")
+
+    def count(self, name: str, default: int) -> int:
+        """Return a whole number, checked by the reader."""
+        text = self.flags.get(name, "")
+        if text and not text.isdigit():
+            raise InputError(_("--{name} needs a whole number, not {text!r}").format(name=name, text=text[:40]))
+        return int(text) if text else default
+
+
+def resolve(job: TrainingJob) -> tuple[Settings, tuple[str, ...]]:
+    """Fill in the defaults; the sentences say what was assumed.
+
+    A job without a command line takes what Megatron-LM's recipes for large models set: no dropout, Transformer Engine,
+    fused loss as stated, alltoall dispatch with grouped GEMM.
+    """
+    flags = dict(job.flags)
+    native = flags.get("native") == "true"
+    on = {name for name, value in flags.items() if value.lower() in ("true", "1", "yes")}
+    engine = flags.get("transformer-impl", "transformer_engine") != "local" and flags.get("spec") != "local"
+    kernel, sure = _attention(job, flags, engine)
+    assumed = [] if sure else [_("attention kernel: {kernel}, as Transformer Engine chooses").format(kernel=kernel)]
+    capability = job.machine.gpu.compute_capability or (9, 0)
+    dropout = "0.1" if native else "0"
+    return Settings(
+        transformer_engine=engine,
+        attention=kernel,
+        attention_sure=sure,
+        hidden_dropout=float(flags.get("hidden-dropout") or dropout),
+        attention_dropout=float(flags.get("attention-dropout") or dropout),
+        fused_activation=_fused_activation(job, on),
+        fused_rope="no-rope-fusion" not in on and engine,
+        fused_loss=_fused_loss(job, flags),
+        wgrad_fusion="no-gradient-accumulation-fusion" not in on,
+        distributed_optimizer=job.parallel.zero_stage >= 1,
+        overlap_grad_reduce="overlap-grad-reduce" in on,
+        grouped_gemm="moe-grouped-gemm" in on or not native,
+        permute_fusion="moe-permute-fusion" in on or not native,
+        dispatcher=_dispatcher(flags, native),
+        capacity_factor=float(flags["moe-expert-capacity-factor"]) if "moe-expert-capacity-factor" in flags else None,
+        router_dtype={"fp32": "float32", "fp64": "float64"}.get(flags.get("moe-router-dtype", ""), "bfloat16"),
+        precision_aware="use-precision-aware-optimizer" in on or (not native and job.precision.moments != "float32"),
+        fp8_param_gather="fp8-param-gather" in on,
+        cublas_workspace_bytes=cublas_workspace(flags.get("env.CUBLAS_WORKSPACE_CONFIG", ""), capability),
+        te_workspace_bytes=32 * MiB + 1024 if capability >= (9, 0) else 4 * MiB,
+        modern=not native,
+        flags=flags,
+    ), tuple(assumed)
+
+
+def _dispatcher(flags: dict[str, str], native: bool) -> Literal["alltoall", "allgather", "flex"]:
+    given = flags.get("moe-token-dispatcher-type") or ("allgather" if native else "alltoall")
+    if given in ("alltoall", "alltoall_seq"):
+        return "alltoall"
+    return "flex" if given == "flex" else "allgather"
+
+
+def _fused_loss(job: TrainingJob, flags: dict[str, str]) -> Literal["native", "te"] | None:
+    """``--cross-entropy-loss-fusion`` is native unless ``--cross-entropy-fusion-impl te`` is given.
+
+    Without a command line a fused loss is taken as Transformer Engine's, the one that saves memory.
+    """
+    if job.loss not in ("fused", "liger", "chunked"):
+        return None
+    if flags.get("native") == "true":
+        return "te" if flags.get("cross-entropy-fusion-impl") == "te" else "native"
+    return "te"
+
+
+def _fused_activation(job: TrainingJob, on: set[str]) -> bool:
+    """Fused bias with GeLU or SwiGLU is on by default; GeLU's needs a bias."""
+    gated = any(getattr(block, "gated", False) for layer in job.model.layers for block in layer.ffns)
+    return "no-bias-swiglu-fusion" not in on if gated else "no-bias-gelu-fusion" not in on
+
+
+def cublas_workspace(config: str, capability: tuple[int, int]) -> int:
+    """Bytes of one PyTorch cuBLAS workspace: one per thread's handle and stream.
+
+    Formula: sum of size x count over ``:size:count`` pairs, size in KiB; else 32 MiB from Hopper on, 8.125 MiB before.
+    Source: pytorch@2.9:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize. Known error: before PyTorch
+    2.8 Blackwell took 8.125 MiB.
+    """
+    sizes = [part for part in config.split(":") if part]
+    if sizes and len(sizes) % 2 == 0 and all(part.isdigit() and len(part) < 9 for part in sizes):
+        return sum(int(size) * int(times) * 1024 for size, times in zip(sizes[::2], sizes[1::2]))
+    return 32 * MiB if capability >= (9, 0) else 8 * MiB + 128 * 1024
+
+
+def _attention(job: TrainingJob, flags: dict[str, str], engine: bool) -> tuple[Kernel, bool]:
+    """The attention kernel, and whether that is certain.
+
+    Left to itself, Transformer Engine takes cuDNN's kernel from Hopper on and flash-attn before; where only
+    deterministic kernels are allowed, cuDNN's backward drops out on Ampere and on Blackwell.
+
+    Source: TransformerEngine@v2.8:transformer_engine/pytorch/attention/dot_product_attention/utils.py:
+    get_attention_backend.
+    """
+    if not engine:
+        return "local", True
+    backend = flags.get("attention-backend", "auto")
+    named: dict[str, Kernel] = {"flash": "flash", "fused": "fused", "unfused": "unfused", "local": "local"}
+    if backend in named:
+        return named[backend], True
+    if backend == "auto" and flags.get("native") != "true" and job.attention is not None:
+        given: dict[str, Kernel] = {"flash": "fused", "sdpa": "fused", "eager": "unfused", "unfused": "unfused"}
+        return given[job.attention], job.attention != "flash"
+    capability = job.machine.gpu.compute_capability or (9, 0)
+    deterministic = flags.get("env.NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0" or flags.get("deterministic-mode")
+    if capability < (9, 0) or (deterministic and capability >= (10, 0)):
+        return "flash", False
+    return "fused", False

@@ -1,0 +1,158 @@
+"""The parameters of one rank as Megatron-LM holds them: shares under TP, EP and ETP, in buckets' order.
+
+Fused projections (q, k and v; gate and up) are one tensor, since block rounding and dummy gradients go by tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ullage.account.parameters import Parameter, Role, layer_parameters, model_parameters
+from ullage.engines.megatron.layout import Chunk, Groups
+from ullage.errors import LayoutError
+from ullage.i18n import _
+from ullage.spec.model import Layer, Model
+from ullage.spec.training import TrainingJob
+
+_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTensor:
+    """One parameter on one rank; ``expert``: sharded over the expert groups; ``linear``: weight of a GEMM."""
+
+    name: str
+    shape: tuple[int, ...]
+    copies: int = 1
+    expert: bool = False
+    linear: bool = False
+    shared_embedding: bool = False
+    fp32: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all copies."""
+        return math.prod(self.shape) * self.copies
+
+
+def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups) -> list[RankTensor]:
+    """Parameters of a chunk in module order: embedding, layers, final norm, multi-token prediction, head.
+
+    A tied head on another stage than the embedding is a second copy of it; so is the embedding beside MTP layers.
+    Source: Megatron-LM@adc69db:megatron/core/models/gpt/gpt_model.py:GPTModel.__init__,
+    megatron/core/models/common/language_module/language_module.py:setup_embeddings_and_output_layer.
+    """
+    model = job.model
+    found: list[RankTensor] = []
+    tied_copy = chunk.head and model.tied_embeddings and not chunk.embedding
+    for placed in model_parameters(_without_layers(model), mtp=False, towers=False):
+        name = placed.parameter.name
+        if placed.section == "embedding" and (chunk.embedding or (chunk.mtp and "position" not in name)):
+            found.append(_share(job, placed.parameter, sizes, shared=model.tied_embeddings))
+        elif placed.section == "final" and _final_here(name, chunk):
+            found.append(_share(job, placed.parameter, sizes))
+        elif placed.section == "head" and chunk.head:
+            found.append(_share(job, placed.parameter, sizes))
+    word = next(iter(model_parameters(_without_layers(model), mtp=False, towers=False))).parameter
+    if tied_copy and not chunk.mtp:
+        found.append(_share(job, word, sizes, shared=True))
+    body: list[RankTensor] = []
+    for index in chunk.layers:
+        body += layer_tensors(job, model.layers[index], sizes)
+    if chunk.mtp:
+        for placed in model_parameters(_without_layers(model), mtp=True, towers=False):
+            if placed.section == "mtp":
+                body += _merge([_share(job, placed.parameter, sizes)])
+    return body + found
+
+
+def _final_here(name: str, chunk: Chunk) -> bool:
+    return chunk.embedding if name.startswith("embeddings.") else chunk.head
+
+
+def _without_layers(model: Model) -> Model:
+    from dataclasses import replace
+
+    return replace(model, layers=())
+
+
+def layer_tensors(job: TrainingJob, layer: Layer, sizes: Groups) -> list[RankTensor]:
+    """Parameters of one layer on one rank."""
+    return _merge(
+        [_share(job, parameter, sizes) for parameter in layer_parameters(layer, job.model.hidden_size) if not parameter.buffer]
+    )
+
+
+def _share(job: TrainingJob, parameter: Parameter, sizes: Groups, *, shared: bool = False) -> RankTensor:
+    """Divide a tensor over TP (ETP for experts); an expert's copies over EP."""
+    expert = parameter.role is Role.EXPERT
+    tensor = sizes.expert_tensor if expert else job.parallel.tensor_parallel_size
+    shape = list(parameter.shape)
+    axis = {"out": 0, "vocab": 0, "in": len(shape) - 1}.get(parameter.split)
+    if axis is not None and tensor > 1:
+        parts = tensor if not parameter.units else min(tensor, math.gcd(tensor, parameter.units))
+        if shape[axis] % parts:
+            raise LayoutError(
+                _("TP {tp} does not divide {size} rows of {name}").format(tp=parts, size=shape[axis], name=parameter.name)
+            )
+        shape[axis] //= parts
+    if expert and parameter.copies % sizes.expert:
+        raise LayoutError(
+            _("EP {ep} does not divide {experts} experts").format(ep=sizes.expert, experts=parameter.copies)
+        )
+    return RankTensor(
+        name=parameter.name,
+        shape=tuple(shape),
+        copies=parameter.copies // sizes.expert if expert else parameter.copies,
+        expert=expert,
+        linear=len(shape) == 2 and parameter.role in (Role.LINEAR, Role.EXPERT, Role.ROUTER),
+        shared_embedding=shared,
+        fp32=parameter.dtype == "float32",
+    )
+
+
+def _merge(tensors: list[RankTensor]) -> list[RankTensor]:
+    """Join what Megatron-LM holds as one tensor: q, k and v, and gate and up, weights and biases apart."""
+    merged: dict[str, RankTensor] = {}
+    for tensor in tensors:
+        *path, module, kind = ("", *tensor.name.rsplit(".", 2))[-3:]
+        fused = _FUSED.get(module)
+        name = f"{path[0] if path else ''}.{fused}.{kind}" if fused else tensor.name
+        before = merged.get(name)
+        if before is not None and fused:
+            shape = (before.shape[0] + tensor.shape[0], *tensor.shape[1:])
+            merged[name] = RankTensor(
+                name=name, shape=shape, copies=tensor.copies, expert=tensor.expert, linear=tensor.linear
+            )
+        else:
+            merged[name + ("" if before is None else "'")] = tensor
+    return list(merged.values())
+
+
+def buffer_elements(tensors: list[RankTensor], *, data: int, distributed: bool, bucket: int | None) -> int:
+    """Elements of a parameter or gradient buffer, padding included.
+
+    Formula: with the distributed optimizer every parameter starts at a multiple of 64 elements and every bucket ends
+        at a multiple of lcm(N, 128), N data-parallel ranks; a tied embedding is a bucket of its own. Else no padding.
+    Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__.
+    """
+    if not distributed:
+        return sum(tensor.num_elements for tensor in tensors)
+    multiple = math.lcm(data, 128)
+    at = start = 0
+    for tensor, size in _single(reversed(tensors)):
+        at = -(-at // 64) * 64
+        if tensor.shared_embedding and at > start:
+            start = at = -(-at // multiple) * multiple
+        at += size
+        if tensor.shared_embedding or (bucket is not None and at - start >= bucket):
+            start = at = -(-at // multiple) * multiple
+    return -(-at // multiple) * multiple
+
+
+def _single(tensors: Iterator[RankTensor]) -> Iterator[tuple[RankTensor, int]]:
+    for tensor in tensors:
+        for _copy in range(tensor.copies):
+            yield tensor, math.prod(tensor.shape)

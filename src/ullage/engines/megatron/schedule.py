@@ -1,0 +1,64 @@
+"""Forward and backward passes of one pipeline rank in the order in which they run.
+
+Source: Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py:forward_backward_pipelining_without_interleaving,
+get_schedule_table, get_pp_rank_microbatches; DualPipe README (deepseek-ai/DualPipe).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or backward pass of one micro-batch through the rank's chunk ``virtual``."""
+
+    forward: bool
+    virtual: int
+
+
+#: Micro-batches after which a schedule repeats itself; more change no peak.
+SETTLED = 3
+
+
+def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int) -> list[Pass]:
+    """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached."""
+    limit = SETTLED * max(pipeline, group) * 2
+    number = min(num_micro_batches, limit)
+    if schedule == "gpipe":
+        return [Pass(True, 0)] * number + [Pass(False, 0)] * number
+    if schedule in ("dualpipe", "dualpipev"):
+        return _dual(pipeline, rank, number)
+    if virtual > 1:
+        return _interleaved(pipeline, virtual, rank, number, group)
+    warmup = min(pipeline - rank - 1, number)
+    return _one_forward_one_backward([0] * number, [0] * number, warmup)
+
+
+def _one_forward_one_backward(forward: list[int], backward: list[int], warmup: int) -> list[Pass]:
+    found = [Pass(True, chunk) for chunk in forward[:warmup]]
+    for at in range(len(forward) - warmup):
+        found += [Pass(True, forward[warmup + at]), Pass(False, backward[at])]
+    return found + [Pass(False, chunk) for chunk in backward[len(forward) - warmup :]]
+
+
+def _interleaved(pipeline: int, virtual: int, rank: int, number: int, group: int) -> list[Pass]:
+    """Chunks take turns in groups of micro-batches; warm-up is 2*(P-p-1) + (V-1)*group passes."""
+    forward: list[int] = []
+    for start in range(0, number, group):
+        size = min(group, number - start)
+        for chunk in range(virtual):
+            forward += [chunk] * size
+    backward = [virtual - 1 - chunk for chunk in forward]
+    warmup = min((pipeline - rank - 1) * 2 + (virtual - 1) * group, len(forward))
+    return _one_forward_one_backward(forward, backward, warmup)
+
+
+def _dual(pipeline: int, rank: int, number: int) -> list[Pass]:
+    """Both directions at once: stage p (chunk 0) and stage P-1-p (chunk 1) hold P-p and p+1 micro-batches, P+1 in all.
+
+    Source: DualPipe README, memory table: activations of P+1 micro-batches.
+    """
+    first, second = min(pipeline - rank, number), min(rank + 1, number)
+    held = [Pass(True, 0)] * first + [Pass(True, 1)] * second
+    return held + [Pass(False, 1)] * second + [Pass(False, 0)] * first

@@ -1,0 +1,57 @@
+"""Sizes of one micro-batch on one rank under tensor, sequence and context parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ullage.engines.megatron.defaults import Settings
+from ullage.spec.training import TrainingJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Token counts of one micro-batch on one rank.
+
+    Attributes:
+        micro_batch_size: b; seq_len: s; decoder_seq_len: of an encoder-decoder's decoder, else s.
+        tensor, context: parallel sizes; sequence: activations between GEMMs are split over the tensor ranks.
+    """
+
+    micro_batch_size: int
+    seq_len: int
+    decoder_seq_len: int
+    tensor: int
+    context: int
+    sequence: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a tensor-parallel region."""
+        return self.micro_batch_size * self.seq_len // self.context
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the residual stream: divided over the tensor ranks under sequence parallelism."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    def scores(self, num_heads: int, *, cross: bool = False) -> int:
+        """Elements of one score matrix: b * a/t * (s/c) * s."""
+        keys = self.encoder_len if cross else self.seq_len
+        return self.micro_batch_size * -(-num_heads // self.tensor) * (self.seq_len // self.context) * keys
+
+    @property
+    def encoder_len(self) -> int:
+        """Keys of cross attention; the sequence itself where there is no encoder."""
+        return self.decoder_seq_len
+
+
+def sizes_of(job: TrainingJob, settings: Settings) -> Sizes:
+    """Sizes of the job's micro-batch."""
+    return Sizes(
+        micro_batch_size=job.micro_batch_size,
+        seq_len=job.seq_len,
+        decoder_seq_len=settings.count("decoder-seq-length", job.seq_len),
+        tensor=job.parallel.tensor_parallel_size,
+        context=job.parallel.context_parallel_size,
+        sequence=job.parallel.sequence_parallel,
+    )

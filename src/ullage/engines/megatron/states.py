@@ -1,0 +1,212 @@
+"""What stays on a rank between steps: parameters, gradient buffers, master weights and optimizer moments.
+
+Legend: P parameters of the rank, N ranks that share its optimizer states (data x context parallel, experts: theirs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ullage.engines.megatron.defaults import Settings
+from ullage.engines.megatron.layout import Chunk, Groups
+from ullage.engines.megatron.params import RankTensor, buffer_elements, chunk_tensors
+from ullage.ledger import Certainty, Term, exact, ranged, total
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB, tensor_bytes
+
+BUFFER = "Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer"
+PLAIN = "Megatron-LM@adc69db:megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params"
+SHARDED = "Megatron-LM@adc69db:megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer"
+ALLOCATOR = "pytorch@2.9:c10/cuda/CUDACachingAllocator.cpp:should_split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """The states of one rank.
+
+    Attributes:
+        terms: weights, gradients, master, moments and what the allocator rounds up.
+        late_bytes: of these, what the first optimizer step allocates.
+        step_only_bytes: of the gradients, the optimizer's fp32 copies, which ``zero_grad`` drops.
+        host_bytes: states that offload keeps on the host.
+        tensors: every parameter of the rank.
+    """
+
+    terms: tuple[Term, ...]
+    late_bytes: int
+    step_only_bytes: int
+    host_bytes: int
+    tensors: tuple[RankTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Dense or expert parameters of one chunk: elements, elements in buffers, elements of one optimizer shard."""
+
+    elements: int
+    buffered: int
+    shard: int
+    tensors: tuple[RankTensor, ...]
+
+
+def states(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Groups) -> States:
+    """Return the states of the rank that holds the chunks ``parts``."""
+    found = [part for chunk in parts for part in _parts(job, settings, chunk, sizes)]
+    tensors = tuple(tensor for part in found for tensor in part.tensors)
+    weights = _weights(job, settings, found)
+    grads = _gradients(job, settings, found)
+    master, moments, late = _optimizer(job, settings, found)
+    rounding = _rounding(job, settings, found)
+    return States(
+        terms=(weights, grads, master, moments, rounding),
+        late_bytes=late,
+        step_only_bytes=4 * _copied_gradients(job, settings, found),
+        host_bytes=int(_state_bytes(job, found) * (1.0 - _kept_fraction(job, settings))),
+        tensors=tensors,
+    )
+
+
+def _parts(job: TrainingJob, settings: Settings, chunk: Chunk, sizes: Groups) -> list[_Part]:
+    tensors = chunk_tensors(job, chunk, sizes)
+    instances = max(1, settings.count("num-distributed-optimizer-instances", 1))
+    found = []
+    for expert, ranks in ((False, sizes.data), (True, sizes.expert_data)):
+        own = [tensor for tensor in tensors if tensor.expert is expert]
+        if not own:
+            continue
+        bucket = None
+        if settings.overlap_grad_reduce and chunk.pp_rank == 0 and chunk.virtual == 0:
+            bucket = settings.count("ddp-bucket-size", 0) or max(40_000_000, 1_000_000 * ranks)
+        share = ranks // instances if ranks % instances == 0 else ranks
+        buffered = buffer_elements(own, data=ranks, distributed=settings.distributed_optimizer, bucket=bucket)
+        found.append(
+            _Part(
+                elements=sum(tensor.num_elements for tensor in own),
+                buffered=buffered,
+                shard=-(-buffered // share) if settings.distributed_optimizer else sum(t.num_elements for t in own),
+                tensors=tuple(own),
+            )
+        )
+    return found
+
+
+def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
+    """Parameters in the compute format; FSDP keeps a shard; FP8 parameters take one byte and, blockwise, their scales.
+
+    Formula: P * bytes, padded to buckets with the distributed optimizer. FP8 primary weights: linear P * (1 + transpose).
+    Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer (param_data).
+    """
+    elements = sum(part.buffered for part in parts)
+    if job.parallel.zero_stage == 3:
+        return exact(
+            "weights",
+            sum(tensor_bytes(part.shard, job.precision.params) for part in parts),
+            formula=f"{elements} / N in {job.precision.params}",
+            source="Megatron-LM@adc69db:megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py",
+        )
+    num_bytes = tensor_bytes(elements, job.precision.params)
+    return exact("weights", num_bytes, formula=f"{elements} x {job.precision.params}", source=BUFFER)
+
+
+def _gradients(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
+    """The gradient buffer in the reduction format (fp32 for bf16 training), plus fp32 copies the optimizer works on.
+
+    Formula: P * bytes; + 4 * (P or shard) where gradients are 16 bit and master weights fp32: the copies live until the
+        next ``zero_grad``.
+    Source: Megatron-LM@adc69db:megatron/core/optimizer/optimizer.py:_copy_model_grads_to_main_grads.
+    """
+    grads = job.precision.grads
+    elements = sum(part.shard if job.parallel.zero_stage == 3 else part.buffered for part in parts)
+    num_bytes = tensor_bytes(elements, grads)
+    formula = f"{elements} x {grads}"
+    copies = _copied_gradients(job, settings, parts)
+    if copies:
+        num_bytes += 4 * copies
+        formula += f" + {copies} x float32 for the optimizer"
+    return exact("gradients", num_bytes, formula=formula, source=BUFFER)
+
+
+def _copied_gradients(job: TrainingJob, settings: Settings, parts: list[_Part]) -> int:
+    """Elements of fp32 gradient copies: where 16-bit gradients meet fp32 master weights."""
+    if job.precision.grads == "float32" or settings.precision_aware or job.precision.master is None:
+        return 0
+    return sum(part.shard for part in parts)
+
+
+def _state_bytes(job: TrainingJob, parts: list[_Part]) -> int:
+    shard = sum(part.shard for part in parts)
+    master = 0 if job.precision.master is None else tensor_bytes(shard, job.precision.master)
+    return master + tensor_bytes(_moment_elements(job, parts), job.precision.moments)
+
+
+def _optimizer(job: TrainingJob, settings: Settings, parts: list[_Part]) -> tuple[Term, Term, int]:
+    """Master weights and moments, whole or one shard of N.
+
+    Formula: master 4 (bytes of ``--main-params-dtype``) and two moments of 4 each per element of the shard; Muon one
+        moment for matrices. Offloaded fractions stay on the host.
+    Source: megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.
+    """
+    source = SHARDED if settings.distributed_optimizer else PLAIN
+    shard = sum(part.shard for part in parts)
+    kept = _kept_fraction(job, settings)
+    precision = job.precision
+    master_bytes = 0 if precision.master is None else tensor_bytes(shard, precision.master)
+    moment_elements = _moment_elements(job, parts)
+    moments_bytes = tensor_bytes(moment_elements, precision.moments)
+    master = exact("master_weights", int(master_bytes * kept), formula=f"{shard} x {precision.master}", source=source)
+    moments = exact(
+        "optimizer_moments",
+        int(moments_bytes * kept),
+        formula=f"{moment_elements} x {precision.moments}",
+        source=source,
+    )
+    return master, moments, moments.bytes
+
+
+def _kept_fraction(job: TrainingJob, settings: Settings) -> float:
+    if settings.on("optimizer-cpu-offload"):
+        return 1.0 - float(settings.flags.get("optimizer-offload-fraction") or 1.0)
+    return 0.0 if ("optimizer", "cpu") in job.offload else 1.0
+
+
+def _moment_elements(job: TrainingJob, parts: list[_Part]) -> int:
+    """Elements of all moments: Adam two, Muon one for hidden matrices and two for the rest, SGD one.
+
+    Source: Megatron-LM@d98e8a6:megatron/core/optimizer/muon.py:get_megatron_muon_optimizer.
+    """
+    shard = sum(part.shard for part in parts)
+    kind = job.optimizer.lower()
+    if kind in ("sgd", "lion"):
+        return shard
+    if "muon" in kind:
+        matrices = sum(t.num_elements for part in parts for t in part.tensors if t.linear)
+        everything = sum(part.elements for part in parts)
+        return 2 * shard - matrices * shard // max(1, everything)
+    return 2 * shard
+
+
+def _rounding(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
+    """What the caching allocator adds to tensors of 1 MiB to 10 MiB: a block is not split for a rest of up to 1 MiB.
+
+    Formula: range 0 .. 1 MiB for each such tensor of parameters, master weights and moments; half is expected of the
+        moments only, which are cut from blocks that activations left.
+    """
+    if settings.distributed_optimizer:
+        count = 4 * len(parts)
+    else:
+        large = [t for part in parts for t in part.tensors if MiB < 4 * t.num_elements // t.copies <= 200 * MiB]
+        count = sum(t.copies for t in large) * 2
+    return ranged(
+        "allocator_rounding",
+        0,
+        low=0,
+        high=count * MiB,
+        formula=f"0 .. 1 MiB x {count} tensors",
+        source=ALLOCATOR,
+        certainty=Certainty.MODELLED,
+    )
+
+
+def sum_of(name: str, parts: tuple[Term, ...]) -> Term:
+    """Add terms, empty ones left out."""
+    return total(name, tuple(replace(part) for part in parts if part.high_bytes))

@@ -1,0 +1,194 @@
+"""Megatron-LM arguments → a training job: from a mapping, a shell script, a line or YAML.
+
+Every flag that moves memory is kept on the job (``job.flags``) for the engine room; a flag that is not known is named in
+``job.assumed``, so that the ledger says ``assumed``.
+
+Source: Megatron-LM@adc69db:megatron/training/arguments.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ullage.errors import LayoutError
+from ullage.i18n import _
+from ullage.read.megatron_flags import READ, unknown
+from ullage.read.megatron_model import model_of
+from ullage.read.megatron_words import Arguments, from_mapping, parse_text
+from ullage.spec.machine import Machine
+from ullage.spec.model import Model
+from ullage.spec.training import Precision, Recompute, TrainingJob, TrainingParallel
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3"}
+_RECIPES = {
+    "blockwise": "blockwise",
+    "delayed": "delayed",
+    "tensorwise": "tensorwise",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+}
+#: Environment variables that move memory.
+ENVIRONMENT = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+    "NVTE_FUSED_ATTN",
+    "NVTE_FLASH_ATTN",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
+
+
+def job_from_megatron_args(
+    args: Mapping[str, object],
+    env: Mapping[str, object] | None = None,
+    *,
+    machine: Machine,
+    engine_version: str = "",
+    model: Model | None = None,
+) -> TrainingJob:
+    """Return the job that ``pretrain_*.py`` would run with these flags.
+
+    Args:
+        args: flag → value; dashes and underscores are the same, switches are True.
+        env: environment variables of the run.
+        machine: the GPUs; their number is the world size.
+        model: take this model instead of the one the flags describe.
+
+    Raises:
+        InputError: a flag whose value cannot be used. LayoutError: sizes that do not divide the world.
+    """
+    return _job(from_mapping(args, env), machine, engine_version, model, native="")
+
+
+def job_from_megatron_text(
+    text: str, *, machine: Machine, engine_version: str = "", model: Model | None = None
+) -> TrainingJob:
+    """Return the job of a shell script, a command line or a YAML file of flags."""
+    return _job(parse_text(text), machine, engine_version, model, native=text)
+
+
+def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *, native: str) -> TrainingJob:
+    assumed: tuple[str, ...] = ()
+    if model is None:
+        model, assumed = model_of(args)
+    strange = unknown(sorted(args))
+    if strange:
+        assumed += (_("flags not known, taken as without memory: {flags}").format(flags=", ".join(strange)),)
+    parallel = _parallel(args, machine)
+    micro = args.count("micro-batch-size", 1)
+    batch = args.count("global-batch-size", micro * parallel.data_parallel_size)
+    return TrainingJob(
+        model=model,
+        machine=machine,
+        engine="megatron",
+        engine_version=version,
+        parallel=parallel,
+        precision=_precision(args),
+        optimizer=args.get("optimizer") or "adam",
+        micro_batch_size=micro,
+        seq_len=args.count("seq-length", 0) or args.count("encoder-seq-length"),
+        grad_accum=max(1, batch // max(1, micro * parallel.data_parallel_size)),
+        recompute=_recompute(args),
+        attention=_attention(args),
+        loss="fused" if args.on("cross-entropy-loss-fusion") else "plain",
+        alloc_conf=args.environment.get("PYTORCH_CUDA_ALLOC_CONF", args.environment.get("PYTORCH_ALLOC_CONF", "")),
+        flags=_flags(args),
+        native=native,
+        assumed=assumed,
+    )
+
+
+def _flags(args: Arguments) -> tuple[tuple[str, str], ...]:
+    """Keep the flags that move memory, and the environment under ``env.``; ``native`` marks a full command line."""
+    kept = [(name, args.get(name)) for name in sorted(args) if name in READ and args.get(name) not in ("", "false")]
+    kept += [(f"env.{name}", value) for name, value in sorted(args.environment.items()) if name in ENVIRONMENT]
+    return (("native", "true"), *kept)
+
+
+def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
+    tensor = args.count("tensor-model-parallel-size", 1)
+    pipeline = args.count("pipeline-model-parallel-size", 1)
+    context = args.count("context-parallel-size", 1)
+    group = tensor * pipeline * context
+    if not group or machine.num_gpus % group:
+        raise LayoutError(
+            _("{gpus} GPUs cannot be divided by TP {tp} x PP {pp} x CP {cp}").format(
+                gpus=machine.num_gpus, tp=tensor, pp=pipeline, cp=context
+            )
+        )
+    expert_tensor = args.count("expert-tensor-parallel-size", tensor)
+    sharding = args.get("data-parallel-sharding-strategy")
+    fsdp = args.on("use-megatron-fsdp") or args.on("use-torch-fsdp2")
+    virtual = args.count("num-virtual-stages-per-pipeline-rank", 0)
+    per_stage = args.count("num-layers-per-virtual-pipeline-stage", 0)
+    if not virtual and per_stage:
+        virtual = max(1, args.count("num-layers", 0) // pipeline // per_stage)
+    return TrainingParallel(
+        data_parallel_size=machine.num_gpus // group,
+        tensor_parallel_size=tensor,
+        sequence_parallel=args.on("sequence-parallel") and tensor > 1,
+        context_parallel_size=context,
+        pipeline_parallel_size=pipeline,
+        virtual_pipeline_parallel_size=virtual or 1,
+        schedule=None if pipeline == 1 else "interleaved" if virtual > 1 else "1f1b",
+        expert_parallel_size=args.count("expert-model-parallel-size", 1),
+        expert_tensor_parallel_size=expert_tensor,
+        zero_stage=3 if fsdp and sharding != "no_shard" else 1 if args.on("use-distributed-optimizer") else 0,
+        fsdp="full_shard" if fsdp and sharding in ("", "optim_grads_params") else None,
+    )
+
+
+def _precision(args: Arguments) -> Precision:
+    """Weights, gradients and states as Megatron-LM chooses them: bf16 reduces gradients in fp32, fp16 does not."""
+    compute = "float16" if args.on("fp16") else "bfloat16" if args.on("bf16") else "float32"
+    grads = "float32"
+    if args.on("fp16") and not args.on("accumulate-allreduce-grads-in-fp32"):
+        grads = "float16"
+    if args.on("grad-reduce-in-bf16"):
+        grads = "bfloat16"
+    recipe = (args.get("fp8-recipe") or "delayed") if args.get("fp8-format") or args.get("fp8") else None
+    precise = args.on("use-precision-aware-optimizer")
+    if precise and "main-grads-dtype" in args:
+        grads = _SHORT.get(args.get("main-grads-dtype"), grads)
+    return Precision(
+        compute=compute,
+        params=compute,
+        grads=grads,
+        master=(_SHORT.get(args.get("main-params-dtype"), "float32") if precise else "float32")
+        if compute != "float32"
+        else None,
+        moments=_SHORT.get(args.get("exp-avg-dtype"), "float32") if precise else "float32",
+        fp8_recipe=_RECIPES.get(recipe) if recipe else None,  # type: ignore[arg-type]
+    )
+
+
+def _recompute(args: Arguments) -> Recompute:
+    granularity = args.get("recompute-granularity") or ("selective" if args.on("recompute-activations") else "")
+    if granularity == "full":
+        method = args.get("recompute-method") or "uniform"
+        number = args.count("recompute-num-layers", 1)
+        return Recompute(
+            kind="full",
+            every=number if method == "uniform" else 1,
+            num_layers=number if method == "block" else None,
+            method="block" if method == "block" else "uniform",
+        )
+    if granularity == "selective":
+        return Recompute(kind="modules", modules=args.words("recompute-modules") or ("core_attn",))
+    modules = ("moe",) if args.on("moe-layer-recompute") else ()
+    return Recompute(kind="modules" if modules else "none", modules=modules)
+
+
+def _attention(args: Arguments):  # type: ignore[no-untyped-def]
+    backend = args.get("attention-backend")
+    if args.get("transformer-impl") == "local" or args.get("spec") == "local" or backend in ("unfused", "local"):
+        return "unfused"
+    return {"flash": "flash", "fused": "sdpa"}.get(backend)
+
+
+def with_world(job: TrainingJob, num_gpus: int) -> TrainingJob:
+    """Return the job on another number of equal GPUs."""
+    machine = replace(job.machine, num_nodes=1, gpus_per_node=num_gpus)
+    group = num_gpus // max(1, job.parallel.data_parallel_size)
+    return replace(job, machine=machine, parallel=replace(job.parallel, data_parallel_size=num_gpus // max(1, group)))

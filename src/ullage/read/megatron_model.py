@@ -1,0 +1,273 @@
+"""The model that a Megatron-LM command line describes, as typed parts.
+
+Sizes and defaults as Megatron-LM resolves them; names of tensors are those of the published checkpoints of such models,
+with ``mlp.fc1``-like two-layer blocks under ``up_proj`` and ``down_proj``.
+
+Source: Megatron-LM@adc69db:megatron/training/arguments.py:validate_args, megatron/training/global_vars.py,
+megatron/training/tokenizer/tokenizer.py:_vocab_size_with_padding.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.read.megatron_words import Arguments
+from ullage.spec import model as spec
+
+MAX_LAYERS = 10_000
+#: Vocabularies of the tokenizers that Megatron-LM builds in, before padding.
+GPT2_VOCABULARY, BERT_UNCASED, BERT_CASED = 50_257, 30_522, 28_996
+_LIST = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\](?:\s*\*\s*(\d+))?")
+
+
+def model_of(args: Arguments) -> tuple[spec.Model, tuple[str, ...]]:
+    """Build the model; the sentences say what was assumed."""
+    assumed: list[str] = []
+    hidden = args.count("hidden-size")
+    vocabulary = _vocabulary(args, assumed)
+    layers = _layers(args, hidden)
+    kind = _norm_kind(args)
+    positions = 0
+    if args.get("position-embedding-type", "learned_absolute") == "learned_absolute" and not args.on(
+        "use-rotary-position-embeddings"
+    ):
+        positions = args.count("max-position-embeddings")
+    if args.on("no-position-embedding"):
+        positions = 0
+    final = spec.Norm(name="model.norm", size=hidden, kind=kind, bias=kind == "layer")
+    built = spec.Model(
+        name=args.get("model-name") or "megatron",
+        architecture=_architecture(args),
+        hidden_size=hidden,
+        vocab_size=vocabulary,
+        dtype="float16" if args.on("fp16") else "bfloat16" if args.on("bf16") else "float32",
+        layers=layers,
+        final_norms=(final,),
+        tied_embeddings=not args.on("untie-embeddings-and-output-weights"),
+        learned_positions=positions,
+        max_position_embeddings=args.count("max-position-embeddings", 0),
+        extras=_extras(args, hidden, kind),
+        mtp=_mtp(args, hidden, layers, kind),
+        lm_head_bias=_architecture(args) in ("bert", "t5"),
+        source="megatron arguments",
+    )
+    return built, tuple(assumed)
+
+
+def _architecture(args: Arguments) -> str:
+    """Say which pretraining script the arguments are for: its own flags tell."""
+    if "encoder-num-layers" in args and "decoder-num-layers" in args:
+        return "t5"
+    if args.get("vocab-file", "").endswith("vocab.txt") or "bert-no-binary-head" in args:
+        return "bert"
+    if args.pattern:
+        return "hybrid"
+    return "gpt"
+
+
+def _vocabulary(args: Arguments, assumed: list[str]) -> int:
+    """Return the padded vocabulary: rows of the embedding over all tensor-parallel ranks.
+
+    Formula: ceil(V / (d * t)) * d * t, d make-vocab-size-divisible-by (128), t tensor-parallel size.
+    """
+    if "padded-vocab-size" in args:
+        return args.count("padded-vocab-size")
+    tokenizer = args.get("tokenizer-type")
+    if "vocab-size" in args:
+        size = args.count("vocab-size") + (1 if tokenizer == "NullTokenizer" else 0)
+    else:
+        size = _known_vocabulary(args.get("vocab-file"), tokenizer)
+        assumed.append(_("vocabulary: {size} entries, those of the built-in tokenizer").format(size=size))
+    multiple = args.count("make-vocab-size-divisible-by", 128) * args.count("tensor-model-parallel-size", 1)
+    return -(-size // multiple) * multiple
+
+
+def _known_vocabulary(file: str, tokenizer: str) -> int:
+    """Vocabulary of a built-in tokenizer; WordPiece adds [BOS] and [EOS], and T5's extra ids are counted apart.
+
+    Source: Megatron-LM@adc69db:megatron/training/tokenizer/tokenizer.py:_BertWordPieceTokenizer.
+    """
+    if tokenizer == "BertWordPieceCase":
+        return BERT_CASED + 2 + 100
+    if file.endswith("vocab.txt") or tokenizer == "BertWordPieceLowerCase":
+        return BERT_UNCASED + 2
+    return GPT2_VOCABULARY
+
+
+def _norm_kind(args: Arguments) -> str:
+    return "rms" if args.get("normalization") == "RMSNorm" else "layer"
+
+
+def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Attention | spec.LatentAttention:
+    heads, bias = args.count("num-attention-heads"), not args.on("disable-bias-linear")
+    if args.on("multi-latent-attention"):
+        query_rank = args.count("q-lora-rank", 0)
+        return spec.LatentAttention(
+            num_heads=heads,
+            q_lora_rank=query_rank or None,
+            kv_lora_rank=args.count("kv-lora-rank", 32),
+            qk_nope_head_dim=args.count("qk-head-dim", 128),
+            qk_rope_head_dim=args.count("qk-pos-emb-head-dim", 64),
+            v_head_dim=args.count("v-head-dim", 128),
+        )
+    groups = args.count("num-query-groups", 1) if args.on("group-query-attention") else heads
+    query_bias = bias or args.on("add-qkv-bias")
+    return spec.Attention(
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=args.count("kv-channels", hidden // heads),
+        q_bias=query_bias,
+        k_bias=query_bias,
+        v_bias=query_bias,
+        o_bias=bias,
+        qk_norm="head" if args.on("qk-layernorm") else None,
+        qk_norm_kind="rms" if _norm_kind(args) == "rms" else "layer",
+        cross=cross,
+        prefix="cross_attn" if cross else "self_attn",
+    )
+
+
+def _dense(args: Arguments, hidden: int) -> spec.DenseFFN:
+    gated = args.on("swiglu") or args.on("quick-geglu")
+    default = hidden * 4 * 2 // 3 // 64 * 64 if args.on("swiglu") else 4 * hidden
+    return spec.DenseFFN(
+        intermediate_size=args.count("ffn-hidden-size", default),
+        gated=gated,
+        bias=not args.on("disable-bias-linear"),
+        activation=_activation(args),
+    )
+
+
+def _activation(args: Arguments) -> str:
+    if args.on("swiglu"):
+        return "silu"
+    return "relu2" if args.on("squared-relu") else "gelu"
+
+
+def _mixture(args: Arguments, hidden: int) -> spec.MoEFFN:
+    dense = _dense(args, hidden)
+    return spec.MoEFFN(
+        num_experts=args.count("num-experts"),
+        top_k=args.count("moe-router-topk", 2),
+        intermediate_size=args.count("moe-ffn-hidden-size", dense.intermediate_size),
+        shared_intermediate_size=args.count("moe-shared-expert-intermediate-size", 0),
+        correction_bias=args.on("moe-router-enable-expert-bias"),
+        expert_bias=dense.bias,
+        gated=dense.gated,
+        activation=dense.activation,
+    )
+
+
+def moe_layers(args: Arguments, num_layers: int) -> list[bool]:
+    """Say of each layer whether it is a mixture: every n-th, or a pattern such as ``([0]*3+[1]*12)``.
+
+    Source: Megatron-LM@adc69db:megatron/training/arguments.py:moe_freq_type.
+    """
+    if "num-experts" not in args:
+        return [False] * num_layers
+    text = args.get("moe-layer-freq") or "1"
+    if text.isdigit() and int(text):
+        return [index % int(text) == 0 for index in range(num_layers)]
+    found: list[bool] = []
+    for match in _LIST.finditer(text):
+        times = int(match.group(2) or 1)
+        if times > MAX_LAYERS:
+            raise InputError(_("moe-layer-freq {text!r} is not a pattern").format(text=text[:80]))
+        found += [digit.strip() == "1" for digit in match.group(1).split(",")] * times
+    if len(found) != num_layers:
+        raise InputError(
+            _("moe-layer-freq {text!r} names {found} layers, the model has {layers}").format(
+                text=text[:80], found=len(found), layers=num_layers
+            )
+        )
+    return found
+
+
+def _layers(args: Arguments, hidden: int) -> tuple[spec.Layer, ...]:
+    if args.pattern:
+        kinds = {letter: _hybrid_layer(args, hidden, letter) for letter in set(args.pattern) - set("|/")}
+        return tuple(kinds[letter] for letter in args.pattern.split("/")[0].replace("|", ""))
+    if _architecture(args) == "t5":
+        encoder, decoder = _layer(args, hidden), _layer(args, hidden, cross=True)
+        return (encoder,) * args.count("encoder-num-layers") + (decoder,) * args.count("decoder-num-layers")
+    number = args.count("num-layers")
+    if number > MAX_LAYERS:
+        raise InputError(_("{number} layers are more than any model has").format(number=number))
+    dense, mixture = _layer(args, hidden), _layer(args, hidden, moe=True) if "num-experts" in args else None
+    return tuple(mixture if is_moe and mixture else dense for is_moe in moe_layers(args, number))
+
+
+def _norms(args: Arguments, hidden: int, names: tuple[str, ...]) -> tuple[spec.Norm, ...]:
+    kind = _norm_kind(args)
+    return tuple(spec.Norm(name=name, size=hidden, kind=kind, bias=kind == "layer") for name in names)  # type: ignore[arg-type]
+
+
+def _layer(args: Arguments, hidden: int, *, cross: bool = False, moe: bool = False) -> spec.Layer:
+    mixers: tuple[spec.Mixer, ...] = (_attention(args, hidden),)
+    names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    if cross:
+        mixers += (_attention(args, hidden, cross=True),)
+        names += ("cross_attention_layernorm",)
+    ffn = _mixture(args, hidden) if moe else _dense(args, hidden)
+    return spec.Layer(mixers=mixers, ffns=(ffn,), norms=_norms(args, hidden, names))
+
+
+def _hybrid_layer(args: Arguments, hidden: int, letter: str) -> spec.Layer:
+    """One letter of a hybrid pattern: M Mamba-2, * attention, - dense block, E mixture.
+
+    Source: Megatron-LM@d98e8a6:megatron/core/ssm/mamba_hybrid_layer_allocation.py:Symbols.
+    """
+    norms = _norms(args, hidden, ("norm",))
+    if letter == "M":
+        head_dim = args.count("mamba-head-dim", 64)
+        mamba = spec.Mamba2(
+            num_heads=args.count("mamba-num-heads", 2 * hidden // head_dim),
+            head_dim=head_dim,
+            state_size=args.count("mamba-state-dim", 128),
+            num_groups=args.count("mamba-num-groups", 8),
+            conv_kernel=4,
+        )
+        return spec.Layer(mixers=(mamba,), ffns=(), norms=norms)
+    if letter == "*":
+        return spec.Layer(mixers=(_attention(args, hidden),), ffns=(), norms=norms)
+    if letter == "-":
+        return spec.Layer(mixers=(), ffns=(_dense(args, hidden),), norms=norms)
+    if letter == "E":
+        return spec.Layer(mixers=(), ffns=(_mixture(args, hidden),), norms=norms)
+    raise InputError(_("{letter!r} is no letter of a hybrid pattern").format(letter=letter))
+
+
+def _mtp(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...], kind: str) -> tuple[spec.MtpModule, ...]:
+    """Multi-token prediction: two norms, a projection of both halves, a layer like the last, and a final norm.
+
+    Source: Megatron-LM@adc69db:megatron/core/transformer/multi_token_prediction.py:MultiTokenPredictionLayer.
+    """
+    number = args.count("mtp-num-layers", 0)
+    if not number or not layers:
+        return ()
+    if args.on("mtp-use-repeated-layer"):
+        number = 1
+    module = spec.MtpModule(
+        layer=layers[-1],
+        norms=_norms(args, hidden, ("enorm", "hnorm", "final_layernorm")),
+        extras=(spec.ExtraTensor(name="eh_proj.weight", shape=(hidden, 2 * hidden), split="out"),),
+    )
+    return (module,) * number
+
+
+def _extras(args: Arguments, hidden: int, kind: str) -> tuple[spec.ExtraTensor, ...]:
+    """BERT's token types, language-model head and binary head.
+
+    Source: Megatron-LM@adc69db:megatron/core/models/bert/bert_model.py:BertModel.__init__.
+    """
+    if _architecture(args) != "bert":
+        return ()
+    found = [("embeddings.token_type.weight", (2, hidden))] if not args.on("bert-no-binary-head") else []
+    found += [("lm_head.dense.weight", (hidden, hidden)), ("lm_head.dense.bias", (hidden,))]
+    found += [("lm_head.norm.weight", (hidden,)), ("lm_head.norm.bias", (hidden,))]
+    if not args.on("bert-no-binary-head"):
+        found += [("pooler.dense.weight", (hidden, hidden)), ("pooler.dense.bias", (hidden,))]
+        found += [("binary_head.weight", (2, hidden)), ("binary_head.bias", (2,))]
+    return tuple(spec.ExtraTensor(name=name, shape=shape, linear=False) for name, shape in found)
