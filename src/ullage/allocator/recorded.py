@@ -25,6 +25,8 @@ from ullage.i18n import _
 #: torch_npu adds this many bytes to every request before it rounds.
 #: Source: Ascend/pytorch@2.8:torch_npu/csrc/core/npu/NPUCachingAllocator.cpp:round_size.
 NPU_PADDING_BYTES = 32
+#: Where torch_npu puts blocks of 2 MiB and more in expandable segments (kAlignRoundLarge; source as above, malloc).
+NPU_ALIGNMENT_BYTES = 16_384
 
 
 @dataclass(kw_only=True)
@@ -119,5 +121,5 @@ def _padded(
                 count=NPU_PADDING_BYTES
             )
         )
-        settings = replace(settings, padding_bytes=NPU_PADDING_BYTES)
+        settings = replace(settings, padding_bytes=NPU_PADDING_BYTES, alignment_bytes=NPU_ALIGNMENT_BYTES)
     return settings, notes

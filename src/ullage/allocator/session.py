@@ -132,7 +132,11 @@ def replay_device(
     result = _as_recorded(memory, checked)
     if settings is not None or capacity_bytes is not None:
         asked = (
-            checked.settings if settings is None else replace(settings, padding_bytes=checked.settings.padding_bytes)
+            checked.settings
+            if settings is None
+            else replace(
+                settings, padding_bytes=checked.settings.padding_bytes, alignment_bytes=checked.settings.alignment_bytes
+            )
         )
         _use(
             result,

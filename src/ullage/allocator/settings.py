@@ -51,6 +51,7 @@ class AllocatorSettings:
         memory_fraction: share of the device's memory that may be reserved; ``None``: no limit.
         throw_on_cudamalloc_oom: refuse at that limit at once, without giving cached memory back first.
         padding_bytes: what the allocator adds to each request before rounding: 0 on CUDA.
+        alignment_bytes: where large blocks of expandable segments begin: at a multiple of it; 0 on CUDA.
         backend: ``native`` is what is simulated.
         warnings: what is legal and yet does not do what it seems to.
     """
@@ -65,6 +66,7 @@ class AllocatorSettings:
     memory_fraction: float | None = None
     throw_on_cudamalloc_oom: bool = False
     padding_bytes: int = 0
+    alignment_bytes: int = 0
     backend: str = "native"
     warnings: tuple[str, ...] = field(default=(), compare=False)
 

@@ -93,6 +93,7 @@ class Allocator:
         self.on_map: Callable[[int, int], None] | None = None  # called with what an expandable segment maps
         self._top = FIRST_ADDRESS
         self._has_expandable = settings.expandable_segments
+        self._alignment = settings.alignment_bytes if settings.expandable_segments else 0
         limited = settings.max_split_size_bytes != UNLIMITED_BYTES
         self._plain = not (limited or settings.expandable_segments or self.gc_threshold)
 
@@ -179,6 +180,8 @@ class Allocator:
             if acquired is None:
                 return None
             block = acquired
+        if self._alignment and request.rounded >= ROUND_LARGE_BYTES:
+            block = self._aligned(block, request.rounded)
         block.state = IN_USE
         block.requested = request.requested
         size = request.rounded
@@ -203,6 +206,18 @@ class Allocator:
         if allocated + self.awaiting > self.peak_active:
             self.peak_active = allocated + self.awaiting
         return block
+
+    def _aligned(self, block: Block, size: int) -> Block:
+        """Leave the front of an expandable block free, so that a large block begins at a multiple of the alignment.
+
+        Source: Ascend/pytorch@2.8:torch_npu/csrc/core/npu/NPUCachingAllocator.cpp:malloc (base_addr_aligned_kb).
+        """
+        offset = -block.address % self._alignment
+        if not offset or offset + size > block.size:
+            return block
+        aligned = self._cut(block, offset)
+        block.free_set.insert(block)
+        return aligned
 
     def _search(self, request: Request) -> int:
         """Return the index of the block to use, -1 for none, under settings that restrict the choice.

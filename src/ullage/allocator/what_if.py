@@ -88,7 +88,9 @@ def compare(
         except InputError:
             continue
         if settings.text != recorded.text:
-            result.outcomes.append(run(replace(settings, padding_bytes=recorded.padding_bytes)))
+            result.outcomes.append(
+                run(replace(settings, padding_bytes=recorded.padding_bytes, alignment_bytes=recorded.alignment_bytes))
+            )
     result.outcomes.sort(key=_rank)
     result.better = [outcome for outcome in result.outcomes if _worth_it(result, outcome)]
     return result
