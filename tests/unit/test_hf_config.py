@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import need_shared
 
 from ullage.account.parameters import count, model_parameters
 from ullage.errors import InputError, UnknownArchitectureError
@@ -460,3 +461,11 @@ def test_every_registered_reader_exists() -> None:
     for reader in set(FAMILIES.values()):
         module, function = reader.split(":")
         assert callable(getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)), reader
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [("Qwen__Qwen2.5-VL-7B-Instruct", True), ("Qwen__Qwen3-VL-2B-Instruct", True), ("Qwen__Qwen3-8B", False)],
+)
+def test_rotation_by_sections_is_told_from_the_plain_one(name: str, sections: bool) -> None:
+    assert read_config(need_shared("configs", name + ".json"), assume=True).rotary_sections is sections

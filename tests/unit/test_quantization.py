@@ -395,3 +395,18 @@ def test_fbgemm_leaves_attention_and_the_first_and_last_layer() -> None:
     quantised = replace(MODEL, quantization=named_quantization("fbgemm_fp8", MODEL))
     found = {p.name for p in model_parameters(quantised) if stored_format(quantised, p).name == "fp8 per row"}
     assert found == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+
+
+def test_nvfp4_leaves_the_way_to_and_from_latents() -> None:
+    latent = spec.LatentAttention(
+        num_heads=8, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
+    )
+    layer = replace(MODEL.layers[1], mixers=(latent,))
+    model = replace(MODEL, layers=(layer,))
+    model = replace(model, quantization=named_quantization("nvfp4", model))
+    found = {
+        p.name for p in model_parameters(model) if stored_format(model, p).name == "nvfp4" and "self_attn" in p.name
+    }
+    assert found == {"model.layers.0.self_attn.o_proj.weight"}
+    plain = replace(MODEL, quantization=named_quantization("nvfp4", MODEL))
+    assert any(stored_format(plain, p).name == "nvfp4" for p in model_parameters(plain) if "q_proj" in p.name)

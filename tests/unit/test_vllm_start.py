@@ -480,3 +480,13 @@ def test_dense_attention_has_no_such_buffers() -> None:
     setup = resolve(job_of(small_model()))
     stage = stages(setup)[0]
     assert at_load(setup, stage).high_bytes == at_profile(setup, stage) == 0
+
+
+def test_tables_of_sectioned_rotation_hold_four_times_the_positions() -> None:
+    plain, sectioned = (
+        loaded_weights(setup, stages(setup)[0])
+        for setup in (resolve(job_of(small_model(rotary_sections=flag))) for flag in (False, True))
+    )
+    table = 8192 * 64 * 2
+    sizes = [next(part.bytes for part in term.children if part.name == "rotary_tables") for term in (plain, sectioned)]
+    assert sizes == [table, 4 * table]

@@ -16,7 +16,7 @@ from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.quantization import formats
 from ullage.read.hf_config.quantization.methods import Rules, all_linear
-from ullage.spec.model import Model, MoEFFN, Quantization, QuantRule
+from ullage.spec.model import LatentAttention, Model, MoEFFN, Quantization, QuantRule
 from ullage.units import plain
 
 __all__ = ["NAMES", "named_quantization"]
@@ -46,6 +46,17 @@ def _fbgemm(model: Model) -> Rules:
     edges = rf"^{re.escape(model.layers_name)}\.(?:0|{last})\."
     skipped = (r"\.self_attn\.", edges)
     return all_linear(replace(formats.fp8_per_row(), tensor_scales=1), skipped)
+
+
+def _nvfp4(model: Model) -> Rules:
+    """NVFP4: every linear layer; latent attention keeps its projections to and from latents, the indexer whole.
+
+    Source: hf_quant_config.json of nvidia/DeepSeek-V3.1-NVFP4 (q_a, q_b, kv_a, kv_b excluded in every layer) and
+        nvidia/DeepSeek-V3.2-NVFP4 (indexer too). Releases for other models leave out more (all attention: Kimi-K2.6).
+    """
+    latent = any(isinstance(mixer, LatentAttention) for layer in model.layers for mixer in layer.mixers)
+    skipped = (r"\.self_attn\.(?:q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|indexer\.)",) if latent else ()
+    return all_linear(formats.nvfp4(), skipped)
 
 
 def _experts_int8(_model: Model) -> Rules:
@@ -80,7 +91,7 @@ NAMES: dict[str, _Named] = {
         assumed=_GROUP_128,
     ),
     "w8a8_int8": _Named(rules=lambda model: all_linear(formats.int8_per_row()), methods=("compressed",)),
-    "nvfp4": _Named(rules=lambda model: all_linear(formats.nvfp4()), methods=("modelopt", "compressed")),
+    "nvfp4": _Named(rules=_nvfp4, methods=("modelopt", "compressed")),
     "mxfp4": _Named(rules=_linear_mxfp4, methods=("mxfp4",)),
     "bnb_nf4": _Named(rules=lambda model: all_linear(formats.bnb_4bit()), methods=("bitsandbytes",)),
     "bnb_fp4": _Named(rules=lambda model: all_linear(formats.bnb_4bit("fp4")), methods=("bitsandbytes",)),

@@ -210,6 +210,7 @@ class Model(Frozen):
         final_norms: norms after the last layer.
         extras: tensors of the whole model (embedding norms, hyper-connection head, ...).
         max_position_embeddings: the context the config declares.
+        rotary_sections: positions rotate by time, height and width (``mrope_section``): engines keep longer tables.
         source: where each fact is from.
         assumed: sentences on what was not understood and assumed on the user's word.
         ignored_keys: config keys read over knowingly or with ``--assume``.
@@ -228,6 +229,7 @@ class Model(Frozen):
     extra_embedding_rows: int = 0
     learned_positions: int = 0
     max_position_embeddings: int = 0
+    rotary_sections: bool = False
     mtp: tuple[MtpModule, ...] = ()
     towers: tuple[Tower, ...] = ()
     extras: tuple[ExtraTensor, ...] = ()

@@ -24,6 +24,9 @@ from ullage.units import MiB, dtype_bytes, round_up
 #: Kernel workspaces and buffers that are no parameters (Marlin locks, masks, permutations), at most.
 _SMALL_BUFFERS = 48 * MiB
 
+#: Positions of a table for time, height and width, for each position that the config declares.
+SECTIONED_POSITIONS = 4
+
 _FUSED = (
     (re.compile(r"\.(?:q_proj|k_proj|v_proj|query|key|value)\."), ".qkv."),
     (re.compile(r"\.(?:gate_proj|up_proj|w1|w3)\."), ".gate_up."),
@@ -111,8 +114,8 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
 
     Formula: max_position_embeddings x rotary_dim x e, for each distinct (dim, window or not).
     Source: vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache, __init__.py:get_rope
-        (one cached instance for equal arguments); mrope.py:MRotaryEmbedding (four times the positions, hence the range
-        of models with towers). V4's indexer and compressor may keep tables of their own.
+        (one cached instance for equal arguments); mrope.py:MRotaryEmbedding (four times the positions where they rotate
+        by sections, unless a model asks for one). V4's indexer and compressor may keep tables of their own.
     """
     model = setup.job.model
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
@@ -126,13 +129,14 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
                 kinds.add((mixer.qk_rope_head_dim, False, 4))
             elif isinstance(mixer, spec.CompressedAttention):
                 kinds.add((mixer.qk_rope_head_dim, mixer.compress_ratio > 0, 4))
-    num_bytes = sum(model.max_position_embeddings * dim * size for dim, _kind, size in kinds)
+    least = sum(model.max_position_embeddings * dim * size for dim, _kind, size in kinds)
+    times = SECTIONED_POSITIONS if model.rotary_sections else 1
     return ranged(
         "rotary_tables",
-        num_bytes,
-        low=num_bytes,
-        high=(4 if model.towers else 2 if packed else 1) * num_bytes,
-        formula=f"{model.max_position_embeddings:,} positions x {[dim for dim, _kind, _size in sorted(kinds)]} values",
+        times * least,
+        low=least,
+        high=(2 if packed else times) * least,
+        formula=f"{times * model.max_position_embeddings:,} positions x {[dim for dim, _kind, _size in sorted(kinds)]} values",
         source="vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache",
     )
 

@@ -53,8 +53,24 @@ def read_config_object(values: dict[str, Any], *, where: str, name: str, assume:
         name=name or model.name,
         source=where,
         ignored_keys=ignored,
+        rotary_sections=module == "vision_qwen" or _rotates_by_sections(values),
         assumed=model.assumed + (assumed if ignored else ()),
     )
+
+
+def _rotates_by_sections(values: dict[str, Any]) -> bool:
+    """Tell whether the decoder's rotation is cut into sections of time, height and width.
+
+    Qwen's vision families always rotate so, whether or not the file says it.
+    Source: transformers@5.23.0:models/qwen3_vl/modeling_qwen3_vl.py:Qwen3VLTextRotaryEmbedding (default sections).
+    """
+    inner = (values.get(name) for name in ("text_config", "llm_config", "language_config"))
+    for part in (values, *(one for one in inner if isinstance(one, dict))):
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = part.get(name)
+            if isinstance(rope, dict) and "mrope_section" in rope:
+                return True
+    return False
 
 
 def _by_evidence(keys: Keys, model_type: str, *, assume: bool) -> str:
