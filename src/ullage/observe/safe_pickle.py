@@ -45,35 +45,46 @@ REFUSED = {
     b"\x8f": "EMPTY_SET", b"\x90": "ADDITEMS", b"\x91": "FROZENSET", b"\x96": "BYTEARRAY8", b"2": "DUP",
     b"0": "POP", b"1": "POP_MARK",
 }  # fmt: skip
-#: Opcode -> bytes of its argument: values that are complete in themselves.
-PLAIN = {b"N": 0, b"\x88": 0, b"\x89": 0, b"K": 1, b"M": 2, b"J": 4, b"G": 8}
-#: The same, of opcodes that build on what is there (MARK, items, reading and writing the memo, PROTO).
-STRUCTURE = {b"(": 0, b"a": 0, b"e": 0, b"s": 0, b"u": 0, b"\x94": 0, b"h": 1, b"j": 4, b"q": 1, b"\x80": 1}
+#: Opcode -> bytes of its argument: values that are complete in themselves, and reading the memo.
+PLAIN = {b"N": 0, b"\x88": 0, b"\x89": 0, b"K": 1, b"M": 2, b"J": 4, b"G": 8, b"h": 1, b"j": 4}
+#: The same, of opcodes that build on what is there (MARK, items, PROTO).
+STRUCTURE = {b"(": 0, b"a": 0, b"e": 0, b"s": 0, b"u": 0, b"\x80": 1}
 CONTAINERS = b"}]ld"  # EMPTY_DICT, EMPTY_LIST, LIST, DICT
-LINES = b"IFLVSgp"  # arguments that end with a newline
+LINES = b"IFLVSg"  # arguments that end with a newline
+LINES_SET = {bytes((_opcode,)) for _opcode in LINES}
 COUNTED = {b"\x8c": 1, b"X": 4, b"\x8d": 8, b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8a": 1, b"\x8b": 4}
-TUPLES = {b")": 0, b"\x85": 1, b"\x86": 2, b"\x87": 3}
-MARK, TUPLE, STOP, FRAME, LONG_BINPUT = b"(t.\x95r"
+TUPLES = {b")": 0, b"\x85": 1, b"\x86": 2, b"\x87": 3, b"t": -1}
+MEMO = {b"\x94": 0, b"q": 1, b"r": 4, b"p": -1}  # MEMOIZE, BINPUT, LONG_BINPUT, PUT
+MARK, STOP, FRAME = b"(.\x95"
+#: Values between the last opcode that built something and a tuple: a dict of a segment has about 30.
+MAX_RUN_BYTES = 65_536
 
 _STEP = [0] * 256  # 1 to 15: structure, skip that many; 17 to 31: a plain value; 0: look closer
-for _opcode, _argument in STRUCTURE.items():
-    _STEP[_opcode[0]] = 1 + _argument
-for _opcode, _argument in PLAIN.items():
-    _STEP[_opcode[0]] = 17 + _argument
+for _symbol, _argument in STRUCTURE.items():
+    _STEP[_symbol[0]] = 1 + _argument
+for _symbol, _argument in PLAIN.items():
+    _STEP[_symbol[0]] = 17 + _argument
 
 
 class _Walk:
-    """The walk over the opcodes of one file: where it is, and what it has counted."""
+    """The walk over the opcodes of one file: where it is, and what it has counted.
 
-    __slots__ = ("containers", "data", "last", "limits", "memo", "opcodes", "plain", "position")
+    Attributes:
+        run: where the values begin that were pushed since something was built.
+        memo: memo indices that are taken; ``texts`` those that hold a string or a number.
+        pushed: where the last string or number of variable length ended.
+    """
+
+    __slots__ = ("containers", "data", "limits", "memo", "opcodes", "position", "pushed", "run", "texts")
 
     def __init__(self, data: bytes, limits: Limits) -> None:
         self.data, self.limits = data, limits
-        self.position = self.opcodes = self.containers = self.memo = 0
-        self.plain = 0  # plain values at the top of the stack, since the last other opcode, which is in ``last``
-        self.last = 0
+        self.position = self.opcodes = self.containers = self.run = 0
+        self.pushed = -1
+        self.memo: set[int] = set()
+        self.texts: set[int] = set()
 
-    def run(self) -> None:
+    def walk(self) -> None:
         """Walk to STOP.
 
         Raises:
@@ -81,44 +92,41 @@ class _Walk:
             IndexError: the file ends before STOP.
         """
         data, steps, most = self.data, _STEP, self.limits.opcodes
-        position = plain = last = count = 0
+        position = run = count = 0
         while True:
             opcode = data[position]
             count += 1
             step = steps[opcode]
             if step > 16:
                 position += step - 16
-                plain += 1
             elif step:
                 position += step
-                plain, last = 0, opcode
+                run = position
             else:
-                self.position, self.plain, self.last, self.opcodes = position, plain, last, count
+                self.position, self.run, self.opcodes = position, run, count
                 if count > most:
                     _too_large(_("{count} opcodes").format(count=count))
                 if opcode == STOP:
                     return
                 self._closer(opcode)
-                position, plain, last = self.position, self.plain, self.last
+                position, run = self.position, self.run
 
     def _closer(self, opcode: int) -> None:
         """Handle an opcode whose argument has no fixed length, or that has a rule."""
         symbol = bytes((opcode,))
         if symbol in COUNTED:
             self._counted(symbol, COUNTED[symbol])
+        elif symbol in MEMO:
+            self._memo(MEMO[symbol])
         elif opcode in CONTAINERS:
-            self._container()
-            self._structure(opcode, 1)
-        elif symbol in TUPLES or opcode == TUPLE:
-            self._tuple(opcode, TUPLES.get(symbol))
+            self._build()
+        elif symbol in TUPLES:
+            self._tuple(TUPLES[symbol])
         elif opcode in LINES:
             self._line(opcode)
         elif opcode == FRAME:
             self._fits(self.position + 9, self._number(8))
             self.position += 9  # framing changes neither the stack nor what comes next
-        elif opcode == LONG_BINPUT:
-            self._memo_index(self._number(4))
-            self._structure(opcode, 5)
         else:
             name = REFUSED.get(symbol)
             self._refuse(
@@ -137,14 +145,13 @@ class _Walk:
         if length > len(self.data) - start:
             self._refuse(_("it declares {size} where fewer follow").format(size=format_bytes(length)))
 
-    def _structure(self, opcode: int, step: int) -> None:
-        self.position += step
-        self.plain, self.last = 0, opcode
-
-    def _container(self) -> None:
+    def _build(self) -> None:
+        """Count a list, dict or tuple."""
         self.containers += 1
         if self.containers > self.limits.containers:
             _too_large(_("{count} lists and dicts").format(count=self.containers))
+        self.position += 1
+        self.run = self.position
 
     def _counted(self, symbol: bytes, width: int) -> None:
         length = self._number(width)
@@ -152,38 +159,72 @@ class _Walk:
         if symbol in (b"\x8a", b"\x8b") and length > MAX_INTEGER_BYTES:
             self._refuse(_("an integer of {count} bytes").format(count=length))
         self._fits(start, length)
-        self.position = start + length
-        self.plain += 1
-
-    def _tuple(self, opcode: int, num_items: int | None) -> None:
-        """Allow tuples of plain values only: a tuple of tuples of tuples ... would be hashed recursively as a key."""
-        enough = self.last == MARK if num_items is None else self.plain >= num_items
-        if not enough:
-            self._refuse(_("a tuple that holds more than plain values"))
-        self._container()
-        self._structure(opcode, 1)
+        self.position = self.pushed = start + length
 
     def _line(self, opcode: int) -> None:
-        start = self.position + 1
-        end = self.data.find(b"\n", start)
+        text = self._text()
+        if opcode in b"IFLg" and len(text) > MAX_DIGITS:
+            self._refuse(_("a number of {count} digits").format(count=len(text)))
+        self.position += len(text) + 2
+        if opcode != b"g"[0]:
+            self.pushed = self.position
+
+    def _text(self) -> bytes:
+        """Return the argument up to the newline."""
+        end = self.data.find(b"\n", self.position + 1)
         if end < 0:
             raise IndexError
-        numeric = opcode in b"IFLgp"
-        if numeric and end - start > MAX_DIGITS:
-            self._refuse(_("a number of {count} digits").format(count=end - start))
-        if opcode == b"p"[0]:
-            text = self.data[start:end]
-            self._memo_index(int(text) if text.isdigit() else 2**63)
-        self.position = end + 1
-        if opcode in b"gp":
-            self.plain, self.last = 0, opcode
-        else:
-            self.plain += 1
+        return self.data[self.position + 1 : end]
 
-    def _memo_index(self, index: int) -> None:
-        """Refuse an index far above the number of values so far: the memo is an array that grows to the index."""
-        if index > self.opcodes:
-            self._refuse(_("memo index {index} after {count} opcodes").format(index=index, count=self.opcodes))
+    def _memo(self, width: int) -> None:
+        """Note what is kept. An index far above what is kept is refused: the memo is an array that grows to it."""
+        is_text = self.pushed == self.position
+        if width < 0:
+            text = self._text()
+            index = int(text) if text.isdigit() and len(text) < MAX_DIGITS else 2**64
+            self.position += len(text) + 2
+        else:
+            index = self._number(width) if width else len(self.memo)
+            self.position += 1 + width
+        if index > 2 * len(self.memo) + 1024:
+            self._refuse(_("memo index {index} after {count} entries").format(index=index, count=len(self.memo)))
+        self.memo.add(index)
+        if is_text:
+            self.texts.add(index)
+            self.pushed = self.position
+        else:
+            self.texts.discard(index)
+
+    def _tuple(self, num_items: int) -> None:
+        """Allow tuples of plain values only: a tuple of tuples of tuples ... would be hashed recursively as a key."""
+        plain = self._run_of_values() if num_items else []
+        if num_items < 0:
+            marked = self.run > 0 and self.data[self.run - 1] == MARK
+            enough = marked and all(plain)
+        else:
+            enough = len(plain) >= num_items and all(plain[len(plain) - num_items :])
+        if not enough:
+            self._refuse(_("a tuple that holds more than plain values"))
+        self._build()
+
+    def _run_of_values(self) -> list[bool]:
+        """Tell, for each value pushed since something was built, whether it is a string or a number."""
+        found, position, data = [], self.run, self.data
+        if self.position - position > MAX_RUN_BYTES:
+            self._refuse(_("a tuple after {size} of values").format(size=format_bytes(self.position - position)))
+        while position < self.position:
+            symbol = data[position : position + 1]
+            width = COUNTED.get(symbol, 0)
+            argument = data[position + 1 : position + 1 + (PLAIN.get(symbol, 0) or MEMO.get(symbol, 0) or width)]
+            if symbol in LINES_SET or symbol == b"p":
+                argument = data[position + 1 : data.index(b"\n", position)]
+                position += 1
+            if symbol not in MEMO and symbol[0] != FRAME:
+                reads = int(argument) if symbol == b"g" else int.from_bytes(argument, "little")
+                found.append(symbol not in (b"h", b"j", b"g") or reads in self.texts)
+            position += 1 + len(argument) + (int.from_bytes(argument, "little") if width else 0)
+            position += 8 * (symbol[0] == FRAME)
+        return found
 
     def _refuse(self, what: str) -> NoReturn:
         raise InputError(_("{what}, at byte {position}").format(what=what, position=self.position))
@@ -213,8 +254,8 @@ def loads(data: bytes, *, limits: Limits | None = None) -> Any:
     if len(data) > limits.file_bytes:
         _too_large(format_bytes(len(data)))
     try:
-        _Walk(data, limits).run()
-    except IndexError:
+        _Walk(data, limits).walk()
+    except (IndexError, ValueError):
         raise InputError(_("the pickle ends in the middle of a value")) from None
     collecting = gc.isenabled()
     gc.disable()  # the collector would walk the growing tree again and again

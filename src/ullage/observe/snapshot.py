@@ -191,7 +191,7 @@ class _Reader:
                 _("a block at {address:#x} does not follow the one before").format(address=address), where=where
             )
         state = entry.get("state")
-        if state not in STATES:
+        if not isinstance(state, str) or state not in STATES:
             raise InputError(_("unknown state {state!r} of a block").format(state=_short(state)), where=where)
         if STATES[state] is None:
             memory.free_blocks.append((layout.address, address, size))
