@@ -38,12 +38,12 @@ def inner_table(
     keeper: Keeper, prefix: str, num_values: int, *, gated: bool, activation: str, down: str = "down_proj"
 ) -> list[SavedTensor]:
     """Return what lies between the first and the last linear of a feed-forward block of ``num_values`` = bsI."""
-    fused = keeper.implementation.gated_ffn == "fused"
+    fused, dtype = keeper.implementation.gated_ffn == "fused", keeper.implementation.ffn_dtype
     if not gated:
         copies = WRITTEN_OUT_ACTIVATIONS.get(activation, 1)
-        found = [keeper.keep(f"{prefix}activation", copies * num_values, f"{copies}bsI" if copies > 1 else "bsI")]
+        formula = f"{copies}bsI" if copies > 1 else "bsI"
+        found = [keeper.keep(f"{prefix}activation", copies * num_values, formula, dtype)]
         return [*found, *keeper.keep_input(f"{prefix}{down}.input", num_values, "bsI")]
-    found = [keeper.keep(f"{prefix}gate", num_values, "bsI"), keeper.keep(f"{prefix}up", num_values, "bsI")]
-    if not fused:
-        found.append(keeper.keep(f"{prefix}activated gate", num_values, "bsI"))
+    names = ("gate", "up") if fused else ("gate", "up", "activated gate")
+    found = [keeper.keep(f"{prefix}{name}", num_values, "bsI", dtype) for name in names]
     return [*found, *keeper.keep_input(f"{prefix}{down}.input", num_values, "bsI")]

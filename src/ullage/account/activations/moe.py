@@ -34,7 +34,7 @@ def moe_table(
     found += inner_table(keeper, "experts.", values, gated=ffn.gated, activation=ffn.activation)
     if implementation.moe != "megatron":
         # Megatron folds the routing weights into the activation, so that the output is not kept.
-        found.append(keeper.keep("experts.output", rows * width, "Rh"))
+        found.append(keeper.keep("experts.output", rows * width, "Rh", implementation.ffn_dtype))
     found.append(keeper.keep("experts.routing weights", rows, "R", implementation.router_dtype))
     found.append(keeper.keep("experts.indices", 3 * rows, "3R", "int64"))
     return (*found, *_shared(ffn, hidden_size, keeper))

@@ -78,7 +78,7 @@ def backward_bytes(layer: spec.Layer, hidden_size: int, shape: Shape, implementa
     Source: torch@2.13.0:tools/autograd/derivatives.yaml (mul, silu); the order of a reverse pass.
     Known error: the gradient of a linear's weight is counted with the gradients, not here.
     """
-    width = dtype_bytes(implementation.compute_dtype)
+    width = dtype_bytes(implementation.ffn_dtype or implementation.compute_dtype)
     residual = int(shape.num_split_tokens * hidden_size * dtype_bytes(implementation.residual_dtype))
     worst = 0
     for ffn in layer.ffns:
@@ -92,7 +92,7 @@ def backward_bytes(layer: spec.Layer, hidden_size: int, shape: Shape, implementa
                 rows = -(-rows // ffn.num_experts)
             values = rows * (ffn.intermediate_size // shape.expert_tensor_parallel_size)
             worst = max(worst, int(_ffn_gradients(values, ffn.gated) * width))
-    return 2 * residual + worst if worst else 2 * residual
+    return residual + worst
 
 
 def _ffn_gradients(values: int, gated: bool) -> int:

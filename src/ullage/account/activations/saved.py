@@ -99,6 +99,8 @@ class Implementation:
             SDPA with a mask, or before ``enable_gqa``).
         pads_values: the kernel wants equal head sizes, so MLA's narrower values are padded (FlashAttention 2).
         router_dtype: of the router's scores.
+        ffn_dtype: of feed-forward blocks where it is not the compute dtype (quantised linears answer in the format of
+            their input).
         softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).
     """
 
@@ -116,6 +118,7 @@ class Implementation:
     pads_values: bool = False
     router_dtype: str = "float32"
     softmax_dtype: str = "float32"
+    ffn_dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,185 @@
+"""What a version of transformers, PEFT and the Trainer does when nothing else is said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from ullage.account.activations.logits import LossRecipe
+from ullage.account.activations.saved import Implementation
+from ullage.account.lora import AdapterPrecision
+from ullage.errors import InputError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+from ullage.spec.training import TrainingJob
+
+Version = tuple[int, int]
+NEWEST: Version = (5, 23)
+#: Logits become fp32 in the model's forward up to here. Source: transformers@4.45.2:models/llama/modeling_llama.py:
+#: LlamaForCausalLM.forward (``logits.float()``); @4.46 moved it to loss/loss_utils.py.
+UPCAST_IN_LOSS: Version = (4, 46)
+#: From here labels are padded instead of shifting the logits. Source: transformers@4.49.0:loss/loss_utils.py:
+#: ForCausalLMLoss, against @4.48.1.
+NO_SHIFT_COPY: Version = (4, 49)
+#: Source: transformers@5.23.0:training_args.py (default_optim with torch 2.8 or newer).
+FUSED_BY_DEFAULT: Version = (5, 0)
+#: Experts as one grouped product. Source: transformers@5.23.0:integrations/moe.py:grouped_mm_experts_forward.
+GROUPED_EXPERTS: Version = (5, 0)
+#: Checkpointing stops early and keeps no second output. Source: transformers@5.23.0:modeling_utils.py
+#: (use_reentrant False); reentrant before, torch@2.13.0:torch/utils/checkpoint.py:CheckpointFunction.backward.
+NOT_REENTRANT: Version = (5, 0)
+#: Attention classes that copied keys and values to all heads even for FlashAttention, until attention became one
+#: function for all models; llama and granite do not.
+#: Source: transformers@4.45.2:models/mistral/modeling_mistral.py:MistralFlashAttention2.forward, mixtral and qwen2
+#: likewise; @4.48.1:integrations/flash_attention.py.
+REPEATED_BEFORE: Version = (4, 48)
+REPEATS_FOR_FLASH = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM")
+#: Source: transformers@5.23.0:models/gpt2/modeling_gpt2.py:eager_attention_forward (no fp32 softmax).
+PLAIN_SOFTMAX = ("GPT2LMHeadModel",)
+#: Models that divide the logits by a constant, and that multiply the embeddings by one.
+#: Source: transformers@4.45.2:models/granite/modeling_granite.py; models/gemma/modeling_gemma.py (embeddings alone).
+SCALED_EMBEDDINGS = ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM")
+
+
+class Recipe(Frozen):
+    """All that a job leaves open, decided.
+
+    Attributes:
+        implementation, loss, adapters: which kernels run.
+        reentrant: recompute keeps a second output of the layer.
+        norms_fp32: k-bit preparation made norms and biases fp32, and with them the residual stream.
+        autocast_casts: fp32 weights are cast to the compute dtype, and the casts live as long as the forward pass.
+        keeps_gradients: gradients stay until the next step begins (a plain loop); the Trainer frees them.
+        scaled_embeddings: the embeddings are multiplied, so that the unscaled ones may stay beside them.
+    """
+
+    implementation: Implementation
+    loss: LossRecipe
+    adapters: AdapterPrecision
+    reentrant: bool
+    norms_fp32: bool
+    autocast_casts: bool
+    keeps_gradients: bool
+    scaled_embeddings: bool
+    version: Version
+
+
+def transformers_version(text: str) -> Version | None:
+    """Return (major, minor) of ``transformers 4.48.1`` in a version string, or of a bare version."""
+    match = re.search(r"transformers\D{0,3}(\d{1,3})\.(\d{1,3})", text) or re.fullmatch(
+        r"(\d{1,3})\.(\d{1,3})(?:\.\S*)?", text.strip()
+    )
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
+    """Return the job with its defaults filled in and said, and the recipe that follows.
+
+    Raises:
+        InputError: what this room does not do.
+    """
+    refuse(job)
+    version = transformers_version(job.engine_version)
+    assumed = list(job.assumed)
+    if version is None:
+        version = NEWEST
+        assumed.append(_("transformers {version}, the newest whose rules are known").format(version="5.23"))
+    attention = job.attention
+    if attention is None:
+        attention = "sdpa"
+        assumed.append(_("attention: sdpa, the default of transformers"))
+    loss = job.loss or "plain"
+    if job.loss is None:
+        assumed.append(_("loss: cross entropy of PyTorch"))
+    impl = job.optimizer_impl
+    if impl is None:
+        impl = "fused" if version >= FUSED_BY_DEFAULT and job.engine != "single" else "foreach"
+        assumed.append(_("optimizer implementation: {impl}").format(impl=impl))
+    filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
+    return filled, _recipe(filled, version)
+
+
+def refuse(job: TrainingJob) -> None:
+    """Refuse what the rules do not cover.
+
+    Raises:
+        InputError: sharded states, or a split model.
+    """
+    parallel = job.parallel
+    sharded = parallel.fsdp is not None or (parallel.zero_stage and parallel.data_parallel_size > 1)
+    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size)
+    if sharded or any(size > 1 for size in sizes):
+        raise InputError(_("the {engine} rules know one GPU and DDP, no sharding yet").format(engine=job.engine))
+    if job.offload:
+        raise InputError(_("the {engine} rules know no offload yet").format(engine=job.engine))
+
+
+def _recipe(job: TrainingJob, version: Version) -> Recipe:
+    fused = fused_kernels(job)
+    prepared = job.base_quantization in ("nf4", "fp4", "int8") and not fused
+    adapted = job.lora is not None
+    adapter_dtype = (job.lora.dtype if job.lora else None) or "float32"
+    autocast = job.precision.params == "float32" and job.precision.compute != "float32"
+    return Recipe(
+        implementation=_implementation(job, version, fused, prepared),
+        loss=_loss(job, version),
+        adapters=AdapterPrecision(dtype=adapter_dtype, compute_dtype=job.precision.compute, autocast=True),
+        reentrant=version < NOT_REENTRANT,
+        norms_fp32=prepared,
+        autocast_casts=autocast,
+        keeps_gradients=job.engine == "single",
+        scaled_embeddings=adapted and job.model.architecture in SCALED_EMBEDDINGS,
+        version=version,
+    )
+
+
+def unprepared(job: TrainingJob, recipe: Recipe) -> Recipe:
+    """Return the recipe without k-bit preparation: some trainers load a quantised base and train it as it is."""
+    implementation = _implementation(job, recipe.version, fused_kernels(job), False)
+    return replace(recipe, implementation=implementation, norms_fp32=False)
+
+
+def fused_kernels(job: TrainingJob) -> frozenset[str]:
+    """Return which parts run as fused kernels: said by the flag ``fused_kernels``, else those that Liger patches.
+
+    Source: liger-kernel@0.6.3:transformers/monkey_patch.py:apply_liger_kernel_to_llama (rope, rms_norm, swiglu and the
+        fused linear cross entropy by default).
+    """
+    flags = dict(job.flags)
+    if "fused_kernels" in flags:
+        return frozenset(part.strip() for part in flags["fused_kernels"].split(",") if part.strip())
+    return frozenset(("rms_norm", "rope", "swiglu")) if job.loss == "liger" else frozenset()
+
+
+def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], prepared: bool) -> Implementation:
+    architecture = job.model.architecture
+    attention = job.attention or "sdpa"
+    repeats = attention == "sdpa" and not job.packing
+    if attention == "flash":
+        repeats = version < REPEATED_BEFORE and architecture in REPEATS_FOR_FLASH
+    compute = job.precision.compute
+    return Implementation(
+        attention=attention,
+        norm="fused" if "rms_norm" in fused else "native",
+        gated_ffn="fused" if "swiglu" in fused else "native",
+        rotary="fused" if "rope" in fused else "native",
+        moe="grouped" if version >= GROUPED_EXPERTS else "loop",
+        compute_dtype=compute,
+        residual_dtype="float32" if prepared or job.precision.params == "float32" else compute,
+        autocast=job.precision.params == "float32" and compute != "float32",
+        dropout=float(dict(job.flags).get("dropout", "0")),
+        trained=job.method == "full",
+        repeat_kv=repeats,
+        pads_values=attention == "flash",
+        # bitsandbytes@0.43.3:nn/modules.py:Linear4bit.forward: the output is cast to the input's dtype.
+        ffn_dtype="float32" if prepared else None,
+        softmax_dtype=compute if architecture in PLAIN_SOFTMAX else "float32",
+    )
+
+
+def _loss(job: TrainingJob, version: Version) -> LossRecipe:
+    return LossRecipe(
+        kind=job.loss or "plain",
+        upcast="head" if version < UPCAST_IN_LOSS else "loss",
+        shift_copies=version < NO_SHIFT_COPY,
+    )

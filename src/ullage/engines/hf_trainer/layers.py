@@ -1,0 +1,182 @@
+"""The activations of one pass: what every layer keeps and works with, and which layer's backward is the worst."""
+
+from __future__ import annotations
+
+import math
+
+from ullage.account.activations.layer import layer_table
+from ullage.account.activations.norms import norm_table
+from ullage.account.activations.recompute import LayerMemory, backward_bytes, is_recomputed, layer_memory
+from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
+from ullage.account.lora import adapter_table
+from ullage.account.parameters import layer_parameters
+from ullage.engines.hf_trainer.defaults import Recipe
+from ullage.frozen import Frozen
+from ullage.spec import model as spec
+from ullage.spec.training import TrainingJob
+from ullage.units import dtype_bytes
+
+
+class Pass(Frozen):
+    """One micro-batch through the model.
+
+    Attributes:
+        layers: in order; equal layers are equal values.
+        grad_bytes: trained gradients that each layer's backward leaves.
+        stream_bytes: one copy of the residual stream; head_input_bytes: of the head's input.
+        frame_bytes: final norm, rotary tables, token ids, embeddings that stay.
+    """
+
+    layers: tuple[LayerMemory, ...]
+    grad_bytes: tuple[int, ...]
+    partial_grad_bytes: tuple[int, ...]
+    stream_bytes: int
+    head_input_bytes: int
+    frame_bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """What all layers keep."""
+        return sum(layer.kept_bytes for layer in self.layers)
+
+
+def micro_batch(job: TrainingJob) -> Shape:
+    """Return the sizes of one micro-batch."""
+    return Shape(micro_batch_size=job.micro_batch_size, seq_len=job.seq_len)
+
+
+def forward_pass(job: TrainingJob, recipe: Recipe) -> Pass:
+    """Return what one micro-batch keeps, layer by layer.
+
+    Source: transformers@5.23.0:modeling_layers.py:GradientCheckpointingLayer.__call__ and the tables it runs.
+    """
+    model, shape, implementation = job.model, micro_batch(job), recipe.implementation
+    width = dtype_bytes(implementation.residual_dtype)
+    stream = int(shape.num_tokens * model.hidden_size * width)
+    memory: dict[tuple[spec.Layer, bool], LayerMemory] = {}
+    layers: list[LayerMemory] = []
+    for index, layer in enumerate(model.layers):
+        again = is_recomputed(job.recompute, index, len(model.layers))
+        key = (layer, again)
+        if key not in memory:
+            memory[key] = _layer(job, recipe, layer, again=again, stream=stream)
+        layers.append(memory[key])
+    width_of_grads = dtype_bytes(job.precision.grads)
+    return Pass(
+        layers=tuple(layers),
+        grad_bytes=tuple(_grads(job, layer, recipe) for layer in model.layers),
+        partial_grad_bytes=tuple(
+            int(_last_linear(layer, model.hidden_size) * width_of_grads) if implementation.trained else 0
+            for layer in model.layers
+        ),
+        stream_bytes=stream,
+        head_input_bytes=int(shape.num_tokens * model.hidden_size * dtype_bytes(implementation.compute_dtype)),
+        frame_bytes=_frame(job, recipe, shape),
+    )
+
+
+def _layer(job: TrainingJob, recipe: Recipe, layer: spec.Layer, *, again: bool, stream: int) -> LayerMemory:
+    """Return one layer: its table, its adapters', and what its backward needs."""
+    shape, implementation, hidden = micro_batch(job), recipe.implementation, job.model.hidden_size
+    table: tuple[SavedTensor, ...] = layer_table(layer, hidden, shape, implementation)
+    if job.lora is not None:
+        top_k = max((ffn.top_k for ffn in layer.ffns if isinstance(ffn, spec.MoEFFN)), default=1)
+        table += adapter_table(
+            layer,
+            hidden,
+            job.lora,
+            recipe.adapters,
+            num_tokens=shape.num_tokens,
+            num_routed_tokens=shape.num_routed_tokens(top_k),
+        )
+    if again:
+        table = _without_input(table, layer, implementation.residual_dtype)
+    work = backward_bytes(layer, hidden, shape, implementation)
+    work += stream if again and recipe.reentrant else 0
+    work += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
+    return layer_memory(table, recomputed=again, recompute=job.recompute, input_bytes=stream, backward_bytes=work)
+
+
+def _without_input(table: tuple[SavedTensor, ...], layer: spec.Layer, residual: str) -> tuple[SavedTensor, ...]:
+    """Drop the first norm's input where it is the checkpoint itself: no cast lies between."""
+    first = layer.norms[0].name if layer.norms else ""
+    for row in table:
+        if row.module == first and row.name.startswith("input") and row.dtype == residual:
+            return tuple(one for one in table if one is not row)
+    return table
+
+
+def _dequantised(job: TrainingJob, layer: spec.Layer, grad_dtype: str) -> int:
+    """Return a frozen 4-bit weight in the compute dtype: its backward makes it again, one at a time.
+
+    Where the gradient is fp32, a copy in fp32 stands beside it.
+    Source: bitsandbytes@0.43.3:autograd/_functions.py:MatMul4Bit.backward (dequantize_4bit).
+    """
+    if job.base_quantization is None:
+        return 0
+    largest = max(math.prod(one.shape) for one in layer_parameters(layer, job.model.hidden_size))
+    compute = job.precision.compute
+    copy = dtype_bytes(grad_dtype) if grad_dtype != compute else 0
+    return int(largest * (dtype_bytes(compute) + copy))
+
+
+def _grads(job: TrainingJob, layer: spec.Layer, recipe: Recipe) -> int:
+    if not recipe.implementation.trained:
+        return 0
+    parameters = layer_parameters(layer, job.model.hidden_size)
+    elements = sum(math.prod(one.shape) * one.copies for one in parameters if not one.buffer)
+    return int(elements * dtype_bytes(job.precision.grads))
+
+
+def _last_linear(layer: spec.Layer, hidden_size: int) -> int:
+    """Return the elements of the down projections, whose gradients stand when a block's product is differentiated."""
+    found = 0
+    for ffn in layer.ffns:
+        copies = ffn.num_experts if isinstance(ffn, spec.MoEFFN) else 1
+        found = max(found, hidden_size * ffn.intermediate_size * copies)
+    return found
+
+
+def _frame(job: TrainingJob, recipe: Recipe, shape: Shape) -> int:
+    """Return what is kept outside the layers.
+
+    Formula: final norm + rotary cosine and sine of one sequence + with adapters
+        and scaled embeddings the unscaled ones, a leaf that requires a gradient.
+    Source: transformers@4.45.2:models/granite/modeling_granite.py:GraniteModel.forward;
+        peft@0.13.2:peft_model.py (make_inputs_require_grad).
+    """
+    implementation = recipe.implementation
+    found = sum(table_bytes(norm_table(norm, shape, implementation)) for norm in job.model.final_norms)
+    found += 2 * job.seq_len * _rotary_width(job.model) * int(dtype_bytes(implementation.compute_dtype))
+    if recipe.scaled_embeddings and job.lora is not None:
+        found += shape.num_tokens * job.model.hidden_size * int(dtype_bytes(implementation.compute_dtype))
+    return found
+
+
+def _rotary_width(model: spec.Model) -> int:
+    for mixer in model.layers[0].mixers:
+        if isinstance(mixer, spec.Attention):
+            return mixer.rotary_dim or mixer.head_dim
+        if isinstance(mixer, spec.LatentAttention):
+            return mixer.qk_rope_head_dim
+    return 0
+
+
+def worst_backward(one_pass: Pass, *, grads_before: int, all_grads: bool) -> tuple[int, int]:
+    """Return (layer, bytes) of the backward that needs most: checkpoints, working set and gradients so far.
+
+    Args:
+        one_pass: the micro-batch.
+        grads_before: gradients that the head's and final norm's backward left.
+        all_grads: the gradients of every layer stand already (an earlier micro-batch made them).
+    """
+    best, kept, grads = (0, 0), one_pass.kept_bytes, grads_before
+    for index in range(len(one_pass.layers) - 1, -1, -1):
+        layer = one_pass.layers[index]
+        total = kept + layer.working_bytes + grads + one_pass.partial_grad_bytes[index]
+        best = max(best, (total, index))
+        kept -= layer.kept_bytes
+        if not all_grads:
+            grads += one_pass.grad_bytes[index]
+        best = max(best, (kept + grads + one_pass.stream_bytes, index))
+    return best[1], best[0]

@@ -1,0 +1,53 @@
+"""What the caching allocator holds beyond what is in use, and what it does not see."""
+
+from __future__ import annotations
+
+from ullage.ledger import Term, ranged, total
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB
+
+#: Blocks of one fp32 tensor of logits that lie free beside those in use: the shifted copy has other sizes than the
+#: logits, so that the freed blocks do not fit the next step. Expected and at most, of published pairs of reserved and
+#: allocated memory (docs/training.md).
+LOGITS_BLOCKS = (1, 2)
+#: Rounding and remainders of segments, of what is allocated: expected and at most.
+SEGMENT_SHARE = (0.03, 0.12)
+EXPANDABLE_SHARE = (0.01, 0.03)
+
+
+def reserved_overhead(job: TrainingJob, allocated: Term, moment: str) -> Term:
+    """Return reserved minus allocated.
+
+    Formula: share of the allocated bytes for rounding to segments, + free blocks of the size of fp32 logits where a
+        loss makes them; never more than the card leaves.
+    Source: torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp (2 MiB and 20 MiB segments; blocks above 200 MiB are split
+        only by max_split_size_mb); published pairs in docs/training.md.
+    Known error: fragmentation depends on the order of requests; the range is wide on purpose.
+    """
+    expandable = "expandable_segments:true" in job.alloc_conf.lower()
+    share = EXPANDABLE_SHARE if expandable else SEGMENT_SHARE
+    logits = 0
+    if not expandable and job.loss in ("plain", "fused", None):
+        logits = job.micro_batch_size * job.seq_len * job.model.vocab_size * 4
+    expected = round(allocated.bytes * share[0]) + LOGITS_BLOCKS[0] * logits
+    high = round(allocated.high_bytes * share[1]) + LOGITS_BLOCKS[1] * logits
+    room = max(0, job.machine.gpu.total_bytes - allocated.bytes - outside(job).bytes)
+    return ranged(
+        "reserved_overhead",
+        min(expected, room) if room else 0,
+        low=0,
+        high=min(high, max(room, expected)) if room else high,
+        formula="rounding to segments + free blocks of logits",
+        source="torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp",
+    )
+
+
+def outside(job: TrainingJob) -> Term:
+    """Return what lies outside the allocator: the CUDA context, and NCCL where several GPUs run.
+
+    Source: difference of nvidia-smi and torch in public reports (0.4 GiB on an A100, 0.6 GiB on an H100).
+    """
+    children = [ranged("cuda_context", 480 * MiB, low=200 * MiB, high=900 * MiB, formula="driver context and kernels")]
+    if job.machine.num_gpus > 1:
+        children.append(ranged("nccl", 600 * MiB, low=100 * MiB, high=2048 * MiB, formula="channels and buffers"))
+    return total("outside", children)

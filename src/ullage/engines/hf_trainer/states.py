@@ -1,0 +1,164 @@
+"""What lies on the GPU between two steps: frozen base, trained weights, optimizer states, library workspaces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from ullage.account.gradients import gradients_term
+from ullage.account.lora import adapter_parameters
+from ullage.account.optimizer import Trained, optimizer_terms
+from ullage.account.parameters import Placed, Role, model_parameters
+from ullage.account.sharding import RankShare, whole
+from ullage.account.weights import weights_term
+from ullage.engines.hf_trainer.defaults import Recipe
+from ullage.errors import InputError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+from ullage.ledger import Term, exact, ranged, total
+from ullage.spec import model as spec
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB, WeightFormat, dtype_bytes
+
+#: Source: bitsandbytes@0.43.3:functional.py:quantize_4bit (blocks of 64, absmax fp32; nested: 8-bit absmax with one
+#: fp32 per 256 blocks); arXiv:2305.14314 sec. 3 (double quantisation).
+NF4 = WeightFormat(name="nf4 double", dtype="int4", block=(1, 64), scale_dtype="uint8", scales_per_scale=256)
+INT8 = WeightFormat(name="bnb int8", dtype="int8", block=(1, 0), scale_dtype="float32")
+#: Source: AutoGPTQ@0.7.1:auto_gptq/nn_modules/qlinear (group 128, fp16 scales, packed 4-bit zeros, int32 g_idx).
+GPTQ = WeightFormat(
+    name="gptq int4", dtype="int4", block=(1, 128), scale_dtype="float16", zero_point_dtype="int4", column_index_bytes=4
+)
+BASE_FORMATS = {"nf4": NF4, "fp4": NF4, "int8": INT8, "gptq": GPTQ}
+
+
+class States(Frozen):
+    """What stays on the GPU.
+
+    ``weights`` of the base and ``adapters``; ``trained``: what the optimizer works on; ``trained_dtype``: its dtype.
+    """
+
+    weights: Term
+    adapters: Term
+    trained: Trained
+    trained_dtype: str
+    gradients: Term
+    optimizer: Term
+    workspaces: Term
+
+
+def states(job: TrainingJob, recipe: Recipe) -> States:
+    """Return what stays on the GPU under a job."""
+    weights = _base_weights(job, recipe)
+    if job.lora is not None:
+        trained = adapter_parameters(job.model, job.lora)
+        dtype = recipe.adapters.dtype
+        size = int(trained.num_elements * dtype_bytes(dtype))
+        adapters = exact("adapters", size, formula=f"{trained.num_elements:,} x {dtype}", source="arXiv:2106.09685")
+    else:
+        trained, dtype = full_parameters(job.model), job.precision.params
+        adapters = exact("adapters", 0)
+    grads = dtype if job.lora is not None else job.precision.grads
+    moments = dtype if job.lora is not None else job.precision.moments
+    return States(
+        weights=weights,
+        adapters=adapters,
+        trained=trained,
+        trained_dtype=dtype,
+        gradients=gradients_term(trained, dtype=grads),
+        optimizer=optimizer_terms(
+            job.optimizer, trained, moments=moments, params=dtype, master=None if job.lora else job.precision.master
+        ),
+        workspaces=workspaces(job),
+    )
+
+
+@lru_cache(maxsize=64)
+def full_parameters(model: spec.Model) -> Trained:
+    """Return every trained tensor of a model: tied embeddings once, without MTP modules and towers."""
+    tensors: dict[tuple[int, ...], int] = {}
+    for placed in decoder_parameters(model):
+        shape = placed.parameter.shape
+        tensors[shape] = tensors.get(shape, 0) + placed.parameter.copies
+    return Trained(tensors=tuple(tensors.items()))
+
+
+def decoder_parameters(model: spec.Model) -> list[Placed]:
+    """Return the parameters that a causal language model class of transformers trains."""
+    return [
+        placed
+        for placed in model_parameters(model)
+        if placed.section not in ("mtp", "tower") and not placed.parameter.buffer
+    ]
+
+
+def workspaces(job: TrainingJob) -> Term:
+    """Return the cuBLAS workspaces: one for the main thread, one for the thread of the backward pass.
+
+    Formula: 2 x (2 x 4 MiB + 8 x 16 KiB), from compute capability 9.0 on 2 x 32 MiB.
+    Source: torch@2.4.1:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize.
+    Known error: none on A100 (published bytes after training, docs/training.md).
+    """
+    capability = job.machine.gpu.compute_capability or (8, 0)
+    one = 32 * MiB if capability >= (9, 0) else 2 * 4096 * 1024 + 8 * 16 * 1024
+    return ranged(
+        "cublas_workspaces",
+        2 * one,
+        low=one,
+        high=2 * one,
+        formula="2 threads",
+        source="torch@2.4.1:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize",
+    )
+
+
+def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
+    share = replace(whole(job.model), mtp=False, towers=False)
+    scheme = job.base_quantization
+    if scheme is None:
+        return weights_term(job.model, share, quantization=None, dtype=job.precision.params)
+    if scheme not in BASE_FORMATS:
+        raise InputError(
+            _("unknown quantisation of a frozen base {scheme!r}").format(scheme=scheme[:40]),
+            remedy=_("known are {known}").format(known=", ".join(BASE_FORMATS)),
+        )
+    rules = (spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]),)
+    quantization = spec.Quantization(method=scheme, rules=rules)
+    base = weights_term(job.model, share, quantization=quantization, dtype=job.precision.compute)
+    if scheme == "gptq":
+        base = _any_group(job, share, base)
+    widened = _widened_bytes(job, recipe)
+    if not widened:
+        return base
+    extra = ranged(
+        "fp32_norms_and_biases",
+        widened,
+        low=0,
+        high=widened,
+        formula="2 bytes more per element",
+        source="peft@0.13.2:utils/other.py:prepare_model_for_kbit_training; trl@0.11.4:trainer/utils.py:"
+        "peft_module_casting_to_bf16",
+    )
+    return total("weights", (*(base.children or (base,)), extra), source=base.source)
+
+
+def _any_group(job: TrainingJob, share: RankShare, base: Term) -> Term:
+    """Return the weights with the range of GPTQ group sizes: 128 is usual, some checkpoints have one scale per row."""
+    rules = (spec.QuantRule(pattern="", format=replace(GPTQ, block=(1, 0))),)
+    rows = spec.Quantization(method="gptq", rules=rules)
+    low = weights_term(job.model, share, quantization=rows, dtype=job.precision.compute).bytes
+    return ranged("weights", base.bytes, low=low, high=base.bytes, formula=base.formula, source=base.source)
+
+
+def _widened_bytes(job: TrainingJob, recipe: Recipe) -> int:
+    """Return what fp32 norms and biases take more: everything is cast up, embeddings and head back down."""
+    if not recipe.norms_fp32:
+        return 0
+    wide = 4 - dtype_bytes(job.precision.compute)
+    small = (one.parameter for one in decoder_parameters(job.model) if one.parameter.role in (Role.NORM, Role.BIAS))
+    return int(sum(_elements(parameter.shape) * parameter.copies for parameter in small) * wide)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,184 @@
+"""One optimizer step of the Trainer, moment by moment: loss, backward, optimizer step, and what stays after it."""
+
+from __future__ import annotations
+
+from ullage.account.activations.logits import LossPeak, loss_peak
+from ullage.account.gradients import accumulation_bytes, clipping_bytes
+from ullage.account.optimizer import temporaries
+from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
+from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
+from ullage.engines.hf_trainer.outside import outside, reserved_overhead
+from ullage.engines.hf_trainer.states import States, states
+from ullage.engines.training import TrainingRank, TrainingStep
+from ullage.frozen import Frozen
+from ullage.ledger import Ledger, Term, exact, ranged, total
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB, dtype_bytes
+
+#: How far sums of activations were off against published peaks (docs/training.md).
+ACTIVATION_ERROR = 0.05
+
+
+class Walk(Frozen):
+    """What every moment of a step draws on; ``low_pass``: the same pass where a base was not prepared for training."""
+
+    job: TrainingJob
+    recipe: Recipe
+    states: States
+    one_pass: Pass
+    low_pass: Pass
+    loss: LossPeak
+
+
+def step(job: TrainingJob) -> TrainingStep:
+    """Walk one step of a job of the Trainer family.
+
+    Raises:
+        InputError: what the rules do not cover.
+    """
+    filled, recipe = resolve(job)
+    held, one_pass, shape = states(filled, recipe), forward_pass(filled, recipe), micro_batch(filled)
+    loss = loss_peak(
+        recipe.loss,
+        num_tokens=shape.num_tokens,
+        vocab_size=filled.model.vocab_size,
+        hidden_size=filled.model.hidden_size,
+        compute_dtype=recipe.implementation.compute_dtype,
+        head_trained=recipe.implementation.trained,
+    )
+    low_pass = forward_pass(filled, unprepared(filled, recipe)) if recipe.norms_fp32 else one_pass
+    walk = Walk(job=filled, recipe=recipe, states=held, one_pass=one_pass, low_pass=low_pass, loss=loss)
+    moments = tuple(
+        _ledger(walk, name, first + terms)
+        for first in ((exact("optimizer", 0),), (held.optimizer,))
+        for name, terms in _moments(walk, first_step=not first[0].bytes)
+    )
+    rank = TrainingRank(
+        rank=0,
+        num_ranks=max(1, filled.parallel.data_parallel_size),
+        pp_rank=0,
+        moments=moments,
+        after_step=_ledger(walk, "after step", (held.optimizer, *_after(walk))),
+    )
+    return TrainingStep(job=filled, ranks=(rank,), warnings=filled.assumed)
+
+
+def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...]]]:
+    """Return (name, terms besides weights and states) of each moment."""
+    found = [("loss", _loss(walk)), ("backward", _backward(walk)), ("optimizer step", _optimizer_step(walk))]
+    if first_step:
+        return [(f"first step: {name}", terms) for name, terms in found[:2]]
+    return found
+
+
+def _after(walk: Walk) -> tuple[Term, ...]:
+    return (walk.states.gradients,) if walk.recipe.keeps_gradients else ()
+
+
+def _kept_gradients(walk: Walk) -> Term:
+    """Return the gradients that stand while a later micro-batch of the step runs."""
+    return walk.states.gradients if walk.job.grad_accum > 1 else exact("gradients", 0)
+
+
+def _loss(walk: Walk) -> tuple[Term, ...]:
+    """Return the moment of the loss: all layers have run, nothing has been released."""
+    head = _head_gradient(walk)
+    after_head = walk.loss.backward_bytes // 2 + head if walk.job.loss == "plain" else 0
+    peak = max(walk.loss.forward_bytes, walk.loss.backward_bytes, after_head)
+    frames = [one.frame_bytes + one.head_input_bytes for one in (walk.one_pass, walk.low_pass)]
+    return (
+        _kept_gradients(walk),
+        _near("kept_activations", walk.one_pass.kept_bytes, walk.low_pass.kept_bytes, formula=_kept_formula(walk)),
+        _near("final_norm_and_head_input", *frames),
+        exact("loss", peak, formula=walk.loss.formula, source=walk.loss.source),
+        *_casts(walk),
+    )
+
+
+def _backward(walk: Walk) -> tuple[Term, ...]:
+    """Return the moment of the worst layer's backward."""
+    accumulates = walk.job.grad_accum > 1
+    head = 0 if accumulates else _head_gradient(walk)
+    layer, _bytes = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
+    grads = head + (0 if accumulates else sum(walk.one_pass.grad_bytes[layer + 1 :]))
+    temporary = accumulation_bytes(walk.states.trained, dtype=walk.job.precision.grads) if accumulates else 0
+    kept = [sum(one.kept_bytes for one in each.layers[: layer + 1]) for each in (walk.one_pass, walk.low_pass)]
+    work = [
+        each.layers[layer].working_bytes + each.partial_grad_bytes[layer] for each in (walk.one_pass, walk.low_pass)
+    ]
+    gradients = exact("gradients", grads, formula=f"of what lies above layer {layer}")
+    return (
+        _kept_gradients(walk) if accumulates else gradients,
+        _near("kept_activations", *kept),
+        _near("layer_backward", *work, formula=f"layer {layer}: recomputed tensors and gradients of activations"),
+        exact("accumulation_temporary", temporary, formula="the new gradient of the largest tensor"),
+    )
+
+
+def _optimizer_step(walk: Walk) -> tuple[Term, ...]:
+    """Return the optimizer step: all gradients, and the step's own copies."""
+    trained = walk.states.trained
+    extra = temporaries(walk.job.optimizer, trained, impl=walk.job.optimizer_impl, params=walk.states.trained_dtype)
+    return (
+        walk.states.gradients,
+        exact("optimizer_temporaries", extra, source="torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam"),
+        exact("gradient_norms", clipping_bytes(trained), source="torch@2.13.0:torch/nn/utils/clip_grad.py"),
+    )
+
+
+def _casts(walk: Walk) -> tuple[Term, ...]:
+    """Return the cached casts of fp32 weights under autocast: they live until the forward pass is left.
+
+    Source: torch@2.13.0:aten/src/ATen/autocast_mode.cpp:cached_cast (leaves that require a gradient).
+    """
+    adapters = walk.job.lora is not None and walk.recipe.adapters.dtype == "float32"
+    if not walk.recipe.autocast_casts and not adapters:
+        return ()
+    size = int(walk.states.trained.num_elements * dtype_bytes(walk.job.precision.compute))
+    low = 0 if adapters else size
+    return (ranged("autocast_casts", size, low=low, high=size, source="torch@2.13.0:autocast_mode.cpp:cached_cast"),)
+
+
+def _inputs(walk: Walk) -> Term:
+    """Return token ids, labels and mask of the micro-batch, the next one's copy, and scalars of the optimizer.
+
+    Formula: 3 x 8 bytes per token; every small tensor takes a block of 512 bytes.
+    Source: torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp (kMinBlockSize).
+    """
+    tokens = walk.job.micro_batch_size * walk.job.seq_len * 3 * 8
+    small = clipping_bytes(walk.states.trained)
+    return ranged("inputs_and_scalars", tokens, low=0, high=2 * tokens + 4 * small + 4 * MiB)
+
+
+def _head_gradient(walk: Walk) -> int:
+    """Return the gradient of the output head, where it is trained."""
+    if not walk.recipe.implementation.trained:
+        return 0
+    model = walk.job.model
+    return int(model.vocab_size * model.hidden_size * dtype_bytes(walk.job.precision.grads))
+
+
+def _kept_formula(walk: Walk) -> str:
+    per_layer = walk.one_pass.layers[0].kept_bytes
+    return f"{len(walk.one_pass.layers)} layers, the first {per_layer:,} bytes"
+
+
+def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str = "") -> Term:
+    """Return a term of activations with their error; ``other``: what it is where a base was not prepared."""
+    margin = round(num_bytes * ACTIVATION_ERROR)
+    low = min(num_bytes, num_bytes if other is None else other) - margin
+    return ranged(name, num_bytes, low=max(0, low), high=num_bytes + margin, formula=formula)
+
+
+def _ledger(walk: Walk, moment: str, terms: tuple[Term, ...]) -> Ledger:
+    held = walk.states
+    base = [held.weights, held.adapters, held.workspaces]
+    children = [term for term in (*base, *terms, _inputs(walk)) if term.high_bytes]
+    allocated = total("allocated", children)
+    return Ledger(
+        rank=0,
+        moment=moment,
+        allocated=allocated,
+        reserved_overhead=reserved_overhead(walk.job, allocated, moment),
+        outside=outside(walk.job),
+    )

@@ -1,0 +1,259 @@
+"""Training records: the job in a record's words → :class:`TrainingJob` → what the engine room says of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ullage.catalog import models as catalog
+from ullage.engines.serving import Amount
+from ullage.engines.training import TrainingRank, TrainingStep, step
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.ledger import Term
+from ullage.read.machine import parse_machine
+from ullage.records import words
+from ullage.records.compare import NotComparableError, Prediction
+from ullage.records.models import record_model
+from ullage.records.schema import Record
+from ullage.spec.model import Model
+from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.units import canonical_dtype
+
+#: Stands in for a card that is not known: what depends on its size is not judged.
+STAND_IN_GPU = "H200"
+_METHODS_WITH_ADAPTERS = ("lora", "qlora", "dora")
+#: Names of frozen bases that a record may write in ``precision.params`` instead.
+_QUANTISED = ("nf4", "fp4", "int8", "gptq")
+
+
+def predict(record: Record) -> Prediction:
+    """Predict a training record.
+
+    Raises:
+        NotComparableError: the record lacks what a prediction needs.
+        UllageError: the program cannot predict it.
+    """
+    job, not_comparable = record_job(record)
+    answer: TrainingStep = step(job)
+    return Prediction(
+        engine=job.engine,
+        figures=figures(answer.ranks),
+        ranks=tuple(_of_rank(rank) for rank in answer.ranks for _copy in range(rank.num_ranks)),
+        starts=None,
+        not_comparable=not_comparable,
+    )
+
+
+def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
+    """Return the job of a record, and which quantities of it cannot be judged and why."""
+    fields = record.job
+    not_comparable: dict[str, str] = {}
+    num_gpus = words.integer(fields, "num_gpus", record.where) or 1
+    gpu = words.text(fields, "gpu", record.where)
+    try:
+        machine = parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
+    except InputError:
+        machine = parse_machine(f"{num_gpus}x{STAND_IN_GPU}")
+    if fields.get("method") not in (None, "full", *_METHODS_WITH_ADAPTERS):
+        raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
+    precision, base = _precision(fields, record.where)
+    seq_len = words.integer(fields, "seq_len", record.where)
+    if seq_len is None:
+        not_comparable.update(dict.fromkeys(("max_allocated", "max_reserved", "device_used"), _("no sequence length")))
+    job = TrainingJob(
+        model=_model(record),
+        machine=machine,
+        engine=record.engine,
+        engine_version=str(fields.get("engine_version") or ""),
+        parallel=_parallel(fields.get("parallel"), num_gpus, record.where),
+        precision=precision,
+        optimizer=str(fields.get("optimizer") or "adamw"),
+        optimizer_impl=_one_of(fields, "optimizer_impl", ("fused", "foreach", "for_loop")),
+        micro_batch_size=words.integer(fields, "micro_batch_size", record.where) or 1,
+        seq_len=seq_len or 1,
+        grad_accum=words.integer(fields, "grad_accum", record.where) or 1,
+        packing=fields.get("packing") is True,
+        recompute=recompute(fields.get("recompute"), record.where),
+        attention=_one_of(fields, "attention", ("flash", "sdpa", "eager", "unfused")),
+        compile=fields.get("compile") is True,
+        loss=_one_of(fields, "loss", ("plain", "fused", "chunked", "liger")),
+        method=str(fields.get("method") or "full"),
+        lora=_lora(fields, record.where),
+        base_quantization=base,
+        offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),
+        alloc_conf=str(fields.get("alloc_conf") or ""),
+        flags=_flags(fields),
+    )
+    return job, not_comparable
+
+
+def figures(ranks: tuple[TrainingRank, ...]) -> dict[str, Amount]:
+    """Return the figures of the fullest rank, by the names of the truth files."""
+    return _of_rank(max(ranks, key=lambda rank: rank.peak.device_used.bytes)) if ranks else {}
+
+
+def _of_rank(rank: TrainingRank) -> dict[str, Amount]:
+    """Return one rank's figures: each quantity at its own worst moment."""
+    moments = rank.moments
+    return {
+        "max_allocated": _worst([moment.allocated for moment in moments]),
+        "max_active": _worst([moment.allocated for moment in moments]),
+        "max_reserved": _worst([moment.reserved for moment in moments]),
+        "device_used": _worst([moment.device_used for moment in moments]),
+        "allocated_after_step": _worst([rank.after_step.allocated]),
+    }
+
+
+def _worst(terms: list[Term]) -> Amount:
+    return Amount(
+        value=max(term.bytes for term in terms),
+        low=max(term.low_bytes for term in terms),
+        high=max(term.high_bytes for term in terms),
+    )
+
+
+def _model(record: Record) -> Model:
+    """Return the model; overrides of catalog models are not followed but for what does not change its tensors."""
+    overrides = record.job.get("model_overrides")
+    value = record.job.get("model")
+    if isinstance(overrides, dict) and isinstance(value, str):
+        model = _overridden(value, overrides)
+        if model is not None:
+            return model
+    return record_model(record)[0]
+
+
+def _overridden(name: str, overrides: Mapping[str, Any]) -> Model | None:
+    """Apply overrides that a model of the catalog takes as data: depth, vocabulary, tying."""
+    found = catalog.find(name)
+    if found is None or not set(overrides) <= {"num_hidden_layers", "vocab_size", "tie_word_embeddings"}:
+        return None
+    model = catalog.load_entry(found)
+    layers = overrides.get("num_hidden_layers")
+    vocabulary, tied = overrides.get("vocab_size"), overrides.get("tie_word_embeddings")
+    if isinstance(layers, int) and 0 < layers <= len(model.layers):
+        model = replace(model, layers=model.layers[:layers])
+    if isinstance(vocabulary, int):
+        model = replace(model, vocab_size=vocabulary)
+    return replace(model, tied_embeddings=tied) if isinstance(tied, bool) else model
+
+
+def _precision(fields: Mapping[str, Any], where: str) -> tuple[Precision, str | None]:
+    """Return the number formats, and the quantisation of a frozen base."""
+    value = fields.get("precision")
+    if value is not None and not isinstance(value, dict):
+        raise InputError(_("job.precision is not an object"), where=where)
+    given = {key: item for key, item in (value or {}).items() if isinstance(item, str)}
+    base = fields.get("base_quantization")
+    base = base.lower() if isinstance(base, str) else None
+    if given.get("params") in _QUANTISED:
+        base = base or given["params"]
+        given.pop("params")
+    compute = canonical_dtype(given.get("compute", "bf16"))
+    params = canonical_dtype(given.get("params", compute))
+    adapted = fields.get("method") in _METHODS_WITH_ADAPTERS
+    small = "float32" if adapted else params
+    return (
+        Precision(
+            compute=compute,
+            params=params,
+            grads=canonical_dtype(given.get("grads", small)),
+            master=canonical_dtype(given["master"]) if "master" in given else None,
+            moments=canonical_dtype(given.get("moments", small)),
+        ),
+        base,
+    )
+
+
+def _parallel(value: Any, num_gpus: int, where: str) -> TrainingParallel:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise InputError(_("job.parallel is not an object"), where=where)
+    sizes = {key: words.integer(value, key, where) or 1 for key in ("tp", "cp", "pp", "ep", "vpp")}
+    fsdp = value.get("fsdp")
+    schedule = value.get("schedule")
+    return TrainingParallel(
+        data_parallel_size=words.integer(value, "dp", where) or 1,
+        tensor_parallel_size=sizes["tp"],
+        sequence_parallel=value.get("sp") is True,
+        context_parallel_size=sizes["cp"],
+        pipeline_parallel_size=sizes["pp"],
+        virtual_pipeline_parallel_size=sizes["vpp"],
+        schedule=schedule if schedule in ("gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe") else None,
+        expert_parallel_size=sizes["ep"],
+        expert_tensor_parallel_size=words.integer(value, "etp", where),
+        zero_stage=words.integer(value, "zero", where) or 0,
+        fsdp=fsdp if fsdp in ("full_shard", "shard_grad_op", "hybrid") else None,
+    )
+
+
+def recompute(value: Any, where: str) -> Recompute:
+    """Return what ``job.recompute`` says: a word or an object.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if value in (None, "none", False):
+        return Recompute()
+    if value in ("full", "selective"):
+        return Recompute(kind=value)
+    if not isinstance(value, dict):
+        raise InputError(_("{value} is no kind of recompute").format(value=repr(value)[:60]), where=where)
+    if "every" in value:
+        return Recompute(kind="full", every=words.integer(value, "every", where) or 1)
+    if "modules" in value:
+        return Recompute(kind="modules", modules=tuple(str(one) for one in value["modules"]))
+    method = value.get("method")
+    return Recompute(
+        kind="full",
+        num_layers=words.integer(value, "num_layers", where),
+        method=method if method in ("block", "uniform") else None,
+    )
+
+
+def _lora(fields: Mapping[str, Any], where: str) -> Lora | None:
+    if fields.get("method") not in _METHODS_WITH_ADAPTERS:
+        return None
+    value = fields.get("lora")
+    if not isinstance(value, dict) or not value.get("rank"):
+        raise NotComparableError(_("the rank of the adapters is not known"))
+    targets = value.get("targets")
+    if targets in (None, "all-linear"):
+        names: tuple[str, ...] = ("all-linear",)
+    elif isinstance(targets, list):
+        names = tuple(str(one) for one in targets)
+    else:
+        names = (str(targets),)
+    return Lora(
+        rank=words.integer(value, "rank", where) or 1,
+        targets=names,
+        dropout=words.number(value.get("dropout") or 0) or 0.0,
+        dora=fields.get("method") == "dora" or "DoRA on" in (fields.get("unknown") or ()),
+    )
+
+
+def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return what the record says in words of the kernels that run."""
+    said = " ".join(str(one) for one in fields.get("unknown") or ())
+    flags = []
+    if "fused kernels for RMSNorm, RoPE" in said:
+        flags.append(("fused_kernels", "rms_norm,rope"))
+    if "dropout (0.1 assumed)" in said:
+        flags.append(("dropout", "0.1"))
+    return tuple(flags)
+
+
+def _one_of(fields: Mapping[str, Any], key: str, known: tuple[str, ...]) -> Any:
+    value = fields.get(key)
+    return value if value in known else None
+
+
+def _object(value: Any, key: str, record: Record) -> list[tuple[Any, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise InputError(_("{key} is missing or not an object").format(key=f"job.{key}"), where=record.where)
+    return list(value.items())
