@@ -32,9 +32,24 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
 }
 
 
+#: ``--offload-modules`` word -> tensors that go to the host.
+#: Source: Megatron-LM@d98e8a6:docs/user-guide/features/fine_grained_activation_offloading.md.
+OFFLOADED: dict[str, tuple[str, ...]] = {
+    "attn_norm": ("input_layernorm.input",),
+    "mlp_norm": ("pre_mlp_layernorm.input",),
+    "qkv_linear": ("qkv.input", "layernorm.output", "down_proj.input"),
+    "core_attn": ("query_key_value", "qkv.output", "softmax", "attention_dropout.output", "flash.output", "log_sum_exp"),
+    "attn_proj": ("core_attention.output",),
+    "expert_fc1": ("experts.fc1.input",),
+    "moe_act": ("experts.fc1.output", "experts.activated", "experts.fc2.input"),
+}
+
+
 def layer_saved(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer) -> list[SavedTensor]:
     """Return everything one layer keeps for one micro-batch, recompute aside."""
     found: list[SavedTensor] = []
+    if any(isinstance(mixer, Attention) and mixer.cross for mixer in layer.mixers):
+        sizes = sizes.decoder()
     for mixer in layer.mixers:
         if isinstance(mixer, LatentAttention):
             found += _latent(job, settings, sizes, mixer)
@@ -56,12 +71,28 @@ def layer_saved(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer
 
 
 def kept(job: TrainingJob, tensors: list[SavedTensor]) -> list[SavedTensor]:
-    """Leave out what selective recompute builds again in backward."""
-    if job.recompute.kind not in ("selective", "modules"):
-        return tensors
-    words = job.recompute.modules or ("core_attn",)
-    gone = {module for word in words for module in RECOMPUTED.get(word, ())}
-    return [tensor for tensor in tensors if tensor.module not in gone]
+    """Leave out what selective recompute builds again in backward, and what fine-grained offload moves to the host."""
+    gone: set[str] = set()
+    if job.recompute.kind in ("selective", "modules"):
+        words = job.recompute.modules or ("core_attn",)
+        gone = {module for word in words for module in RECOMPUTED.get(word, ())}
+    away = offloaded_names(job)
+    return [tensor for tensor in tensors if tensor.module not in gone and tensor.name not in away]
+
+
+def offloaded_names(job: TrainingJob) -> set[str]:
+    """Tensors that ``--fine-grained-activation-offloading`` copies to the host after forward."""
+    flags = dict(job.flags)
+    if flags.get("fine-grained-activation-offloading") != "true":
+        return set()
+    words = flags.get("offload-modules", "").strip("[]").replace(",", " ").split()
+    return {name for word in words for name in OFFLOADED.get(word, ())}
+
+
+def offloaded_bytes(job: TrainingJob, tensors: list[SavedTensor]) -> int:
+    """Bytes of one layer and micro-batch that live on the host between forward and backward."""
+    away = offloaded_names(job)
+    return sum(tensor.bytes for tensor in tensors if tensor.name in away)
 
 
 def saved(
@@ -102,7 +133,7 @@ def _attention(job: TrainingJob, settings: Settings, sizes: Sizes, part: Attenti
     found.append(
         saved("qkv.input", "qkv_linear", n * h, linear_dtype(job), "n*h", TE + "module/layernorm_linear.py")
     )
-    projected = tokens * (heads + 2 * groups) * dim
+    projected = (tokens * heads + 2 * (sizes.encoder_tokens if part.cross else tokens) * groups) * dim
     source = MCORE + "transformer/attention.py:SelfAttention.get_query_key_value_tensors"
     found.append(saved("qkv.output", "self_attn", projected, dtype, "T*(a+2g)*d/t", source))
     if part.qk_norm:

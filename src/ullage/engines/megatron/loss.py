@@ -18,12 +18,12 @@ TE = "TransformerEngine@v2.11:transformer_engine/pytorch/triton/cross_entropy.py
 
 def head_saved_bytes(job: TrainingJob, sizes: Sizes) -> int:
     """Final norm's input and output: n*h each."""
-    return 2 * tensor_bytes(sizes.stream_tokens * job.model.hidden_size, job.precision.compute)
+    return 2 * tensor_bytes(sizes.decoder().stream_tokens * job.model.hidden_size, job.precision.compute)
 
 
 def logits_elements(job: TrainingJob, sizes: Sizes) -> int:
     """Logits of one micro-batch on one rank: T * V/t."""
-    return sizes.tokens * -(-job.model.vocab_size // sizes.tensor)
+    return sizes.decoder().tokens * -(-job.model.vocab_size // sizes.tensor)
 
 
 def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:

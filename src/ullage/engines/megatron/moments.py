@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 
 from ullage.account.activations.saved import SavedTensor
 from ullage.engines.megatron import schedule
-from ullage.engines.megatron.activations import kept, layer_saved
+from ullage.engines.megatron.activations import kept, layer_saved, offloaded_bytes
+from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.buffers import buffers
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.loss import batch_bytes, deferred_bytes, head_saved_bytes, logits_elements, loss_peak
 from ullage.engines.megatron.mixture import rows
 from ullage.engines.megatron.shape import Sizes
-from ullage.engines.megatron.states import States, states
+from ullage.engines.megatron.states import ALLOCATOR, States, states
 from ullage.engines.training import TrainingRank
 from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
-from ullage.spec.model import DenseFFN, Layer, MoEFFN
+from ullage.spec.model import Attention, DenseFFN, LatentAttention, Layer, MoEFFN
 from ullage.spec.training import TrainingJob
 from ullage.units import GiB, tensor_bytes
 
@@ -133,6 +134,7 @@ def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk)
     else:
         rest = chunk.layers
     parts += _layer_terms(job, settings, sizes, [model.layers[index] for index in rest])
+    parts.append(_placed(job, settings, sizes, [model.layers[index] for index in rest]))
     if mtp:
         parts += _mtp_terms(job, settings, sizes)
     if chunk.head:
@@ -168,6 +170,21 @@ def _layer_terms(job: TrainingJob, settings: Settings, sizes: Sizes, layers: Ite
     return [_table_term(job, settings, about[name], sum(parts)) for name, parts in sums.items()]
 
 
+def _placed(job: TrainingJob, settings: Settings, sizes: Sizes, layers: list[Layer]) -> Term:
+    """What the allocator adds to kept activations: rests of up to 1 MiB that stay with their blocks.
+
+    Formula: tensors in forward order in a fresh pool; low 0, high twice as much.
+    """
+    order: list[int] = []
+    known: dict[int, list[int]] = {}
+    for layer in layers:
+        if id(layer) not in known:
+            known[id(layer)] = [tensor.bytes for tensor in kept(job, layer_saved(job, settings, sizes, layer))]
+        order += known[id(layer)]
+    rest = placed_bytes(order) - sum(order)
+    return ranged("activation_rounding", rest, low=0, high=2 * rest, formula="rests of blocks", source=ALLOCATOR)
+
+
 def _table_term(job: TrainingJob, settings: Settings, tensor: SavedTensor, num_bytes: int) -> Term:
     """A row of the table: exact, but for rows of experts under free routing and for a kernel that was guessed."""
     if tensor.name.startswith("experts.") and settings.capacity_factor is None:
@@ -201,9 +218,11 @@ def _transient(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer)
     """Bytes on top of what is kept while a layer runs forward and backward.
 
     Formula: forward 2*n*h + the widest output; mixtures 2*m*h for rows under way. Backward 2*n*h + the gradient of the
-        widest activation; mixtures 2*m*h more.
+        widest activation; mixtures 2*m*h more. Unfused attention: one score matrix forward, two backward. Offloaded
+        tensors of two layers are on the device at a time.
     """
     width = tensor_bytes(1, job.precision.compute)
+    away = 2 * offloaded_bytes(job, layer_saved(job, settings, sizes, layer))
     stream = width * sizes.stream_tokens * job.model.hidden_size
     forward, backward = 2 * stream, 2 * stream
     for block in layer.ffns:
@@ -213,7 +232,16 @@ def _transient(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer)
         elif isinstance(block, MoEFFN):
             moved = width * rows(job, settings, sizes, block) * job.model.hidden_size
             forward, backward = forward + 2 * moved, backward + 2 * moved
-    return forward, backward
+    scores = _scores(settings, sizes, layer)
+    return max(forward, width * scores) + away, max(backward, 2 * width * scores) + away
+
+
+def _scores(settings: Settings, sizes: Sizes, layer: Layer) -> int:
+    """Elements of a layer's score matrix where attention writes one out."""
+    if settings.attention in ("flash", "fused"):
+        return 0
+    heads = [part.num_heads for part in layer.mixers if isinstance(part, (Attention, LatentAttention))]
+    return max((sizes.scores(number) for number in heads), default=0)
 
 
 def _peaks(

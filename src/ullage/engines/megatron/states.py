@@ -5,12 +5,13 @@ Legend: P parameters of the rank, N ranks that share its optimizer states (data 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.params import RankTensor, buffer_elements, chunk_tensors
-from ullage.ledger import Certainty, Term, exact, ranged, total
+from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, tensor_bytes
 
@@ -54,11 +55,12 @@ def states(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes
     found = [part for chunk in parts for part in _parts(job, settings, chunk, sizes)]
     tensors = tuple(tensor for part in found for tensor in part.tensors)
     weights = _weights(job, settings, found)
+    fp8 = _fp8_weights(job, settings, found)
     grads = _gradients(job, settings, found)
     master, moments, late = _optimizer(job, settings, found)
     rounding = _rounding(job, settings, found)
     return States(
-        terms=(weights, grads, master, moments, rounding),
+        terms=(weights, fp8, grads, master, moments, rounding),
         late_bytes=late,
         step_only_bytes=4 * _copied_gradients(job, settings, found),
         host_bytes=int(_state_bytes(job, found) * (1.0 - _kept_fraction(job, settings))),
@@ -106,6 +108,33 @@ def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
         )
     num_bytes = tensor_bytes(elements, job.precision.params)
     return exact("weights", num_bytes, formula=f"{elements} x {job.precision.params}", source=BUFFER)
+
+
+def _fp8_weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
+    """Quantised copies of the linear weights that FP8 training keeps: by row, and by column where a GEMM needs both.
+
+    Formula: elements of linear weights x 2 (Hopper, or block scales), x 1 (Blackwell with one scale per tensor); with
+        FP8 primary weights the copy by row is the parameter itself, which saves its 16 bits.
+    Source: TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:TransformerEngineBaseModule.get_weight_workspace.
+    """
+    recipe = job.precision.fp8_recipe
+    elements = sum(t.num_elements for part in parts for t in part.tensors if t.linear and ".gate." not in t.name)
+    if recipe is None or not elements:
+        return exact("fp8_weights", 0)
+    capability = job.machine.gpu.compute_capability or (9, 0)
+    copies = 1 if capability >= (10, 0) and recipe in ("delayed", "tensorwise") else 2
+    num_bytes = elements * copies
+    scales = -(-4 * copies * elements // 128**2) if recipe == "blockwise" else 0
+    if settings.fp8_param_gather:
+        num_bytes -= elements * 2
+    return ranged(
+        "fp8_weights",
+        num_bytes + scales,
+        low=min(0, num_bytes),
+        high=elements * 2 + scales,
+        formula=f"{elements} x {copies}",
+        source="TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py",
+    )
 
 
 def _gradients(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
@@ -186,27 +215,34 @@ def _moment_elements(job: TrainingJob, parts: list[_Part]) -> int:
 
 
 def _rounding(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
-    """What the caching allocator adds to tensors of 1 MiB to 10 MiB: a block is not split for a rest of up to 1 MiB.
+    """What the caching allocator adds: a rest of up to 1 MiB stays with the block of a tensor over 1 MiB.
 
-    Formula: range 0 .. 1 MiB for each such tensor of parameters, master weights and moments; half is expected of the
-        moments only, which are cut from blocks that activations left.
+    Formula: expected, tensors placed one after the other in a fresh pool; low 0, high 1 MiB more for each moment, which
+        is cut from blocks that activations left.
     """
+    expected, count = 0, 0
+    buffers = [part.buffered for part in parts]
     if settings.distributed_optimizer:
-        count = 4 * len(parts)
+        weights = [tensor_bytes(size, job.precision.params) for size in buffers]
+        order = weights + [tensor_bytes(size, job.precision.grads) for size in buffers]
+        order += [tensor_bytes(part.shard // max(1, len(part.tensors)), "float32") for part in parts] * 3
+        expected = placed_bytes(order[: 2 * len(parts)]) - sum(order[: 2 * len(parts)])
+        count = sum(3 * MiB < 12 * part.shard // max(1, len(part.tensors)) for part in parts) * 4 + 4
     else:
-        large = [t for part in parts for t in part.tensors if MiB < 4 * t.num_elements // t.copies <= 200 * MiB]
-        count = sum(t.copies for t in large) * 2
+        sizes = [t.num_elements // t.copies for part in parts for t in part.tensors for _copy in range(t.copies)]
+        params = [tensor_bytes(size, job.precision.params) for size in sizes]
+        grads = [tensor_bytes(size, job.precision.grads) for size in buffers]
+        master = [4 * size for size in sizes] if job.precision.master else []
+        moments = [4 * size for size in sizes for _moment in range(2)]
+        order = params + grads + master
+        expected = placed_bytes(order) - sum(order) + placed_bytes(moments) - sum(moments)
+        count = 4 + sum(4 * size > MiB for size in sizes) * 2
     return ranged(
         "allocator_rounding",
-        0,
+        max(0, expected),
         low=0,
-        high=count * MiB,
-        formula=f"0 .. 1 MiB x {count} tensors",
+        high=expected + count * MiB // 2,
+        formula=f"{count} tensors over 1 MiB",
         source=ALLOCATOR,
         certainty=Certainty.MODELLED,
     )
-
-
-def sum_of(name: str, parts: tuple[Term, ...]) -> Term:
-    """Add terms, empty ones left out."""
-    return total(name, tuple(replace(part) for part in parts if part.high_bytes))
