@@ -191,6 +191,8 @@ def resolve(job: ServingJob) -> Setup:
     chunked = _chunked_prefill(version, flags, length, pooling)
     tokens, seqs = _batch(job, version, length, chunked, assumed)
     fraction = _memory_fraction(job, version, assumed)
+    if version.engine == "V1" and version.setting("sampler") == "flashinfer_if_installed" and not _says_sampler(flags):
+        assumed.append(_("FlashInfer is not installed, so that sampling sorts all logits (the container image has it)"))
     dtype = _weights_dtype(job)
     filled = replace(
         job,
@@ -216,6 +218,15 @@ def resolve(job: ServingJob) -> Setup:
         tokens_high=max(tokens, _offline_tokens(job, version, length, chunked)),
         warnings=version.warnings,
     )
+
+
+def _says_sampler(flags: dict[str, str]) -> bool:
+    """Tell whether the job says how it samples.
+
+    Source: vllm@0.10.1.1:vllm/v1/sample/ops/topk_topp_sampler.py (FlashInfer where it is installed),
+        setup.py (an extra that ``pip install vllm`` leaves out), docker/Dockerfile (the image has it).
+    """
+    return any(name.lower() in ("vllm_use_flashinfer_sampler", "sampler") for name in flags)
 
 
 def _memory_fraction(job: ServingJob, version: Version, assumed: list[str]) -> float:

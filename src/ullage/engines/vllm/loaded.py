@@ -131,12 +131,13 @@ def _rotary(setup: Setup, stage: Stage) -> Term:
                 kinds.add((mixer.qk_rope_head_dim, mixer.compress_ratio > 0, 4))
     least = sum(model.max_position_embeddings * dim * size for dim, _kind, size in kinds)
     times = SECTIONED_POSITIONS if model.rotary_sections else 1
+    widths = [dim for dim, _kind, _size in sorted(kinds)]
     return ranged(
         "rotary_tables",
         times * least,
         low=least,
         high=(2 if packed else times) * least,
-        formula=f"{times * model.max_position_embeddings:,} positions x {[dim for dim, _kind, _size in sorted(kinds)]} values",
+        formula=f"{times * model.max_position_embeddings:,} positions x {widths} values",
         source="vllm@0.33.0:vllm/model_executor/layers/rotary_embedding/base.py:_compute_cos_sin_cache",
     )
 
