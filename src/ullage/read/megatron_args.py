@@ -1,7 +1,7 @@
 """Megatron-LM arguments → a training job: from a mapping, a shell script, a line or YAML.
 
-Every flag that moves memory is kept on the job (``job.flags``) for the engine room; a flag that is not known is named in
-``job.assumed``, so that the ledger says ``assumed``.
+Every flag that moves memory is kept on the job (``job.flags``) for the engine room; a flag that is not known is named
+in ``job.assumed``, so that the ledger says ``assumed``.
 
 Source: Megatron-LM@adc69db:megatron/training/arguments.py.
 """
@@ -9,7 +9,7 @@ Source: Megatron-LM@adc69db:megatron/training/arguments.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Literal
 
 from ullage.errors import LayoutError
 from ullage.i18n import _
@@ -180,15 +180,10 @@ def _recompute(args: Arguments) -> Recompute:
     return Recompute(kind="modules" if modules else "none", modules=modules)
 
 
-def _attention(args: Arguments):  # type: ignore[no-untyped-def]
+def _attention(args: Arguments) -> Literal["flash", "sdpa", "unfused"] | None:
     backend = args.get("attention-backend")
     if args.get("transformer-impl") == "local" or args.get("spec") == "local" or backend in ("unfused", "local"):
         return "unfused"
-    return {"flash": "flash", "fused": "sdpa"}.get(backend)
-
-
-def with_world(job: TrainingJob, num_gpus: int) -> TrainingJob:
-    """Return the job on another number of equal GPUs."""
-    machine = replace(job.machine, num_nodes=1, gpus_per_node=num_gpus)
-    group = num_gpus // max(1, job.parallel.data_parallel_size)
-    return replace(job, machine=machine, parallel=replace(job.parallel, data_parallel_size=num_gpus // max(1, group)))
+    if backend == "flash":
+        return "flash"
+    return "sdpa" if backend == "fused" else None

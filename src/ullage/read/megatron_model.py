@@ -10,6 +10,7 @@ megatron/training/tokenizer/tokenizer.py:_vocab_size_with_padding.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from ullage.errors import InputError
 from ullage.i18n import _
@@ -48,8 +49,8 @@ def model_of(args: Arguments) -> tuple[spec.Model, tuple[str, ...]]:
         tied_embeddings=not args.on("untie-embeddings-and-output-weights"),
         learned_positions=positions,
         max_position_embeddings=args.count("max-position-embeddings", 0),
-        extras=_extras(args, hidden, kind),
-        mtp=_mtp(args, hidden, layers, kind),
+        extras=_extras(args, hidden),
+        mtp=_mtp(args, hidden, layers),
         lm_head_bias=_architecture(args) in ("bert", "t5"),
         source="megatron arguments",
     )
@@ -96,7 +97,7 @@ def _known_vocabulary(file: str, tokenizer: str) -> int:
     return GPT2_VOCABULARY
 
 
-def _norm_kind(args: Arguments) -> str:
+def _norm_kind(args: Arguments) -> Literal["rms", "layer"]:
     return "rms" if args.get("normalization") == "RMSNorm" else "layer"
 
 
@@ -201,7 +202,7 @@ def _layers(args: Arguments, hidden: int) -> tuple[spec.Layer, ...]:
 
 def _norms(args: Arguments, hidden: int, names: tuple[str, ...]) -> tuple[spec.Norm, ...]:
     kind = _norm_kind(args)
-    return tuple(spec.Norm(name=name, size=hidden, kind=kind, bias=kind == "layer") for name in names)  # type: ignore[arg-type]
+    return tuple(spec.Norm(name=name, size=hidden, kind=kind, bias=kind == "layer") for name in names)
 
 
 def _layer(args: Arguments, hidden: int, *, cross: bool = False, moe: bool = False) -> spec.Layer:
@@ -239,7 +240,7 @@ def _hybrid_layer(args: Arguments, hidden: int, letter: str) -> spec.Layer:
     raise InputError(_("{letter!r} is no letter of a hybrid pattern").format(letter=letter))
 
 
-def _mtp(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...], kind: str) -> tuple[spec.MtpModule, ...]:
+def _mtp(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...]) -> tuple[spec.MtpModule, ...]:
     """Multi-token prediction: two norms, a projection of both halves, a layer like the last, and a final norm.
 
     Source: Megatron-LM@adc69db:megatron/core/transformer/multi_token_prediction.py:MultiTokenPredictionLayer.
@@ -257,14 +258,16 @@ def _mtp(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...], kind: str
     return (module,) * number
 
 
-def _extras(args: Arguments, hidden: int, kind: str) -> tuple[spec.ExtraTensor, ...]:
+def _extras(args: Arguments, hidden: int) -> tuple[spec.ExtraTensor, ...]:
     """BERT's token types, language-model head and binary head.
 
     Source: Megatron-LM@adc69db:megatron/core/models/bert/bert_model.py:BertModel.__init__.
     """
     if _architecture(args) != "bert":
         return ()
-    found = [("embeddings.token_type.weight", (2, hidden))] if not args.on("bert-no-binary-head") else []
+    found: list[tuple[str, tuple[int, ...]]] = []
+    if not args.on("bert-no-binary-head"):
+        found.append(("embeddings.token_type.weight", (2, hidden)))
     found += [("lm_head.dense.weight", (hidden, hidden)), ("lm_head.dense.bias", (hidden,))]
     found += [("lm_head.norm.weight", (hidden,)), ("lm_head.norm.bias", (hidden,))]
     if not args.on("bert-no-binary-head"):

@@ -31,7 +31,9 @@ def step(job: TrainingJob) -> TrainingStep:
     last_order = settings.on("use-tp-pp-dp-mapping")
     ranks = []
     for index, parts in enumerate(stages):
-        first = index * (job.parallel.tensor_parallel_size * job.parallel.context_parallel_size if last_order else per_stage)
+        first = index * (
+            job.parallel.tensor_parallel_size * job.parallel.context_parallel_size if last_order else per_stage
+        )
         ranks.append(rank_of(job, settings, parts, groups, sizes, first_rank=first))
     ranks.sort(key=lambda rank: -rank.peak.device_used.bytes)
     filled = replace(job, assumed=(*job.assumed, *assumed))

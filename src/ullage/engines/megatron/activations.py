@@ -38,7 +38,14 @@ OFFLOADED: dict[str, tuple[str, ...]] = {
     "attn_norm": ("input_layernorm.input",),
     "mlp_norm": ("pre_mlp_layernorm.input",),
     "qkv_linear": ("qkv.input", "layernorm.output", "down_proj.input"),
-    "core_attn": ("query_key_value", "qkv.output", "softmax", "attention_dropout.output", "flash.output", "log_sum_exp"),
+    "core_attn": (
+        "query_key_value",
+        "qkv.output",
+        "softmax",
+        "attention_dropout.output",
+        "flash.output",
+        "log_sum_exp",
+    ),
     "attn_proj": ("core_attention.output",),
     "expert_fc1": ("experts.fc1.input",),
     "moe_act": ("experts.fc1.output", "experts.activated", "experts.fc2.input"),
@@ -63,8 +70,10 @@ def layer_saved(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer
             )
         found += _dropout(job, settings, sizes, "self_attn")
     for block in layer.ffns:
-        found += mixture_saved(job, settings, sizes, block) if isinstance(block, MoEFFN) else _dense(
-            job, settings, sizes, block
+        found += (
+            mixture_saved(job, settings, sizes, block)
+            if isinstance(block, MoEFFN)
+            else _dense(job, settings, sizes, block)
         )
         found += _dropout(job, settings, sizes, "mlp")
     return found
@@ -95,13 +104,9 @@ def offloaded_bytes(job: TrainingJob, tensors: list[SavedTensor]) -> int:
     return sum(tensor.bytes for tensor in tensors if tensor.name in away)
 
 
-def saved(
-    name: str, module: str, elements: int, dtype: str, formula: str, source: str
-) -> SavedTensor:
+def saved(name: str, module: str, elements: int, dtype: str, formula: str, source: str) -> SavedTensor:
     """A saved tensor, arguments in table order."""
-    return SavedTensor(
-        name=name, module=module, num_elements=elements, dtype=dtype, formula=formula, source=source
-    )
+    return SavedTensor(name=name, module=module, num_elements=elements, dtype=dtype, formula=formula, source=source)
 
 
 def linear_dtype(job: TrainingJob) -> str:
@@ -130,9 +135,7 @@ def _attention(job: TrainingJob, settings: Settings, sizes: Sizes, part: Attenti
     dtype = job.precision.compute
     heads, groups, dim = part.num_heads // t or 1, max(1, part.num_kv_heads // t), part.head_dim
     found = _norm(job, sizes, "input_layernorm")
-    found.append(
-        saved("qkv.input", "qkv_linear", n * h, linear_dtype(job), "n*h", TE + "module/layernorm_linear.py")
-    )
+    found.append(saved("qkv.input", "qkv_linear", n * h, linear_dtype(job), "n*h", TE + "module/layernorm_linear.py"))
     projected = (tokens * heads + 2 * (sizes.encoder_tokens if part.cross else tokens) * groups) * dim
     source = MCORE + "transformer/attention.py:SelfAttention.get_query_key_value_tensors"
     found.append(saved("qkv.output", "self_attn", projected, dtype, "T*(a+2g)*d/t", source))
@@ -148,8 +151,9 @@ def _core(
 ) -> list[SavedTensor]:
     """Core attention and the input of the output projection.
 
-    Formula: output T*a*d/t; fused kernels add the log-sum-exp a/t*T fp32; flash-attn keeps its own layout of the
-        output beside the contiguous copy; unfused attention keeps softmax, its dropout mask and result: b*a/t*s*s each.
+    Formula: output T*a*d/t; fused kernels add the log-sum-exp a/t*T fp32; flash-attn, and any kernel under context
+        parallelism, keep their own layout of the output beside the one that goes on; unfused attention keeps softmax,
+        its dropout mask and result: b*a/t*s*s each.
     Source: TransformerEngine@v2.8:pytorch/attention/dot_product_attention/backends.py:FlashAttention.forward,
         UnfusedDotProductAttention.forward; arXiv:2205.05198 section 4.1.
     """
@@ -160,7 +164,7 @@ def _core(
     found = [saved("core_attention.output", "attn_proj", output, dtype, "T*a*d/t", source)]
     if settings.attention in ("flash", "fused"):
         found.append(saved("log_sum_exp", "core_attn", tokens * local, "float32", "T*a/t", source))
-        if settings.attention == "flash":
+        if settings.attention == "flash" or sizes.context > 1:
             found.append(saved("flash.output", "core_attn", output, dtype, "T*a*d/t", source))
         return found
     scores = sizes.scores(heads, cross=cross)
@@ -193,8 +197,14 @@ def _latent(job: TrainingJob, settings: Settings, sizes: Sizes, part: LatentAtte
     normed = n * (rank + part.kv_lora_rank)
     found.append(saved("up_proj.input", "mla_up_proj", normed, quantised, "n*(rq+rkv)", source))
     found.append(
-        saved("query_key_value", "mla_up_proj", tokens * heads * (2 * wide + part.v_head_dim), dtype,
-              "T*a/t*(2*(dn+dr)+dv)", source)
+        saved(
+            "query_key_value",
+            "mla_up_proj",
+            tokens * heads * (2 * wide + part.v_head_dim),
+            dtype,
+            "T*a/t*(2*(dn+dr)+dv)",
+            source,
+        )
     )
     return found + _core(job, settings, sizes, heads=part.num_heads, value_dim=part.v_head_dim)
 

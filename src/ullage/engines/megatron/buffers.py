@@ -25,6 +25,7 @@ def buffers(
         _te_workspace(job, settings, parts),
         _global_buffer(job, settings, parts, sizes),
         _stage_inputs(job, parts, sizes),
+        _userbuffers(job, settings, sizes),
         _rotary(job, settings, sizes),
         _dummy_gradients(job, settings, tensors),
     )
@@ -118,12 +119,32 @@ def _gathered_for_experts(job: TrainingJob, settings: Settings, parts: tuple[Chu
 def _stage_inputs(job: TrainingJob, parts: tuple[Chunk, ...], sizes: Sizes) -> Term:
     """The last micro-batch's input of each chunk and its gradient: the module holds on to them.
 
-    Formula: 2 * b*s*h/(c*t_sp) per chunk that receives.
+    Formula: 2*n*h per chunk that receives; transfers under way may hold up to 2*P more.
     Source: Megatron-LM@adc69db:megatron/core/transformer/transformer_block.py:TransformerBlock.set_input_tensor.
     """
-    number = sum(chunk.receives for chunk in parts) if job.parallel.pipeline_parallel_size > 1 else 0
+    pipeline = job.parallel.pipeline_parallel_size
+    number = sum(chunk.receives for chunk in parts) if pipeline > 1 else 0
     each = tensor_bytes(sizes.stream_tokens * job.model.hidden_size, job.precision.compute)
-    return exact("stage_inputs", 2 * number * each, formula=f"2 x {number} x b*s*h", source="")
+    return ranged(
+        "stage_inputs",
+        2 * number * each,
+        low=0,
+        high=2 * (number + (pipeline if number else 0)) * each,
+        formula=f"2 x {number} x n*h",
+        source="Megatron-LM@adc69db:megatron/core/transformer/transformer_block.py:TransformerBlock.set_input_tensor",
+    )
+
+
+def _userbuffers(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
+    """Buffers through which tensor-parallel communication overlaps GEMMs: one of T*h per overlapped GEMM.
+
+    Formula: 10 x T*h x 2 bytes (four forward, four data-gradient and two weight-gradient GEMMs), at most.
+    Source: TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:initialize_ub.
+    """
+    if not settings.on("tp-comm-overlap"):
+        return exact("userbuffers", 0)
+    size = 10 * tensor_bytes(sizes.tokens * job.model.hidden_size, job.precision.compute)
+    return ranged("userbuffers", size, low=size // 2, high=2 * size, formula="10 x T*h", source=TE_WORKSPACE)
 
 
 def _rotary(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:

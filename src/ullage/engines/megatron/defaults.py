@@ -141,7 +141,7 @@ def cublas_workspace(config: str, capability: tuple[int, int]) -> int:
     """
     sizes = [part for part in config.split(":") if part]
     if sizes and len(sizes) % 2 == 0 and all(part.isdigit() and len(part) < 9 for part in sizes):
-        return sum(int(size) * int(times) * 1024 for size, times in zip(sizes[::2], sizes[1::2]))
+        return sum(int(size) * int(times) * 1024 for size, times in zip(sizes[::2], sizes[1::2], strict=True))
     return 32 * MiB if capability >= (9, 0) else 8 * MiB + 128 * 1024
 
 

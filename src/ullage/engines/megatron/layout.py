@@ -52,7 +52,10 @@ def groups(job: TrainingJob) -> Groups:
     """
     parallel = job.parallel
     data = parallel.data_parallel_size * parallel.context_parallel_size
-    expert, tensor = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size or parallel.tensor_parallel_size
+    expert, tensor = (
+        parallel.expert_parallel_size,
+        parallel.expert_tensor_parallel_size or parallel.tensor_parallel_size,
+    )
     world = data * parallel.tensor_parallel_size
     has_experts = any(type(block).__name__ == "MoEFFN" for layer in job.model.layers for block in layer.ffns)
     if has_experts and world % (expert * tensor):
@@ -74,11 +77,14 @@ def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...
         stages = parse_layout(text, job)
         if len(stages) % pipeline:
             raise LayoutError(
-                _("the layout has {stages} stages, which PP {pp} does not divide").format(stages=len(stages), pp=pipeline)
+                _("the layout has {stages} stages, which PP {pp} does not divide").format(
+                    stages=len(stages), pp=pipeline
+                )
             )
         virtual = len(stages) // pipeline
         return tuple(
-            tuple(_chunk(rank, part, *stages[part * pipeline + rank]) for part in range(virtual)) for rank in range(pipeline)
+            tuple(_chunk(rank, part, *stages[part * pipeline + rank]) for part in range(virtual))
+            for rank in range(pipeline)
         )
     counts = layer_counts(job, settings)
     starts = [sum(counts[:at]) for at in range(len(counts) + 1)]
@@ -100,9 +106,7 @@ def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...
 
 
 def _chunk(rank: int, part: int, layers: tuple[int, ...], marks: str) -> Chunk:
-    return Chunk(
-        pp_rank=rank, virtual=part, layers=layers, embedding="E" in marks, head="L" in marks, mtp="m" in marks
-    )
+    return Chunk(pp_rank=rank, virtual=part, layers=layers, embedding="E" in marks, head="L" in marks, mtp="m" in marks)
 
 
 def parse_layout(text: str, job: TrainingJob) -> list[tuple[tuple[int, ...], str]]:

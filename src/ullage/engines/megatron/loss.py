@@ -33,23 +33,49 @@ def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
         softmax in place; backward holds the softmax and its 16-bit cast, as much. Transformer Engine's works in place:
         2*T*V/t, and as much for a gradient that the framework scales. The native fusion is compiled, and a compiled
         in-place update writes a second fp32 copy: (2+4+4)*T*V/t.
-    Source: PLAIN, NATIVE and TE as named on the term. Known error: compiled kernels may keep one fp32 copy more or less.
+    Source: PLAIN, NATIVE and TE as named on the term. Known error: compiled, one fp32 copy more or less.
     """
     elements = logits_elements(job, sizes)
     width = tensor_bytes(1, job.precision.compute)
     if settings.fused_loss == "te":
         return ranged(
-            "logits_and_loss", width * elements, low=width * elements, high=2 * width * elements,
-            formula=f"{width}*T*V/t", source=TE,
+            "logits_and_loss",
+            width * elements,
+            low=width * elements,
+            high=2 * width * elements,
+            formula=f"{width}*T*V/t",
+            source=TE,
         )
     peak = (4 + width) * elements if width < 4 else 2 * width * elements
     if settings.fused_loss == "native":
         peak += 4 * elements
         return ranged(
-            "logits_and_loss", peak, low=peak - 4 * elements, high=peak + 4 * elements, formula="(2+4+4)*T*V/t",
+            "logits_and_loss",
+            peak,
+            low=peak - 4 * elements,
+            high=peak + 4 * elements,
+            formula="(2+4+4)*T*V/t",
             source=NATIVE,
         )
     return exact("logits_and_loss", peak, formula=f"({width}+4)*T*V/t", source=PLAIN)
+
+
+def head_backward(job: TrainingJob, sizes: Sizes) -> Term:
+    """The output layer's backward: gradient of the logits, of the weight and of its input.
+
+    Formula: 2 * (T*V/t + V/t*h + T*h). With fused accumulation the weight's gradient is an empty tensor of its size.
+    Source: Megatron-LM@adc69db:megatron/core/tensor_parallel/layers.py:
+        LinearWithGradAccumulationAndAsyncCommunication.backward.
+    """
+    hidden = job.model.hidden_size
+    rows = -(-job.model.vocab_size // sizes.tensor)
+    elements = logits_elements(job, sizes) + rows * hidden + sizes.decoder().tokens * hidden
+    return exact(
+        "head_backward",
+        tensor_bytes(elements, job.precision.compute),
+        formula="2*(T*V/t + V/t*h + T*h)",
+        source="Megatron-LM@adc69db:megatron/core/tensor_parallel/layers.py",
+    )
 
 
 def deferred_bytes(job: TrainingJob, settings: Settings, sizes: Sizes) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ullage.account.parameters import Parameter, Role, layer_parameters, model_parameters
 from ullage.engines.megatron.layout import Chunk, Groups
@@ -51,9 +51,7 @@ def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups) -> list[RankTen
         name = placed.parameter.name
         if placed.section == "embedding" and (chunk.embedding or (chunk.mtp and "position" not in name)):
             found.append(_share(job, placed.parameter, sizes, shared=model.tied_embeddings))
-        elif placed.section == "final" and _final_here(name, chunk):
-            found.append(_share(job, placed.parameter, sizes))
-        elif placed.section == "head" and chunk.head:
+        elif _after_layers(placed.section, name, chunk):
             found.append(_share(job, placed.parameter, sizes))
     word = next(iter(model_parameters(_without_layers(model), mtp=False, towers=False))).parameter
     if tied_copy and not chunk.mtp:
@@ -68,20 +66,25 @@ def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups) -> list[RankTen
     return body + found
 
 
-def _final_here(name: str, chunk: Chunk) -> bool:
-    return chunk.embedding if name.startswith("embeddings.") else chunk.head
+def _after_layers(section: str, name: str, chunk: Chunk) -> bool:
+    """Final norms and the head stand on the last stage; BERT's token types beside the embedding."""
+    if section == "final" and name.startswith("embeddings."):
+        return chunk.embedding
+    return section in ("final", "head") and chunk.head
 
 
 def _without_layers(model: Model) -> Model:
-    from dataclasses import replace
-
     return replace(model, layers=())
 
 
 def layer_tensors(job: TrainingJob, layer: Layer, sizes: Groups) -> list[RankTensor]:
     """Parameters of one layer on one rank."""
     return _merge(
-        [_share(job, parameter, sizes) for parameter in layer_parameters(layer, job.model.hidden_size) if not parameter.buffer]
+        [
+            _share(job, parameter, sizes)
+            for parameter in layer_parameters(layer, job.model.hidden_size)
+            if not parameter.buffer
+        ]
     )
 
 
@@ -95,7 +98,9 @@ def _share(job: TrainingJob, parameter: Parameter, sizes: Groups, *, shared: boo
         parts = tensor if not parameter.units else min(tensor, math.gcd(tensor, parameter.units))
         if shape[axis] % parts:
             raise LayoutError(
-                _("TP {tp} does not divide {size} rows of {name}").format(tp=parts, size=shape[axis], name=parameter.name)
+                _("TP {tp} does not divide {size} rows of {name}").format(
+                    tp=parts, size=shape[axis], name=parameter.name
+                )
             )
         shape[axis] //= parts
     if expert and parameter.copies % sizes.expert:

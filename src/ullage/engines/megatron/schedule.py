@@ -1,7 +1,7 @@
 """Forward and backward passes of one pipeline rank in the order in which they run.
 
-Source: Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py:forward_backward_pipelining_without_interleaving,
-get_schedule_table, get_pp_rank_microbatches; DualPipe README (deepseek-ai/DualPipe).
+Source: Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py: get_schedule_table, get_pp_rank_microbatches,
+forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/DualPipe).
 """
 
 from __future__ import annotations

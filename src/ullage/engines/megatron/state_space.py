@@ -16,7 +16,8 @@ def mamba_saved(job: TrainingJob, settings: Settings, sizes: Sizes, part: Mamba2
 
     Formula: 2*n*h + T*(2*I + 2*G*N + H)/t projected + T*I/t output of the scan, which the kernel's own output
         projection's input repeats; I inner size, G groups, N state size, H heads.
-    Source: mamba_ssm@2.2:mamba_ssm/ops/triton/ssd_combined.py:MambaSplitConv1dScanCombinedFn. Known error: chunk states.
+    Source: mamba_ssm@2.2:mamba_ssm/ops/triton/ssd_combined.py:MambaSplitConv1dScanCombinedFn.
+    Known error: the states of chunks are left out.
     """
     n, tokens, h, t = sizes.stream_tokens, sizes.tokens, job.model.hidden_size, sizes.tensor
     dtype, inner = job.precision.compute, part.num_heads * part.head_dim

@@ -85,17 +85,27 @@ def _parts(job: TrainingJob, settings: Settings, chunk: Chunk, sizes: Groups) ->
             _Part(
                 elements=sum(tensor.num_elements for tensor in own),
                 buffered=buffered,
-                shard=-(-buffered // share) if settings.distributed_optimizer else sum(t.num_elements for t in own),
+                shard=_shard(job, settings, own, buffered, share),
                 tensors=tuple(own),
             )
         )
     return found
 
 
-def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
-    """Parameters in the compute format; FSDP keeps a shard; FP8 parameters take one byte and, blockwise, their scales.
+def _shard(job: TrainingJob, settings: Settings, own: list[RankTensor], buffered: int, share: int) -> int:
+    """Elements whose optimizer states the fullest rank holds: 1/N, all, or whole tensors dealt out (``dist_muon``)."""
+    if settings.distributed_optimizer:
+        return -(-buffered // share)
+    everything = sum(tensor.num_elements for tensor in own)
+    if job.optimizer.startswith("dist_") and share > 1:
+        return max(-(-everything // share), max(tensor.num_elements // tensor.copies for tensor in own))
+    return everything
 
-    Formula: P * bytes, padded to buckets with the distributed optimizer. FP8 primary weights: linear P * (1 + transpose).
+
+def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
+    """Parameters in the compute format; FSDP keeps a shard.
+
+    Formula: P * bytes, padded to buckets with the distributed optimizer.
     Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer (param_data).
     """
     elements = sum(part.buffered for part in parts)
@@ -115,7 +125,7 @@ def _fp8_weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Te
 
     Formula: elements of linear weights x 2 (Hopper, or block scales), x 1 (Blackwell with one scale per tensor); with
         FP8 primary weights the copy by row is the parameter itself, which saves its 16 bits.
-    Source: TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:TransformerEngineBaseModule.get_weight_workspace.
+    Source: TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:get_weight_workspace.
     """
     recipe = job.precision.fp8_recipe
     elements = sum(t.num_elements for part in parts for t in part.tensors if t.linear and ".gate." not in t.name)
@@ -210,7 +220,8 @@ def _moment_elements(job: TrainingJob, parts: list[_Part]) -> int:
     if "muon" in kind:
         matrices = sum(t.num_elements for part in parts for t in part.tensors if t.linear)
         everything = sum(part.elements for part in parts)
-        return 2 * shard - matrices * shard // max(1, everything)
+        dealt_out = any(part.shard < part.elements for part in parts) and kind.startswith("dist_")
+        return 2 * shard if dealt_out else 2 * shard - matrices * shard // max(1, everything)
     return 2 * shard
 
 
