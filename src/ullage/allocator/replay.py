@@ -34,6 +34,10 @@ from ullage.allocator.state import FREE, IN_USE, Block
 from ullage.i18n import _
 
 
+#: Events of ``empty_cache``, one for each segment or run of pages.
+GIVEN_BACK = (SEGMENT_FREE, SEGMENT_UNMAP)
+
+
 @dataclass(kw_only=True)
 class Placement:
     """How many allocations were placed, how many where they really were, and where the first was not."""
@@ -196,7 +200,7 @@ def to_workload(recording: Recording, beginning: list[SegmentLayout]) -> Workloa
         elif kind == FREE_COMPLETED:
             if address in owners:
                 builder.complete_free(owners.pop(address))
-        elif kind == SEGMENT_FREE and (at + 1 == num_events or kinds[at + 1] != SEGMENT_FREE):
+        elif kind in GIVEN_BACK and (at + 1 == num_events or kinds[at + 1] not in GIVEN_BACK):
             builder.empty_cache()
     builder.work.num_events = num_events
     return builder.work

@@ -30,7 +30,7 @@ VARIABLE = "PYTORCH_ALLOC_CONF"
 #: (2.9 reads PYTORCH_ALLOC_CONF for other devices only; a comment in AllocatorConfig.h gives the opposite order).
 VARIABLES = {"PYTORCH_CUDA_ALLOC_CONF": (2, 0), "PYTORCH_HIP_ALLOC_CONF": (2, 0), VARIABLE: (2, 10)}
 
-_WITH_UNIT = re.compile(r"(\d+)\s*([kKmMgG])(?:i?[bB])?")
+_WITH_UNIT = re.compile(r"([0-9]{1,12})([kKmMgG])(?:i?[bB])?")
 _MEBIBYTES = {"k": 1 / 1024, "m": 1, "g": 1024}
 #: A number of MiB that no device reaches; more would overflow the bytes in 64 bits.
 MAX_MEBIBYTES = 2**30
@@ -118,6 +118,8 @@ def split_entries(text: str) -> list[tuple[str, str]]:
     bare = "".join(text.split())
     if len(bare) > 4096:
         raise InputError(_("the settings are longer than {count} characters").format(count=4096))
+    if not bare.isascii():
+        raise InputError(_("{text!r} is not plain ASCII").format(text=bare[:60]))
     found = []
     for entry in re.findall(r"(?:\[[^\]]*\]|\[|[^,\[])+", bare):
         key, colon, value = entry.partition(":")
@@ -167,8 +169,8 @@ def _repaired(key: str, value: str) -> str:
         match = _WITH_UNIT.fullmatch(value)
         if match:
             value = str(int(int(match.group(1)) * _MEBIBYTES[match.group(2).lower()]))
-        if value.isdigit() and len(value) < 12:
-            return str(min(max(int(value), _least_mebibytes(key)), MAX_MEBIBYTES))
+        wanted = int(value[:12]) if value.isdigit() else 256
+        return str(min(max(wanted, _least_mebibytes(key)), MAX_MEBIBYTES))
     elif kind == BOOLEAN:
         word = {"true": "True", "1": "True", "on": "True", "yes": "True"}.get(value.lower())
         return word or ("False" if value.lower() in ("false", "0", "off", "no") else "True")
@@ -209,11 +211,12 @@ def _megabytes(key: str, value: str) -> str:
     if not value.isdigit() or len(value) > 12:
         match = _WITH_UNIT.fullmatch(value)
         why = _("it takes a whole number of MiB; PyTorch drops the unit without a word") if match else None
-        nearest = _repaired(key, value) if match else str(max(256, _least_mebibytes(key)))
-        raise _refused(key, value, why or _("it takes a whole number of MiB"), nearest)
+        raise _refused(key, value, why or _("it takes a whole number of MiB"), _repaired(key, value))
     least = 11 if key == "large_segment_size_mb" else 1
     if not least <= int(value) <= MAX_MEBIBYTES:
-        raise _refused(key, value, _("it takes {least} or more").format(least=least), _repaired(key, value))
+        raise _refused(
+            key, value, _("it takes {least} to {most}").format(least=least, most=MAX_MEBIBYTES), _repaired(key, value)
+        )
     return str(int(value))
 
 
@@ -237,7 +240,7 @@ def _divisions(value: str) -> tuple[int, ...]:
     """
     if not value.startswith("["):
         return (_division(value),) * NUM_ROUNDUP_INTERVALS
-    table, last = [0] * NUM_ROUNDUP_INTERVALS, -1
+    table, last = [0] * NUM_ROUNDUP_INTERVALS, 0
     for at, entry in enumerate(part for part in value.strip("[]").split(",") if part):
         interval, _colon, number = entry.partition(":")
         steps = _division(number)
