@@ -191,8 +191,7 @@ def resolve(job: ServingJob) -> Setup:
     chunked = _chunked_prefill(version, flags, length, pooling)
     tokens, seqs = _batch(job, version, length, chunked, assumed)
     fraction = _memory_fraction(job, version, assumed)
-    if version.engine == "V1" and version.setting("sampler") == "flashinfer_if_installed" and not _says_sampler(flags):
-        assumed.append(_("FlashInfer is not installed, so that sampling sorts all logits (the container image has it)"))
+    assumed += _sampler_assumed(version, flags)
     dtype = _weights_dtype(job)
     filled = replace(
         job,
@@ -220,13 +219,16 @@ def resolve(job: ServingJob) -> Setup:
     )
 
 
-def _says_sampler(flags: dict[str, str]) -> bool:
-    """Tell whether the job says how it samples.
+def _sampler_assumed(version: Version, flags: dict[str, str]) -> list[str]:
+    """Return what is assumed of the sampler where a package decides and the job does not say.
 
     Source: vllm@0.10.1.1:vllm/v1/sample/ops/topk_topp_sampler.py (FlashInfer where it is installed),
         setup.py (an extra that ``pip install vllm`` leaves out), docker/Dockerfile (the image has it).
     """
-    return any(name.lower() in ("vllm_use_flashinfer_sampler", "sampler") for name in flags)
+    decided = any(name.lower() in ("vllm_use_flashinfer_sampler", "sampler") for name in flags)
+    if decided or version.engine != "V1" or version.setting("sampler") != "flashinfer_if_installed":
+        return []
+    return [_("FlashInfer is not installed, so that sampling sorts all logits (the container image has it)")]
 
 
 def _memory_fraction(job: ServingJob, version: Version, assumed: list[str]) -> float:

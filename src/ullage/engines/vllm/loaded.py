@@ -1,4 +1,4 @@
-"""The weights as vLLM keeps them: what "Model loading took" counts.
+"""The weights as vLLM keeps them: what "Model loading took" counts, but for buffers that are no weights.
 
 Beyond the checkpoint's tensors: fused projections rounded by the allocator, kernels' padding, rotary tables, the
 dequantised copy of ``kv_b_proj`` that latent attention absorbs, and the workspaces of some kernels.
@@ -15,8 +15,6 @@ from ullage.account.sharding import LocalParameter, frame_share, layer_share
 from ullage.account.weights import KEEP, KeepOr, format_of, weights_term
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage, sequence_parallel_moe
-from ullage.engines.vllm.nontorch import loaded_code
-from ullage.engines.vllm.workspace import at_load
 from ullage.ledger import Term, ranged, total
 from ullage.spec import model as spec
 from ullage.units import MiB, dtype_bytes, round_up
@@ -274,7 +272,7 @@ def _swizzled(model: spec.Model, stage: Stage, routed: int) -> int:
 
 
 def loaded_weights(setup: Setup, stage: Stage) -> Term:
-    """Return the weights of one rank as the engine's log counts them, less what is offloaded to the host.
+    """Return the weights of one rank, less what is offloaded to the host.
 
     Source: vllm@0.33.0:vllm/v1/worker/gpu_model_runner.py:load_model (DeviceMemoryProfiler around it).
 
@@ -292,8 +290,6 @@ def loaded_weights(setup: Setup, stage: Stage) -> Term:
         _absorbed(setup, stage, quantization),
         _rotary(setup, stage),
         _rounding(setup, stage, quantization),
-        loaded_code(setup),
-        at_load(setup, stage),
     ]
     if job.draft_model is not None and stage.last:
         drafted = replace(setup, job=replace(job, model=job.draft_model, draft_model=None, quantization=None))

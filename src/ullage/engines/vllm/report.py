@@ -34,15 +34,15 @@ def figures(
     if graphs.value:  # the log prints a difference of free memory: cached segments given back count against it
         graphs = Amount(value=graphs.value, low=graphs.low - 1.25 * GiB, high=graphs.high)
     return {
-        "weights": of_term(one.weights),
+        "weights": of_term(one.loaded),
         "activation_peak": of_term(one.activation),
         "non_torch": of_term(one.non_torch),
         "cuda_graphs": graphs,
         "cuda_graph_estimate": of_term(one.estimate),
         "max_allocated": Amount(
-            value=one.weights.bytes + one.activation.bytes,
-            low=one.weights.low_bytes + one.activation.low_bytes,
-            high=one.weights.high_bytes + one.activation.high_bytes,
+            value=one.weights.bytes + one.buffers.bytes + one.activation.bytes,
+            low=one.weights.low_bytes + one.buffers.low_bytes + one.activation.low_bytes,
+            high=one.weights.high_bytes + one.buffers.high_bytes + one.activation.high_bytes,
         ),
         "requested": Amount(value=budget, low=budget, high=budget),
         "kv_cache": amount(one.available),
@@ -63,7 +63,7 @@ def log_lines(setup: Setup, one: Profiled, pool: Pool, reason: str) -> tuple[str
     gib = {
         name: term.bytes / GiB
         for name, term in (
-            ("weights", one.weights),
+            ("weights", one.loaded),
             ("peak", one.activation),
             ("other", one.non_torch),
             ("graphs", one.graphs),

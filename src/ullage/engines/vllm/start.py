@@ -13,6 +13,7 @@ from ullage.engines.vllm.layout import Stage, stages
 from ullage.engines.vllm.loaded import loaded_weights
 from ullage.engines.vllm.pool import Pool, block_bytes, pool
 from ullage.engines.vllm.profile import activation_peak
+from ullage.engines.vllm.workspace import at_load
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger, Term, exact, ranged, total
@@ -21,10 +22,16 @@ from ullage.units import GiB
 
 
 class Profiled(Frozen):
-    """One stage after its profiling run."""
+    """One stage after its profiling run.
+
+    ``buffers`` and ``code`` are what loading leaves beside the weights: buffers of sparse attention, and on ROCm what
+    the driver took, which is counted once more in ``non_torch``.
+    """
 
     stage: Stage
     weights: Term
+    buffers: Term
+    code: Term
     activation: Term
     non_torch: Term
     graphs: Term
@@ -32,9 +39,14 @@ class Profiled(Frozen):
     available: tuple[int, int, int]
 
     @property
-    def non_kv(self) -> Term:
-        """What is taken off the budget: weights, activation peak, non-torch memory, the graphs' estimate."""
-        return total("non_kv", (self.weights, self.activation, self.non_torch, self.estimate))
+    def loaded(self) -> Term:
+        """What "Model loading took" counts."""
+        return total("weights", (self.weights, self.buffers, self.code))
+
+    @property
+    def taken(self) -> Term:
+        """What is taken off the budget: what was loaded, activation peak, non-torch memory, the graphs' estimate."""
+        return total("taken", (self.loaded, self.activation, self.non_torch, self.estimate))
 
 
 def requested(setup: Setup) -> tuple[int, int, int]:
@@ -55,18 +67,20 @@ def profiled(setup: Setup, stage: Stage) -> Profiled:
     """
     parts = {
         "weights": loaded_weights(setup, stage),
+        "buffers": at_load(setup, stage),
+        "code": nontorch.loaded_code(setup),
         "activation": activation_peak(setup, stage),
         "non_torch": total("non_torch", nontorch.non_torch_parts(setup)),
         "graphs": graphs.cuda_graphs(setup, stage),
         "estimate": graphs.estimate(setup, stage),
     }
-    taken = total("taken", [parts[name] for name in ("weights", "activation", "non_torch", "estimate")])
-    low, expected, high = requested(setup)
+    one = Profiled(stage=stage, available=(0, 0, 0), **parts)
+    taken, (low, expected, high) = one.taken, requested(setup)
     given = setup.job.kv_cache_memory_bytes
     available = (
         (given, given, given) if given else (low - taken.high_bytes, expected - taken.bytes, high - taken.low_bytes)
     )
-    return Profiled(stage=stage, available=available, **parts)
+    return replace(one, available=available)
 
 
 def _pools(setup: Setup, profiles: Sequence[Profiled], groups: Grouping) -> tuple[Pool, Pool, Pool]:
@@ -92,7 +106,9 @@ def _ledger(setup: Setup, one: Profiled, pools: tuple[Pool, Pool, Pool], size: i
     outside = (*one.non_torch.children, *nontorch.before_snapshot(setup), one.graphs)
     return Ledger(
         rank=rank,
-        allocated=total("allocated", (one.weights, cache, one.activation)),
+        allocated=total(
+            "allocated", [term for term in (one.weights, one.buffers, cache, one.activation) if term.high_bytes]
+        ),
         reserved_overhead=ranged("allocator_slack", 0, low=0, high=GiB // 2, formula="cached segments beyond the peak"),
         outside=total("outside", [term for term in outside if term.high_bytes]),
         warnings=setup.warnings,
@@ -101,7 +117,7 @@ def _ledger(setup: Setup, one: Profiled, pools: tuple[Pool, Pool, Pool], size: i
 
 def _device_used(setup: Setup, one: Profiled, cache: int) -> Amount:
     """Return what nvidia-smi shows after the start: budget filled, plus context and graphs beyond it."""
-    known = one.weights.bytes + one.activation.bytes + one.non_torch.bytes + cache
+    known = one.weights.bytes + one.buffers.bytes + one.activation.bytes + one.non_torch.bytes + cache
     before = total("before", nontorch.before_snapshot(setup)) if nontorch.before_snapshot(setup) else exact("before", 0)
     value = known + one.graphs.bytes + before.bytes
     low = value - one.graphs.bytes - one.activation.bytes - before.bytes // 2
@@ -145,7 +161,7 @@ def _free_refusal(setup: Setup, case: int) -> str:
 def _load_refusal(setup: Setup, profiles: Sequence[Profiled], case: int) -> str:
     size = setup.total_bytes[case]
     for one in profiles:
-        weights = (one.weights.high_bytes, one.weights.bytes, one.weights.low_bytes)[case]
+        weights = (one.loaded.high_bytes, one.loaded.bytes, one.loaded.low_bytes)[case]
         if weights > size:
             return _(
                 "CUDA out of memory while loading: weights of {weights:.2f} GiB on a device of {size:.2f} GiB."
@@ -173,7 +189,7 @@ def _load_peak(setup: Setup, one: Profiled) -> int:
     """
     layers = max(1, one.stage.share.layers[1] - one.stage.share.layers[0])
     context = sum(term.bytes for term in nontorch.before_snapshot(setup))
-    return one.weights.bytes + one.weights.bytes // layers + one.non_torch.bytes + context
+    return one.loaded.bytes + one.weights.bytes // layers + one.non_torch.bytes + context
 
 
 def _ranks(
