@@ -15,7 +15,7 @@ from ullage.records.schema import Measured, Record
 from ullage.records.store import read_records
 
 #: kind of job -> module with ``predict(record) -> Prediction``; imported only when a record of the kind comes.
-PREDICTORS = {"serve": "ullage.records.serving", "train": "ullage.records.training"}
+PREDICTORS = {"serve": "ullage.records.serving", "train": "ullage.records.training", "kernel": "ullage.records.kernels"}
 #: Published runs that come with the program: facts, each with the address where it was published.
 SHIPPED = Path(__file__).parent / "data" / "serving.jsonl"
 
