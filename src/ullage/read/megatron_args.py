@@ -8,6 +8,7 @@ Source: Megatron-LM@adc69db:megatron/training/arguments.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -66,6 +67,18 @@ def job_from_megatron_text(
 ) -> TrainingJob:
     """Return the job of a shell script, a command line or a YAML file of flags."""
     return _job(parse_text(text), machine, engine_version, model, native=text)
+
+
+def smallest_world(args: Mapping[str, object]) -> int:
+    """Return the fewest GPUs on which the sizes go together: for command lines without a number of GPUs."""
+    known = from_mapping(args)
+    pipeline = known.count("pipeline-model-parallel-size", 1)
+    tensor = known.count("tensor-model-parallel-size", 1)
+    stage = tensor * known.count("context-parallel-size", 1)
+    if "num-experts" in known:
+        expert = known.count("expert-model-parallel-size", 1) * known.count("expert-tensor-parallel-size", tensor)
+        stage = math.lcm(stage, max(1, expert))
+    return max(1, stage * pipeline)
 
 
 def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *, native: str) -> TrainingJob:

@@ -12,7 +12,7 @@ from ullage.i18n import _
 
 MAX_TEXT = 200_000
 MAX_INTEGER = 2**40
-_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"(?<![\w-])(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?:\[@\]|:-([^}]*))?\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
 

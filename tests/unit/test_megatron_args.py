@@ -1,0 +1,190 @@
+"""Megatron-LM flags from mappings, scripts and YAML; the models and jobs they make."""
+
+import pytest
+
+from ullage.account.parameters import count
+from ullage.errors import InputError, LayoutError
+from ullage.read.machine import parse_machine
+from ullage.read.megatron_args import job_from_megatron_args, job_from_megatron_text, smallest_world
+from ullage.read.megatron_model import moe_layers
+from ullage.read.megatron_words import Arguments, from_mapping, parse_text
+from ullage.spec.model import LatentAttention, MoEFFN
+
+GPT = {
+    "num-layers": 12,
+    "hidden-size": 512,
+    "num-attention-heads": 8,
+    "micro-batch-size": 4,
+    "global-batch-size": 32,
+    "seq-length": 1024,
+    "max-position-embeddings": 1024,
+    "vocab-file": "vocab.json",
+    "bf16": True,
+}
+MLA = {
+    "multi-latent-attention": True,
+    "q-lora-rank": 1536,
+    "kv-lora-rank": 512,
+    "qk-head-dim": 128,
+    "qk-pos-emb-head-dim": 64,
+    "v-head-dim": 128,
+}
+
+
+def job(extra=None, *, machine="8xH100-80GB-SXM", env=None):
+    return job_from_megatron_args({**GPT, **(extra or {})}, env, machine=parse_machine(machine))
+
+
+def test_gpt_has_the_parameters_of_its_flags():
+    # 50257 padded to a multiple of 128 = 50304; 12 h^2 + 13 h a layer; learned positions; final norm
+    expected = 50304 * 512 + 1024 * 512 + 12 * (12 * 512**2 + 13 * 512) + 2 * 512
+    assert count(job().model).total == expected == 64_109_568
+
+
+def test_vocabulary_is_padded_to_tensor_parallel_ranks():
+    assert job({"tensor-model-parallel-size": 4}).model.vocab_size == 50688
+    null = {"tokenizer-type": "NullTokenizer", "vocab-size": 131072}
+    assert job(null).model.vocab_size == 131200  # one more for the end of document
+    assert job({"padded-vocab-size": 50_000}).model.vocab_size == 50_000
+
+
+def test_swiglu_chooses_two_thirds():
+    assert job({"swiglu": True}).model.layers[0].ffns[0].intermediate_size == 1344
+    assert job({"swiglu": True, "ffn-hidden-size": 2048}).model.layers[0].ffns[0].intermediate_size == 2048
+
+
+def test_latent_attention_and_experts():
+    moe = {"num-experts": 8, "moe-router-topk": 2, "moe-ffn-hidden-size": 256, "moe-layer-freq": "([0]*3+[1]*9)"}
+    model = job({**MLA, **moe}).model
+    assert [isinstance(layer.ffns[0], MoEFFN) for layer in model.layers] == [False] * 3 + [True] * 9
+    latent = model.layers[0].mixers[0]
+    assert isinstance(latent, LatentAttention)
+    assert (latent.q_lora_rank, latent.kv_lora_rank, latent.qk_rope_head_dim) == (1536, 512, 64)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("2", [True, False] * 2), ("[0,1,1,1]", [False, True, True, True]), ("[1]*4", [True] * 4)]
+)
+def test_layer_frequency(pattern, expected):
+    assert moe_layers(Arguments({"num-experts": "8", "moe-layer-freq": pattern}), 4) == expected
+
+
+@pytest.mark.parametrize("pattern", ["[0]*3", "banana", "[1]*99999999", "0"])
+def test_layer_frequency_that_does_not_fit_is_refused(pattern):
+    with pytest.raises(InputError):
+        moe_layers(Arguments({"num-experts": "8", "moe-layer-freq": pattern}), 4)
+
+
+def test_gradients_are_fp32_for_bf16_and_fp16_for_fp16():
+    assert job().precision.grads == "float32"
+    assert job({"bf16": False, "fp16": True}).precision.grads == "float16"
+    assert job({"grad-reduce-in-bf16": True}).precision.grads == "bfloat16"
+
+
+def test_recompute():
+    assert job().recompute.kind == "none"
+    full = job({"recompute-granularity": "full", "recompute-method": "block", "recompute-num-layers": 3}).recompute
+    assert (full.kind, full.method, full.num_layers) == ("full", "block", 3)
+    selective = job({"recompute-granularity": "selective", "recompute-modules": "[moe_act layernorm]"}).recompute
+    assert selective.modules == ("moe_act", "layernorm")
+    assert job({"recompute-activations": True}).recompute.modules == ("core_attn",)
+
+
+def test_world_is_divided_and_batches_are_counted():
+    found = job({"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2})
+    assert found.parallel.data_parallel_size == 2
+    assert found.grad_accum == 32 // (4 * 2)
+    with pytest.raises(LayoutError, match="8 GPUs cannot be divided"):
+        job({"tensor-model-parallel-size": 3})
+
+
+def test_smallest_world_holds_expert_parallelism():
+    experts = {"num-experts": 8, "expert-model-parallel-size": 4, "expert-tensor-parallel-size": 1}
+    assert smallest_world({**GPT, "tensor-model-parallel-size": 2, **experts}) == 4
+    assert smallest_world({**GPT, "tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 4}) == 8
+
+
+def test_unknown_flags_are_named_and_harmless_ones_are_not():
+    found = job({"frobnicate": "7", "log-throughput": True, "clip-grad": 1})
+    assert any("frobnicate" in sentence for sentence in found.assumed)
+    assert not any("clip-grad" in sentence or "log-throughput" in sentence for sentence in found.assumed)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("hidden-size", "many"), ("num-layers", -3), ("num-layers", 10**9), ("seq-length", "1.5")]
+)
+def test_values_that_are_no_counts_are_refused(flag, value):
+    with pytest.raises(InputError):
+        job({flag: value})
+
+
+def test_missing_sizes_are_named():
+    with pytest.raises(InputError, match="--hidden-size is missing"):
+        job_from_megatron_args({"num-layers": 2}, machine=parse_machine("1xH100"))
+
+
+SCRIPT = """
+#!/bin/bash
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+TP=2
+GPT_MODEL_ARGS=(
+    --num-layers 12
+    --hidden-size 512   # comment
+    --num-attention-heads 8
+    --seq-length 1024
+    --max-position-embeddings 1024
+    --recompute-modules moe_act layernorm
+)
+MODEL_PARALLEL_ARGS=(--tensor-model-parallel-size $TP --sequence-parallel)
+torchrun --nproc_per_node 8 pretrain_gpt.py \\
+    ${GPT_MODEL_ARGS[@]} \\
+    ${MODEL_PARALLEL_ARGS[@]} \\
+    --micro-batch-size=2 --bf16
+"""
+
+
+def test_shell_script():
+    found = parse_text(SCRIPT)
+    assert found.get("hidden-size") == "512"
+    assert found.get("tensor-model-parallel-size") == "2"
+    assert found.on("sequence-parallel") and found.on("bf16")
+    assert found.get("micro-batch-size") == "2"
+    assert found.words("recompute-modules") == ("moe_act", "layernorm")
+    assert found.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+def test_yaml_of_a_functional_test():
+    text = "ENV_VARS:\n  NVTE_ALLOW_NONDETERMINISTIC_ALGO: 0\nMODEL_ARGS:\n  --num-layers: 12\n  --bf16: true\n"
+    found = parse_text(text)
+    assert found.get("num-layers") == "12" and found.on("bf16")
+    assert found.environment == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+def test_text_and_mapping_make_the_same_job():
+    line = " ".join(f"--{name} {value}" if value is not True else f"--{name}" for name, value in GPT.items())
+    machine = parse_machine("8xH100-80GB-SXM")
+    from_text = job_from_megatron_text(line, machine=machine)
+    assert from_text.flags == job().flags
+    assert from_text.model == job().model
+
+
+@pytest.mark.parametrize("text", ["--a 'unclosed", "x" * 300_000])
+def test_text_that_cannot_be_read_is_refused(text):
+    with pytest.raises(InputError):
+        parse_text(text)
+
+
+def test_names_with_underscores_and_lists():
+    found = from_mapping({"num_layers": 3, "--recompute-modules": ["moe", "mlp"], "off": None, "lr": 1.0})
+    assert found.get("num-layers") == "3"
+    assert found.words("recompute-modules") == ("moe", "mlp")
+    assert "off" not in found and found.get("lr") == "1"
+
+
+def test_hybrid_pattern_and_encoder_decoder():
+    hybrid = job({"hybrid-override-pattern": "M*-M", "num-layers": 4, "mamba-head-dim": 64}).model
+    assert [len(layer.mixers) for layer in hybrid.layers] == [1, 1, 0, 1]
+    with pytest.raises(InputError):
+        job({"hybrid-override-pattern": "MZ"})
+    t5 = job({"encoder-num-layers": 2, "decoder-num-layers": 3, "vocab-file": "bert-large-cased-vocab.txt"}).model
+    assert [len(layer.mixers) for layer in t5.layers] == [1, 1, 2, 2, 2]
