@@ -198,9 +198,11 @@ def test_failures_are_told_apart_from_records_that_cannot_be_judged(tmp_path: Pa
 def test_kinds_without_a_room_are_skipped_with_the_reason(tmp_path: Path) -> None:
     kernel = {"id": "k", "group": "g", "kernel": "x", "provider": "p", "measured": entry()["measured"]}
     fits = {"id": "f", "group": "g", "job": {"kind": "train", "engine": "e"}, "fits_in_gib": 79.65}
-    rows = validate_files([write(tmp_path / "r.jsonl", kernel, fits)]).comparisons
-    assert [row.quantity for row in rows] == ["weights", "fits_in"]
-    assert "kernel" in (rows[0].skipped or "") and "training engine" in (rows[1].skipped or "")
+    other = {"id": "o", "group": "g", "job": {"kind": "dream"}, "measured": entry()["measured"]}
+    rows = validate_files([write(tmp_path / "r.jsonl", kernel, fits, other)]).comparisons
+    assert [row.quantity for row in rows] == ["weights", "fits_in", "weights"]
+    assert "no count of x" in (rows[0].skipped or "") and "training engine" in (rows[1].skipped or "")
+    assert "dream" in (rows[2].skipped or "") and not any(row.failed for row in rows)
 
 
 def test_quantiles_interpolate_between_order_statistics() -> None:

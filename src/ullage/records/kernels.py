@@ -34,6 +34,8 @@ def predict(record: Record) -> Prediction:
     if rule is None or not isinstance(params, dict) or not _known(provider):
         raise NotComparableError(_("no count of {kernel} by {provider}").format(kernel=kernel, provider=provider))
     value = rule(record, params, provider.startswith("liger"))
+    if any(figure.value < value / 5 - MiB for figure in record.measured):
+        raise NotComparableError(_("the figure is below the size of the kernel's own input"))
     margin = round(value * MARGIN) + MiB
     low = value - margin
     if kernel == "cross_entropy" and provider.startswith("liger"):

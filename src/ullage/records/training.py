@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ullage.catalog import models as catalog
 from ullage.engines.serving import Amount
-from ullage.engines.training import TrainingRank, TrainingStep, step
+from ullage.engines.training import TRAINING_ENGINES, TrainingRank, TrainingStep, step
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Term
@@ -17,7 +18,7 @@ from ullage.records import words
 from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.models import record_model
 from ullage.records.schema import Record
-from ullage.spec.model import Model
+from ullage.spec.model import Attention, Layer, Model
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import canonical_dtype
 
@@ -35,6 +36,8 @@ def predict(record: Record) -> Prediction:
         NotComparableError: the record lacks what a prediction needs.
         UllageError: the program cannot predict it.
     """
+    if record.engine not in TRAINING_ENGINES:
+        raise NotComparableError(_("no training engine {engine}").format(engine=record.engine[:40]))
     job, not_comparable = record_job(record)
     answer: TrainingStep = step(job)
     return Prediction(
@@ -59,7 +62,9 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
     if fields.get("method") not in (None, "full", *_METHODS_WITH_ADAPTERS):
         raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
     precision, base = _precision(fields, record.where)
-    seq_len = words.integer(fields, "seq_len", record.where)
+    seq_len, flags = words.integer(fields, "seq_len", record.where), _flags(fields)
+    if seq_len is None and "seq_len_at_most" in dict(flags):
+        seq_len = int(dict(flags)["seq_len_at_most"])
     if seq_len is None:
         not_comparable.update(dict.fromkeys(("max_allocated", "max_reserved", "device_used"), _("no sequence length")))
     job = TrainingJob(
@@ -84,7 +89,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         base_quantization=base,
         offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),
         alloc_conf=str(fields.get("alloc_conf") or ""),
-        flags=_flags(fields),
+        flags=flags,
     )
     return job, not_comparable
 
@@ -126,11 +131,13 @@ def _model(record: Record) -> Model:
 
 
 def _overridden(name: str, overrides: Mapping[str, Any]) -> Model | None:
-    """Apply overrides that a model of the catalog takes as data: depth, vocabulary, tying."""
+    """Apply overrides that a model of the catalog takes as data: depth, vocabulary, tying, biases of q, k and v."""
     found = catalog.find(name)
-    if found is None or not set(overrides) <= {"num_hidden_layers", "vocab_size", "tie_word_embeddings"}:
+    if found is None or not set(overrides) <= {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}:
         return None
     model = catalog.load_entry(found)
+    if overrides.get("qkv_bias") is False:
+        model = replace(model, layers=tuple(_without_biases(layer) for layer in model.layers))
     layers = overrides.get("num_hidden_layers")
     vocabulary, tied = overrides.get("vocab_size"), overrides.get("tie_word_embeddings")
     if isinstance(layers, int) and 0 < layers <= len(model.layers):
@@ -138,6 +145,14 @@ def _overridden(name: str, overrides: Mapping[str, Any]) -> Model | None:
     if isinstance(vocabulary, int):
         model = replace(model, vocab_size=vocabulary)
     return replace(model, tied_embeddings=tied) if isinstance(tied, bool) else model
+
+
+def _without_biases(layer: Layer) -> Layer:
+    mixers = tuple(
+        replace(mixer, q_bias=False, k_bias=False, v_bias=False) if isinstance(mixer, Attention) else mixer
+        for mixer in layer.mixers
+    )
+    return replace(layer, mixers=mixers)
 
 
 def _precision(fields: Mapping[str, Any], where: str) -> tuple[Precision, str | None]:
@@ -243,6 +258,11 @@ def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         flags.append(("fused_kernels", "rms_norm,rope"))
     if "dropout (0.1 assumed)" in said:
         flags.append(("dropout", "0.1"))
+    if "written out in Python" in said:
+        flags.append(("written_out", "norm,activation"))
+    longest = re.search(r"at most about (\d{1,7}) tokens", said)
+    if longest:
+        flags.append(("seq_len_at_most", longest.group(1)))
     return tuple(flags)
 
 

@@ -50,6 +50,7 @@ class Recipe(Frozen):
         norms_fp32: k-bit preparation made norms and biases fp32, and with them the residual stream.
         autocast_casts: fp32 weights are cast to the compute dtype, and the casts live as long as the forward pass.
         keeps_gradients: gradients stay until the next step begins (a plain loop); the Trainer frees them.
+        length_unknown: ``seq_len`` is the longest that may come (flag ``seq_len_at_most``).
         scaled_embeddings: the embeddings are multiplied, so that the unscaled ones may stay beside them.
     """
 
@@ -61,6 +62,7 @@ class Recipe(Frozen):
     autocast_casts: bool
     keeps_gradients: bool
     scaled_embeddings: bool
+    length_unknown: bool
     version: Version
 
 
@@ -103,13 +105,15 @@ def refuse(job: TrainingJob) -> None:
     """Refuse what the rules do not cover.
 
     Raises:
-        InputError: sharded states, or a split model.
+        InputError: sharded states, a split model, offload, or Unsloth.
     """
     parallel = job.parallel
     sharded = parallel.fsdp is not None or (parallel.zero_stage and parallel.data_parallel_size > 1)
     sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size)
     if sharded or any(size > 1 for size in sizes):
         raise InputError(_("the {engine} rules know one GPU and DDP, no sharding yet").format(engine=job.engine))
+    if "unsloth" in job.engine_version.lower():
+        raise InputError(_("Unsloth's kernels and its own recompute are not known"))
     if job.offload:
         raise InputError(_("the {engine} rules know no offload yet").format(engine=job.engine))
 
@@ -129,6 +133,7 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         autocast_casts=autocast,
         keeps_gradients=job.engine == "single",
         scaled_embeddings=adapted and job.model.architecture in SCALED_EMBEDDINGS,
+        length_unknown="seq_len_at_most" in dict(job.flags),
         version=version,
     )
 

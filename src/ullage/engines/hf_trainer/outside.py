@@ -6,16 +6,16 @@ from ullage.ledger import Term, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB
 
-#: Blocks of one fp32 tensor of logits that lie free beside those in use: the shifted copy has other sizes than the
-#: logits, so that the freed blocks do not fit the next step. Expected and at most, of published pairs of reserved and
-#: allocated memory (docs/training.md).
+#: Blocks of one fp32 tensor of logits that lie free beside those in use: a shifted copy has other sizes than the
+#: logits, so that the freed blocks do not fit the next step; without one, none is expected. Expected and at most, of
+#: published pairs of reserved and allocated memory (docs/training.md).
 LOGITS_BLOCKS = (1, 2)
 #: Rounding and remainders of segments, of what is allocated: expected and at most.
 SEGMENT_SHARE = (0.03, 0.12)
 EXPANDABLE_SHARE = (0.01, 0.03)
 
 
-def reserved_overhead(job: TrainingJob, allocated: Term, moment: str) -> Term:
+def reserved_overhead(job: TrainingJob, allocated: Term, *, shift_copies: bool) -> Term:
     """Return reserved minus allocated.
 
     Formula: share of the allocated bytes for rounding to segments, + free blocks of the size of fp32 logits where a
@@ -29,7 +29,7 @@ def reserved_overhead(job: TrainingJob, allocated: Term, moment: str) -> Term:
     logits = 0
     if not expandable and job.loss in ("plain", "fused", None):
         logits = job.micro_batch_size * job.seq_len * job.model.vocab_size * 4
-    expected = round(allocated.bytes * share[0]) + LOGITS_BLOCKS[0] * logits
+    expected = round(allocated.bytes * share[0]) + LOGITS_BLOCKS[0] * logits * shift_copies
     high = round(allocated.high_bytes * share[1]) + LOGITS_BLOCKS[1] * logits
     room = max(0, job.machine.gpu.total_bytes - allocated.bytes - outside(job).bytes)
     return ranged(

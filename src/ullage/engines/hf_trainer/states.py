@@ -28,6 +28,11 @@ INT8 = WeightFormat(name="bnb int8", dtype="int8", block=(1, 0), scale_dtype="fl
 GPTQ = WeightFormat(
     name="gptq int4", dtype="int4", block=(1, 128), scale_dtype="float16", zero_point_dtype="int4", column_index_bytes=4
 )
+#: What the format may be instead, where a job says no more than its name.
+UNSTATED = {
+    "nf4": replace(NF4, name="nf4", scale_dtype="float32", scales_per_scale=0),
+    "gptq": replace(GPTQ, name="gptq int4 per row", block=(1, 0)),
+}
 BASE_FORMATS = {"nf4": NF4, "fp4": NF4, "int8": INT8, "gptq": GPTQ}
 
 
@@ -123,8 +128,8 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
     rules = (spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]),)
     quantization = spec.Quantization(method=scheme, rules=rules)
     base = weights_term(job.model, share, quantization=quantization, dtype=job.precision.compute)
-    if scheme == "gptq":
-        base = _any_group(job, share, base)
+    if scheme in UNSTATED:
+        base = _unstated(job, share, base, UNSTATED[scheme])
     widened = _widened_bytes(job, recipe)
     if not widened:
         return base
@@ -140,12 +145,12 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
     return total("weights", (*(base.children or (base,)), extra), source=base.source)
 
 
-def _any_group(job: TrainingJob, share: RankShare, base: Term) -> Term:
-    """Return the weights with the range of GPTQ group sizes: 128 is usual, some checkpoints have one scale per row."""
-    rules = (spec.QuantRule(pattern="", format=replace(GPTQ, block=(1, 0))),)
-    rows = spec.Quantization(method="gptq", rules=rules)
-    low = weights_term(job.model, share, quantization=rows, dtype=job.precision.compute).bytes
-    return ranged("weights", base.bytes, low=low, high=base.bytes, formula=base.formula, source=base.source)
+def _unstated(job: TrainingJob, share: RankShare, base: Term, other: WeightFormat) -> Term:
+    """Return the weights with the range of what a job does not state: nested scales of nf4, group size of GPTQ."""
+    rules = (spec.QuantRule(pattern="", format=other),)
+    quantization = spec.Quantization(method=other.name, rules=rules)
+    size = weights_term(job.model, share, quantization=quantization, dtype=job.precision.compute).bytes
+    return ranged("weights", base.bytes, low=size, high=size, formula=base.formula, source=base.source)
 
 
 def _widened_bytes(job: TrainingJob, recipe: Recipe) -> int:

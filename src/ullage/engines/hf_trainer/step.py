@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.account.activations.logits import LossPeak, loss_peak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
@@ -11,7 +13,7 @@ from ullage.engines.hf_trainer.outside import outside, reserved_overhead
 from ullage.engines.hf_trainer.states import States, states
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.frozen import Frozen
-from ullage.ledger import Ledger, Term, exact, ranged, total
+from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, dtype_bytes
 
@@ -72,7 +74,21 @@ def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...
 
 
 def _after(walk: Walk) -> tuple[Term, ...]:
-    return (walk.states.gradients,) if walk.recipe.keeps_gradients else ()
+    return (walk.states.gradients, *_last_outputs(walk)) if walk.recipe.keeps_gradients else ()
+
+
+def _last_outputs(walk: Walk) -> tuple[Term, ...]:
+    """Return the logits of the last batch: a loop that holds them in a variable holds them until the next forward.
+
+    Where only the longest sample is known, half of that is taken as expected.
+    Source: peft@0.19.1:method_comparison/MetaMathQA/run.py:train (``outputs = model(...)``).
+    """
+    if not walk.recipe.keeps_gradients or walk.job.loss == "liger":
+        return ()
+    width = 4 if walk.recipe.loss.upcast == "head" else dtype_bytes(walk.job.precision.compute)
+    most = int(walk.job.micro_batch_size * walk.job.seq_len * walk.job.model.vocab_size * width)
+    expected = most // 2 if walk.recipe.length_unknown else most
+    return (ranged("last_outputs", expected, low=0, high=most, formula="16-bit logits of the last batch"),)
 
 
 def _kept_gradients(walk: Walk) -> Term:
@@ -88,10 +104,14 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
     frames = [one.frame_bytes + one.head_input_bytes for one in (walk.one_pass, walk.low_pass)]
     return (
         _kept_gradients(walk),
-        _near("kept_activations", walk.one_pass.kept_bytes, walk.low_pass.kept_bytes, formula=_kept_formula(walk)),
+        _shortened(
+            walk,
+            _near("kept_activations", walk.one_pass.kept_bytes, walk.low_pass.kept_bytes, formula=_kept_formula(walk)),
+        ),
         _near("final_norm_and_head_input", *frames),
-        exact("loss", peak, formula=walk.loss.formula, source=walk.loss.source),
+        _shortened(walk, exact("loss", peak, formula=walk.loss.formula, source=walk.loss.source)),
         *_casts(walk),
+        *_last_outputs(walk),
     )
 
 
@@ -109,7 +129,7 @@ def _backward(walk: Walk) -> tuple[Term, ...]:
     gradients = exact("gradients", grads, formula=f"of what lies above layer {layer}")
     return (
         _kept_gradients(walk) if accumulates else gradients,
-        _near("kept_activations", *kept),
+        _shortened(walk, _near("kept_activations", *kept)),
         _near("layer_backward", *work, formula=f"layer {layer}: recomputed tensors and gradients of activations"),
         exact("accumulation_temporary", temporary, formula="the new gradient of the largest tensor"),
     )
@@ -163,6 +183,13 @@ def _kept_formula(walk: Walk) -> str:
     return f"{len(walk.one_pass.layers)} layers, the first {per_layer:,} bytes"
 
 
+def _shortened(walk: Walk, term: Term) -> Term:
+    """Return a term that grows with the length, with the range of a length that is only known not to be exceeded."""
+    if not walk.recipe.length_unknown:
+        return term
+    return replace(term, low_bytes=term.low_bytes // 2, certainty=Certainty.ASSUMED)
+
+
 def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str = "") -> Term:
     """Return a term of activations with their error; ``other``: what it is where a base was not prepared."""
     margin = round(num_bytes * ACTIVATION_ERROR)
@@ -179,6 +206,6 @@ def _ledger(walk: Walk, moment: str, terms: tuple[Term, ...]) -> Ledger:
         rank=0,
         moment=moment,
         allocated=allocated,
-        reserved_overhead=reserved_overhead(walk.job, allocated, moment),
+        reserved_overhead=reserved_overhead(walk.job, allocated, shift_copies=walk.recipe.loss.shift_copies),
         outside=outside(walk.job),
     )
