@@ -12,7 +12,7 @@ from ullage.allocator.rounding import next_division, round_size
 from ullage.allocator.run import run_workload
 from ullage.allocator.settings import normalise, parse_settings, split_entries
 from ullage.allocator.simulate import Allocator
-from ullage.allocator.state import ADDRESS_MASK, AWAITING, FREE, IN_USE, UNMAPPED
+from ullage.allocator.state import AWAITING, FREE, IN_USE, UNMAPPED
 from ullage.errors import InputError
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
@@ -69,8 +69,8 @@ def check(allocator):
     for pool in allocator.pools.values():
         for free_set in pool.free_sets.values():
             assert free_set.keys == sorted(free_set.keys)
-            assert len(free_set.keys) == len(free_set.by_address)
-            listed.update({key & ADDRESS_MASK: (key >> 64, FREE) for key in free_set.keys})
+            assert free_set.keys == [block.size << 64 | block.address for block in free_set.blocks]
+            listed.update({block.address: (block.size, FREE) for block in free_set.blocks})
             listed.update({at: (free_set.unmapped[at].size, UNMAPPED) for at in free_set.unmapped_addresses})
     ends = 0
     for base in sorted(allocator.segments):

@@ -117,7 +117,8 @@ def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
         free_set.insert_unmapped(rest)
         block.size = mapped
     before = block.prev
-    allocator.give_back(block)
+    allocator.active += block.size  # as if it had been in use: freeing it merges it with what is free around it
+    allocator.free(block)
     return before if before is not None and before.state == FREE else block
 
 

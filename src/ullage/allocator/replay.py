@@ -33,7 +33,6 @@ from ullage.allocator.simulate import Allocator, Request
 from ullage.allocator.state import FREE, IN_USE, Block
 from ullage.i18n import _
 
-
 #: Events of ``empty_cache``, one for each segment or run of pages.
 GIVEN_BACK = (SEGMENT_FREE, SEGMENT_UNMAP)
 
@@ -295,8 +294,7 @@ class Replayer:
             allocator.take(size)
             allocator.counters.num_segments_allocated += 1
             request.free_set.insert(fresh)
-        for key in request.keys:
-            block = request.by_address[key & (2**64 - 1)]
+        for block in request.blocks:
             if block.address <= address and address + request.rounded <= block.address + block.size:
                 self._live[address] = self._place(block, address, request)
                 return True
@@ -311,8 +309,7 @@ class Replayer:
         if block.size - request.rounded >= request.min_rest:
             free_set.insert(allocator._cut(block, request.rounded))
         block.state, block.requested = IN_USE, request.requested
-        allocator.allocated += block.size
-        allocator.requested += block.requested
+        allocator.active += block.size
         allocator.peak_allocated = max(allocator.peak_allocated, allocator.allocated)
         return block
 

@@ -170,9 +170,10 @@ class _Runner:
             if block is None or block.state != IN_USE:
                 self._refuse(value)
             else:
+                block.owner = value
                 self.allocator.request_free(block)
             return
-        if block is not None and block.state == AWAITING:  # else a synchronisation was quicker
+        if block is not None and block.state == AWAITING and block.owner == value:  # else a synchronisation was quicker
             self.allocator.complete_free(block)
         self.live[value] = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from ullage.allocator.constants import (
 from ullage.allocator.events import Place, SegmentLayout
 from ullage.allocator.rounding import is_small, round_size, segment_bytes
 from ullage.allocator.settings import AllocatorSettings
-from ullage.allocator.state import ADDRESS_BITS, ADDRESS_MASK, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
+from ullage.allocator.state import ADDRESS_BITS, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
 from ullage.units import round_up
 
 #: Where made-up segments start; any value does, ties between equal blocks apart.
@@ -44,14 +44,14 @@ class Counters:
 class Request:
     """All that is known of a request before it is served: one per (bytes, place), made once."""
 
-    __slots__ = ("bound", "by_address", "free_set", "keys", "min_rest", "requested", "rounded", "segment")
+    __slots__ = ("blocks", "bound", "free_set", "keys", "min_rest", "requested", "rounded", "segment")
 
     def __init__(self, requested: int, free_set_of: Callable[[bool], FreeSet], settings: AllocatorSettings) -> None:
         self.requested = requested
         self.rounded = rounded = round_size(requested + settings.padding_bytes, settings.divisions)
         self.segment = segment_bytes(rounded, settings.large_segment_size_bytes)
         free_set = self.free_set = free_set_of(is_small(rounded))
-        self.keys, self.by_address = free_set.keys, free_set.by_address
+        self.keys, self.blocks = free_set.keys, free_set.blocks
         self.bound = rounded << ADDRESS_BITS
         # should_split: what must be left over for the block to be split
         if free_set.small or settings.expandable_segments:
@@ -87,7 +87,8 @@ class Allocator:
         self.segments: dict[int, Block] = {}  # base address -> first block
         self.waiting: dict[int, Block] = {}  # freed blocks that a stream still uses
         self.counters = Counters()
-        self.reserved = self.allocated = self.awaiting = self.requested = 0
+        self.reserved = self.active = self.awaiting = 0  # bytes; active ones are in use or awaiting an event
+        self._spare: list[Block] = []  # blocks that were merged away, to be used again
         self.peak_reserved = self.peak_allocated = self.peak_active = 0
         self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
         self.on_map: Callable[[int, int], None] | None = None  # called with what an expandable segment maps
@@ -96,6 +97,16 @@ class Allocator:
         self._alignment = settings.alignment_bytes if settings.expandable_segments else 0
         limited = settings.max_split_size_bytes != UNLIMITED_BYTES
         self._plain = not (limited or settings.expandable_segments or self.gc_threshold)
+
+    @property
+    def allocated(self) -> int:
+        """Return the bytes of the blocks in use."""
+        return self.active - self.awaiting
+
+    @property
+    def requested(self) -> int:
+        """Return what was asked for in the blocks in use."""
+        return sum(block.requested for base in self.segments for block in self.blocks_of(base) if block.state == IN_USE)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +139,7 @@ class Allocator:
             self._top = max(self._top, round_up(segment.address + segment.size_bytes, ROUND_LARGE_BYTES))
             owned.update(self._fill(segment, first))
         self.peak_reserved = self.reserved
-        self.peak_allocated, self.peak_active = self.allocated, self.allocated + self.awaiting
+        self.peak_allocated, self.peak_active = self.allocated, self.active
         return owned
 
     def _fill(self, segment: SegmentLayout, first: Block) -> dict[int, Block]:
@@ -143,8 +154,7 @@ class Allocator:
             block = rest
             rest = self._cut(block, used.size_bytes) if used.size_bytes < block.size else None
             block.state, block.requested, block.owner = IN_USE, used.requested_bytes, used.owner
-            self.allocated += block.size
-            self.requested += block.requested
+            self.active += block.size
             owned[used.owner] = block
             if used.awaiting:
                 self.request_free(block)
@@ -174,7 +184,8 @@ class Allocator:
         keys = request.keys
         index = bisect_left(keys, request.bound) if self._plain else self._search(request)
         if 0 <= index < len(keys):
-            block = request.by_address.pop(keys.pop(index) & ADDRESS_MASK)
+            del keys[index]
+            block = request.blocks.pop(index)
         else:
             acquired = self._acquire(request)
             if acquired is None:
@@ -186,26 +197,38 @@ class Allocator:
         block.requested = request.requested
         size = request.rounded
         if block.size - size >= request.min_rest:
-            rest = Block(block.address + size, block.size - size, block.free_set, FREE, block.expandable)
-            following = block.next
-            rest.prev, rest.next = block, following
-            if following is not None:
-                following.prev = rest
-            block.next = rest
-            block.size = size
-            rest.gc_base = rest.free_set.pool.num_calls
-            rest.key = rest.size << ADDRESS_BITS | rest.address
-            insort(keys, rest.key)
-            request.by_address[rest.address] = rest
+            self._split(block, size)
         else:
             size = block.size
-        self.requested += request.requested
-        self.allocated = allocated = self.allocated + size
-        if allocated > self.peak_allocated:
-            self.peak_allocated = allocated
-        if allocated + self.awaiting > self.peak_active:
-            self.peak_active = allocated + self.awaiting
+        self.active = active = self.active + size
+        if active > self.peak_active:
+            self.peak_active = active
+        if active - self.awaiting > self.peak_allocated:
+            self.peak_allocated = active - self.awaiting
         return block
+
+    def _split(self, block: Block, size: int) -> None:
+        """Shorten a block to ``size`` and put the rest among the free ones."""
+        free_set = block.free_set
+        address, rest_size = block.address + size, block.size - size
+        if self._spare:
+            rest = self._spare.pop()
+            rest.address, rest.size, rest.free_set, rest.expandable = address, rest_size, free_set, block.expandable
+            rest.state = FREE
+        else:
+            rest = Block(address, rest_size, free_set, FREE, block.expandable)
+        rest.prev = block
+        rest.next = following = block.next
+        if following is not None:
+            following.prev = rest
+        block.next = rest
+        block.size = size
+        rest.gc_base = free_set.pool.num_calls
+        rest.key = key = rest_size << ADDRESS_BITS | address
+        keys = free_set.keys
+        index = bisect_left(keys, key)
+        keys.insert(index, key)
+        free_set.blocks.insert(index, rest)
 
     def _aligned(self, block: Block, size: int) -> Block:
         """Leave the front of an expandable block free, so that a large block begins at a multiple of the alignment.
@@ -287,16 +310,8 @@ class Allocator:
 
     # -- free -----------------------------------------------------------------------------------------------------
 
-    def free(self, block: Block) -> None:
-        """Give a block back that no other stream uses."""
-        self.allocated -= block.size
-        self.requested -= block.requested
-        self.give_back(block)
-
     def request_free(self, block: Block) -> None:
         """Give a block back that another stream still uses: it stays as it is until the event of that stream."""
-        self.allocated -= block.size
-        self.requested -= block.requested
         self.awaiting += block.size
         block.state = AWAITING
         self.waiting[block.address] = block
@@ -306,7 +321,7 @@ class Allocator:
         if self.waiting.get(block.address) is block and block.state == AWAITING:
             del self.waiting[block.address]
             self.awaiting -= block.size
-            self.give_back(block)
+            self.free(block)
 
     def synchronise(self) -> None:
         """Wait for the events of all streams (source: synchronize_and_free_events)."""
@@ -314,34 +329,39 @@ class Allocator:
         for block in list(self.waiting.values()):
             self.complete_free(block)
 
-    def give_back(self, block: Block) -> None:
-        """Merge a block with its free neighbours and put it among the free ones.
+    def free(self, block: Block) -> None:
+        """Give a block back that no stream uses: merge it with its free neighbours and put it among the free ones.
 
         Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:free_block, try_merge_blocks.
         """
+        self.active -= block.size
         free_set = block.free_set
-        keys, by_address = free_set.keys, free_set.by_address
+        keys, blocks = free_set.keys, free_set.blocks
         before = block.prev
         if before is not None and before.state == FREE:
-            del keys[bisect_left(keys, before.key)]  # by_address keeps it: the merged block starts there too
+            index = bisect_left(keys, before.key)
+            del keys[index], blocks[index]
             before.size += block.size
             before.next = block.next
             if block.next is not None:
                 block.next.prev = before
+            self._spare.append(block)
             block = before
         after = block.next
         if after is not None and after.state == FREE:
-            del keys[bisect_left(keys, after.key)]
-            del by_address[after.address]
+            index = bisect_left(keys, after.key)
+            del keys[index], blocks[index]
             block.size += after.size
             block.next = after.next
             if after.next is not None:
                 after.next.prev = block
+            self._spare.append(after)
         block.state = FREE
         block.gc_base = free_set.pool.num_calls
         block.key = key = block.size << ADDRESS_BITS | block.address
-        insort(keys, key)
-        by_address[block.address] = block
+        index = bisect_left(keys, key)
+        keys.insert(index, key)
+        blocks.insert(index, block)
 
     def empty_cache(self) -> None:
         """Give the free segments back to the driver."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 IN_USE, FREE, AWAITING, UNMAPPED = range(4)
 ADDRESS_BITS = 64
-ADDRESS_MASK = 2**ADDRESS_BITS - 1
 
 
 class Block:
@@ -75,20 +74,18 @@ class Pool:
     def blocks(self) -> Iterator[Block]:
         """Yield the free blocks in the allocator's order: stream, size, address."""
         for stream in sorted(self.free_sets):
-            free_set = self.free_sets[stream]
-            for key in list(free_set.keys):
-                yield free_set.by_address[key & ADDRESS_MASK]
+            yield from list(self.free_sets[stream].blocks)
 
 
 class FreeSet:
     """The free blocks of one pool and stream by (size, address), and the unmapped ones by address."""
 
-    __slots__ = ("by_address", "keys", "pool", "small", "stream", "unmapped", "unmapped_addresses")
+    __slots__ = ("blocks", "keys", "pool", "small", "stream", "unmapped", "unmapped_addresses")
 
     def __init__(self, pool: Pool, stream: int) -> None:
         self.pool, self.stream, self.small = pool, stream, pool.small
         self.keys: list[int] = []
-        self.by_address: dict[int, Block] = {}
+        self.blocks: list[Block] = []  # in the order of keys
         self.unmapped_addresses: list[int] = []
         self.unmapped: dict[int, Block] = {}
 
@@ -97,14 +94,15 @@ class FreeSet:
         block.state = FREE
         block.gc_base = self.pool.num_calls
         block.key = block.size << ADDRESS_BITS | block.address
-        insort(self.keys, block.key)
-        self.by_address[block.address] = block
+        index = bisect_left(self.keys, block.key)
+        self.keys.insert(index, block.key)
+        self.blocks.insert(index, block)
 
     def remove(self, block: Block) -> None:
         """Take a free block out."""
-        keys = self.keys
-        del keys[bisect_left(keys, block.key)]
-        del self.by_address[block.address]
+        index = bisect_left(self.keys, block.key)
+        del self.keys[index]
+        del self.blocks[index]
 
     def insert_unmapped(self, block: Block) -> None:
         """Add a stretch of addresses without memory."""
@@ -123,4 +121,4 @@ class FreeSet:
 
     def at(self, index: int) -> Block:
         """Return the block at an index of the order."""
-        return self.by_address[self.keys[index] & ADDRESS_MASK]
+        return self.blocks[index]
