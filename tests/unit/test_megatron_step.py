@@ -258,3 +258,15 @@ def test_ranges_hold_the_expected_value():
         for moment in rank.moments:
             for one in moment.device_used.walk():
                 assert one.low_bytes <= one.bytes <= one.high_bytes
+
+
+def test_dualpipe_holds_both_ends_and_dualpipev_folds_them():
+    both = replace(job({"pipeline-model-parallel-size": 4}), flags=())
+    dual = replace(both, parallel=replace(both.parallel, schedule="dualpipe"))
+    assert placed(dual)[0] == [(0, 1, 2), (9, 10, 11)]
+    folded = replace(both, model=replace(both.model, layers=both.model.layers * 2))
+    folded = replace(folded, parallel=replace(both.parallel, schedule="dualpipev"))
+    assert placed(folded)[0] == [(0, 1, 2), (21, 22, 23)]
+    single = {rank.pp_rank: rank for rank in megatron.step(both).ranks}
+    twice = {rank.pp_rank: rank for rank in megatron.step(dual).ranks}
+    assert term(twice[1].after_step, "weights") == term(single[1].after_step, "weights") * 2

@@ -7,7 +7,7 @@ megatron/core/transformer/pipeline_parallel_layer_layout.py:PipelineParallelLaye
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ullage.engines.megatron.defaults import Settings
 from ullage.errors import InputError, LayoutError
@@ -86,7 +86,13 @@ def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...
             tuple(_chunk(rank, part, *stages[part * pipeline + rank]) for part in range(virtual))
             for rank in range(pipeline)
         )
-    counts = layer_counts(job, settings)
+    if job.parallel.schedule in ("dualpipe", "dualpipev"):
+        return _both_directions(job, settings)
+    return _placed(job, layer_counts(job, settings), pipeline)
+
+
+def _placed(job: TrainingJob, counts: list[int], pipeline: int) -> tuple[tuple[Chunk, ...], ...]:
+    """Deal stages out to ranks, one virtual round after the other."""
     starts = [sum(counts[:at]) for at in range(len(counts) + 1)]
     found: list[list[Chunk]] = [[] for _rank in range(pipeline)]
     for at, number in enumerate(counts):
@@ -103,6 +109,28 @@ def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...
             )
         )
     return tuple(tuple(parts) for parts in found)
+
+
+def _both_directions(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...]:
+    """Two stages a rank: p and P-1-p of P stages (DualPipe, parameters twice), or p and 2P-1-p of 2P (DualPipeV).
+
+    Source: DualPipe README (deepseek-ai/DualPipe): parameters 2x per device, activations P+1.
+    """
+    ranks = job.parallel.pipeline_parallel_size
+    number = ranks * (2 if job.parallel.schedule == "dualpipev" else 1)
+    layers = len(job.model.layers)
+    counts = list(job.parallel.pipeline_layout or ())
+    if counts and (len(counts) != number or sum(counts) != layers):
+        raise LayoutError(_("the pipeline layout does not place every layer on its stages"))
+    counts = counts or [layers // number + (at < layers % number) for at in range(number)]
+    stages = [parts[0] for parts in _placed(job, counts, number)]
+    return tuple(
+        (
+            replace(stages[rank], pp_rank=rank, virtual=0),
+            replace(stages[number - 1 - rank], pp_rank=rank, virtual=1),
+        )
+        for rank in range(ranks)
+    )
 
 
 def _chunk(rank: int, part: int, layers: tuple[int, ...], marks: str) -> Chunk:

@@ -23,12 +23,12 @@ SETTLED = 3
 
 def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int) -> list[Pass]:
     """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached."""
-    limit = SETTLED * max(pipeline, group) * 2
+    limit = SETTLED * max(2 * pipeline, group) * 2
     number = min(num_micro_batches, limit)
     if schedule == "gpipe":
         return [Pass(True, 0)] * number + [Pass(False, 0)] * number
     if schedule in ("dualpipe", "dualpipev"):
-        return _dual(pipeline, rank, number)
+        return _dual(pipeline * (2 if schedule == "dualpipev" else 1), rank, number)
     if virtual > 1:
         return _interleaved(pipeline, virtual, rank, number, group)
     warmup = min(pipeline - rank - 1, number)
@@ -54,11 +54,11 @@ def _interleaved(pipeline: int, virtual: int, rank: int, number: int, group: int
     return _one_forward_one_backward(forward, backward, warmup)
 
 
-def _dual(pipeline: int, rank: int, number: int) -> list[Pass]:
-    """Both directions at once: stage p (chunk 0) and stage P-1-p (chunk 1) hold P-p and p+1 micro-batches, P+1 in all.
+def _dual(stages: int, rank: int, number: int) -> list[Pass]:
+    """Both directions at once: stage p (chunk 0) and stage S-1-p (chunk 1) hold S-p and p+1 micro-batches, S+1 in all.
 
-    Source: DualPipe README, memory table: activations of P+1 micro-batches.
+    Source: DualPipe README, memory table: activations of S+1 micro-batches of S stages.
     """
-    first, second = min(pipeline - rank, number), min(rank + 1, number)
+    first, second = min(stages - rank, number), min(rank + 1, number)
     held = [Pass(True, 0)] * first + [Pass(True, 1)] * second
     return held + [Pass(False, 1)] * second + [Pass(False, 0)] * first
