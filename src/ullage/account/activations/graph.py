@@ -1,0 +1,325 @@
+"""A block as the operations autograd sees, in order: what lives when, through forward, recompute and backward.
+
+Tables of saved tensors say what is kept; a graph also says in which order, with which temporaries, and what the
+backward pass makes. Engines whose peak depends on that (op-wise checkpointing, compiled blocks, chunked losses) walk
+a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ullage.account.timeline import Buffer, Timeline
+
+Kind = Literal["mm", "sdpa", "pointwise", "norm", "add", "view", "comm"]
+#: Whether the output of an operation is kept by a checkpoint's policy; ``count`` is the running number of matmuls.
+Policy = Callable[["Op", int], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """One operation: it reads ``inputs``, makes ``name`` and keeps some tensors for its gradient.
+
+    Attributes:
+        name, num_bytes: of the tensor it makes; a view has the bytes of what it views and no memory of its own.
+        inputs: tensors it reads whose gradient the backward pass makes.
+        reads: further tensors it reads (no gradient).
+        keeps: tensors autograd keeps for it, its own output included where it is.
+        aside_bytes: kept outputs that nothing else reads (log-sum-exp, rstd, dropout mask).
+        weight_grad_bytes: of the gradients of its trained weights, unsharded.
+        work_bytes, grad_work_bytes: temporaries of forward and backward.
+        kind: what a checkpoint's policy goes by; ``add`` passes its gradient on without a copy.
+        lingers: what it keeps is an attribute of a Python function's context and goes only with the graph itself,
+            which lives as long as anyone holds its output.
+    """
+
+    name: str
+    num_bytes: int
+    inputs: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    aside_bytes: int = 0
+    weight_grad_bytes: int = 0
+    work_bytes: int = 0
+    grad_work_bytes: int = 0
+    kind: Kind = "pointwise"
+    lingers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The operations of a block from the tensor ``x`` to the last one's output.
+
+    ``input_bytes``: of x. ``needs_input_grad`` False: nothing before the block is trained.
+    """
+
+    ops: tuple[Op, ...]
+    input_bytes: int
+    input_name: str = "x"
+
+    def base_of(self) -> dict[str, str]:
+        """Each tensor's own memory: views belong to what they view."""
+        base = {self.input_name: self.input_name}
+        for op in self.ops:
+            base[op.name] = base[op.inputs[0]] if op.kind == "view" else op.name
+        return base
+
+    @property
+    def output(self) -> str:
+        """The last tensor."""
+        return self.ops[-1].name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """How a block is checkpointed.
+
+    Attributes:
+        policy: which outputs survive the forward pass; None: none does (full recompute).
+        fused: a compiled block: only outputs the backward pass needs are kept, and pointwise results are made again
+            where they are needed instead of all at once.
+    """
+
+    policy: Policy | None = None
+    fused: bool = False
+
+
+@dataclass
+class Kept:
+    """What a block holds between forward and backward."""
+
+    checkpoint: Checkpoint | None
+    tensors: dict[str, Buffer] = field(default_factory=dict)
+    asides: dict[str, Buffer] = field(default_factory=dict)
+
+    def release(self, timeline: Timeline) -> None:
+        """Let everything go."""
+        for buffer in (*self.tensors.values(), *self.asides.values()):
+            timeline.drop(buffer)
+        self.tensors.clear()
+        self.asides.clear()
+
+
+def saved_names(graph: Graph) -> set[str]:
+    """The tensors autograd keeps for the block without checkpointing, by their own memory."""
+    base = graph.base_of()
+    return {base[name] for op in graph.ops for name in op.keeps}
+
+
+def saved_bytes(graph: Graph) -> int:
+    """Their bytes, the block's input included where it is kept."""
+    names = saved_names(graph)
+    total = sum(op.num_bytes for op in graph.ops if op.kind != "view" and op.name in names)
+    total += sum(op.aside_bytes for op in graph.ops)
+    return total + (graph.input_bytes if graph.input_name in names else 0)
+
+
+def _policy_names(graph: Graph, checkpoint: Checkpoint) -> set[str]:
+    """The outputs that survive a checkpointed forward pass."""
+    if checkpoint.policy is None:
+        return set()
+    chosen, count = set(), 0
+    for op in graph.ops:
+        count += op.kind == "mm"
+        if checkpoint.policy(op, count):
+            chosen.add(op.name)
+    return chosen & _needed(graph, chosen) if checkpoint.fused else chosen
+
+
+def _needed(graph: Graph, chosen: set[str]) -> set[str]:
+    """What the backward pass reads, directly or to make again what it reads, when ``chosen`` is at hand."""
+    base = graph.base_of()
+    makers = {op.name: op for op in graph.ops}
+    todo = [base[name] for op in graph.ops for name in op.keeps]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name in chosen or name == graph.input_name:
+            continue
+        op = makers[name]
+        todo += [base[read] for read in (*op.inputs, *op.reads)]
+    return found
+
+
+def forward(
+    graph: Graph,
+    timeline: Timeline,
+    x: Buffer,
+    checkpoint: Checkpoint | None = None,
+    *,
+    category: str = "activations",
+    at_hand: Kept | None = None,
+) -> tuple[Buffer, Kept]:
+    """Run a block; the caller keeps its own hold on ``x`` and gets one on the output.
+
+    Args:
+        graph: the block.
+        timeline: where buffers are made.
+        x: the block's input.
+        checkpoint: None: autograd keeps what it needs.
+        category: what kept tensors are counted under.
+        at_hand: what a checkpointed forward pass kept, when this is its recompute.
+    """
+    base = graph.base_of()
+    wanted = saved_names(graph) if checkpoint is None else _policy_names(graph, checkpoint)
+    keep_asides = checkpoint is None or (checkpoint.policy is not None)
+    last_read = {base[name]: index for index, op in enumerate(graph.ops) for name in (*op.inputs, *op.reads)}
+    kept = Kept(checkpoint)
+    if checkpoint is not None or graph.input_name in wanted:
+        kept.tensors[graph.input_name] = x.hold()
+    live = {graph.input_name: x.hold()}
+    last_needed = _last_needed(graph, base) if at_hand is not None else len(graph.ops)
+    for index, op in enumerate(graph.ops):
+        if index > last_needed:
+            break
+        work = timeline.take("temporaries", op.work_bytes)
+        if op.kind != "view":
+            _make(op, timeline, live, kept, wanted, category, at_hand, keep_asides)
+        timeline.drop(work)
+        for name in {base[name] for name in (*op.inputs, *op.reads)}:
+            if last_read[name] == index and name in live:
+                timeline.drop(live.pop(name))
+    out = live.pop(base[graph.output], None)
+    for buffer in live.values():
+        timeline.drop(buffer)
+    return out or Buffer(0, category, None), kept
+
+
+def _make(
+    op: Op,
+    timeline: Timeline,
+    live: dict[str, Buffer],
+    kept: Kept,
+    wanted: set[str],
+    category: str,
+    at_hand: Kept | None,
+    keep_asides: bool,
+) -> None:
+    """Make an operation's output, or take it from what the forward pass kept."""
+    known = at_hand.tensors.get(op.name) if at_hand is not None else None
+    if known is not None:
+        buffer = known.hold()
+    else:
+        buffer = timeline.take(category if op.name in wanted else "temporaries", op.num_bytes)
+    live[op.name] = buffer
+    if op.name in wanted:
+        kept.tensors[op.name] = buffer.hold()
+    aside = at_hand.asides.get(op.name) if at_hand is not None else None
+    policy = kept.checkpoint.policy if kept.checkpoint is not None else None
+    if aside is not None:
+        kept.asides[op.name] = aside.hold()
+    elif op.aside_bytes and keep_asides and (policy is None or op.name in wanted):
+        kept.asides[op.name] = timeline.take(category, op.aside_bytes)
+
+
+def _last_needed(graph: Graph, base: dict[str, str]) -> int:
+    """The operation after which a recompute may stop: the last one that makes something the backward pass reads."""
+    needed = {base[name] for op in graph.ops for name in op.keeps}
+    return max((index for index, op in enumerate(graph.ops) if op.name in needed or op.aside_bytes), default=-1)
+
+
+def backward(
+    graph: Graph,
+    timeline: Timeline,
+    kept: Kept,
+    grad: Buffer,
+    *,
+    on_weight_grad: Callable[[Buffer], None] | None = None,
+    input_grad: bool = True,
+    lingering: list[Buffer] | None = None,
+) -> Buffer | None:
+    """Run a block's backward pass: takes over ``grad`` and what was kept, returns the gradient of the input.
+
+    ``lingering`` collects what stays with the graph (see :class:`Op`).
+    """
+    if kept.checkpoint is not None:
+        spent = kept
+        out, kept = forward(graph, timeline, spent.tensors[graph.input_name], category="recompute", at_hand=spent)
+        timeline.drop(out)
+        spent.release(timeline)
+    base = graph.base_of()
+    if lingering is not None:
+        staying = {base[name] for op in graph.ops if op.lingers for name in op.keeps}
+        lingering += [kept.tensors[name].hold() for name in staying if name in kept.tensors]
+    first_keeper: dict[str, int] = {}
+    for index, op in enumerate(graph.ops):
+        for name in op.keeps:
+            first_keeper.setdefault(base[name], index)
+    sizes = {op.name: op.num_bytes for op in graph.ops} | {graph.input_name: graph.input_bytes}
+    grads = {graph.output: grad}
+    for index in range(len(graph.ops) - 1, -1, -1):
+        op = graph.ops[index]
+        given = grads.pop(op.name, None)
+        if op.kind == "view":
+            _pass_view(op, timeline, grads, given, sizes)
+            continue
+        if given is not None:
+            _differentiate(op, timeline, grads, given, sizes, on_weight_grad)
+        timeline.drop(kept.asides.pop(op.name, None))
+        for name in {base[name] for name in op.keeps}:
+            if first_keeper[name] == index:
+                timeline.drop(kept.tensors.pop(name, None))
+    kept.release(timeline)
+    result = grads.pop(graph.input_name, None)
+    for left in grads.values():
+        timeline.drop(left)
+    if result is not None and not input_grad:
+        timeline.drop(result)
+        return None
+    return result
+
+
+def _pass_view(
+    op: Op, timeline: Timeline, grads: dict[str, Buffer], given: Buffer | None, sizes: dict[str, int]
+) -> None:
+    """A view's gradient is its source's; that of a part is laid into one of the whole size."""
+    source = op.inputs[0]
+    if given is None:
+        return
+    if source not in grads and op.num_bytes == sizes[source]:
+        grads[source] = given
+        return
+    if source not in grads:
+        grads[source] = timeline.take("activation_gradients", sizes[source])
+    timeline.drop(given)
+
+
+def _differentiate(
+    op: Op,
+    timeline: Timeline,
+    grads: dict[str, Buffer],
+    given: Buffer,
+    sizes: dict[str, int],
+    on_weight_grad: Callable[[Buffer], None] | None,
+) -> None:
+    """Make the gradients of an operation's inputs and weights, and let its output's gradient go."""
+    work = timeline.take("temporaries", op.grad_work_bytes)
+    for name in op.inputs:
+        made = given.hold() if op.kind == "add" else timeline.take("activation_gradients", sizes[name])
+        before = grads.get(name)
+        if before is None:
+            grads[name] = made
+        elif before.holders > 1:
+            grads[name] = timeline.take("activation_gradients", sizes[name])
+            timeline.drop(before)
+            timeline.drop(made)
+        else:
+            timeline.drop(made)
+    if op.weight_grad_bytes:
+        weight = timeline.take("unsharded_gradients", op.weight_grad_bytes)
+        if on_weight_grad is not None:
+            on_weight_grad(weight)
+        else:
+            timeline.drop(weight)
+    timeline.drop(work)
+    timeline.drop(given)
+
+
+def total_kept(graphs: Iterable[Graph]) -> int:
+    """Bytes that blocks keep without checkpointing."""
+    return sum(saved_bytes(graph) for graph in graphs)

@@ -1,0 +1,85 @@
+"""One training step as a stream of allocations: who holds what at the fullest instant of each moment.
+
+A walk asks for buffers under a category (``activations``, ``gradients`` ...) and lets them go; the timeline keeps the
+sum by category at each moment's peak and lays every buffer into the allocator's pools.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ullage.account.pools import MIN_BLOCK, Allocator, Block
+from ullage.units import round_up
+
+
+class Buffer:
+    """Bytes on the device that several holders may share; the last to let go frees them."""
+
+    __slots__ = ("block", "category", "holders", "num_bytes")
+
+    def __init__(self, num_bytes: int, category: str, block: Block | None) -> None:
+        self.num_bytes, self.category, self.block = num_bytes, category, block
+        self.holders = 1
+
+    def hold(self) -> Buffer:
+        """Share the buffer."""
+        self.holders += 1
+        return self
+
+
+@dataclass
+class Moment:
+    """The fullest instant of a named part of the step."""
+
+    name: str
+    peak_bytes: int = 0
+    by_category: dict[str, int] = field(default_factory=dict)
+    num_buffers: int = 0
+
+
+class Timeline:
+    """Allocations in order, with the sum by category."""
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self.allocated = 0
+        self.by_category: dict[str, int] = {}
+        self.moments: list[Moment] = []
+
+    def begin(self, name: str) -> None:
+        """Open a moment; what is allocated from now on counts for its peak."""
+        self.moments.append(Moment(name=name))
+        self._peak()
+
+    def take(self, category: str, num_bytes: int, stream: str = "main") -> Buffer:
+        """Allocate; sizes are rounded to 512 bytes as the allocator counts them."""
+        if num_bytes <= 0:
+            return Buffer(0, category, None)
+        size = round_up(num_bytes, MIN_BLOCK)
+        buffer = Buffer(size, category, self.allocator.take(size, stream))
+        self.allocated += size
+        self.by_category[category] = self.by_category.get(category, 0) + size
+        if self.moments and self.allocated > self.moments[-1].peak_bytes:
+            self._peak()
+        return buffer
+
+    def drop(self, buffer: Buffer | None) -> None:
+        """Let go of a buffer; it is freed with its last holder."""
+        if buffer is None:
+            return
+        buffer.holders -= 1
+        if buffer.holders or buffer.block is None:
+            return
+        self.allocator.give(buffer.block)
+        buffer.block = None
+        self.allocated -= buffer.num_bytes
+        self.by_category[buffer.category] -= buffer.num_bytes
+
+    def brief(self, category: str, num_bytes: int, stream: str = "main") -> None:
+        """Allocate and free at once: a workspace."""
+        self.drop(self.take(category, num_bytes, stream))
+
+    def _peak(self) -> None:
+        moment = self.moments[-1]
+        moment.peak_bytes = self.allocated
+        moment.by_category = dict(self.by_category)

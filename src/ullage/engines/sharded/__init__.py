@@ -1,0 +1,1 @@
+"""What the sharded PyTorch engines share: one walk of a training step over groups, blocks, loss and optimizer."""

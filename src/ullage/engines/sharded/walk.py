@@ -1,0 +1,197 @@
+"""One optimizer step over groups, blocks, loss and optimizer, as allocations on a timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ullage.account.activations import graph as graphs
+from ullage.account.activations.graph import Checkpoint, Graph, Kept
+from ullage.account.fsdp import Group, Sharder
+from ullage.account.timeline import Buffer, Timeline
+from ullage.engines.sharded import loss as losses
+from ullage.engines.sharded.loss import LossPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A block with its group, further groups inside it (experts, adapters) and how it is checkpointed."""
+
+    graph: Graph
+    group: Group
+    more: tuple[Group, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What one rank does in a step.
+
+    Attributes:
+        blocks: in forward order.
+        front: group of the embedding; back: of final norm and head; the same object where one unit holds both.
+        hidden_bytes: of the embedding's output.
+        embedding_grad_bytes: unsharded gradient of the embedding, 0: frozen or not here.
+        embedding_work_bytes: temporaries of the embedding's forward.
+        loss: None on a pipeline stage without one.
+        weights: tensors that stay on the device: shards of parameters, frozen weights, buffers.
+        state_bytes: optimizer states, one tensor each; on the device.
+        step_work: temporaries of the optimizer step.
+        clip_work: temporaries of gradient clipping.
+        num_micro_batches: forward and backward passes walked per step (more repeat).
+        in_flight: forward passes before the first backward (pipeline).
+        grads_freed_before_forward: zero_grad at the start of a step instead of after it.
+        persistent: further buffers that stay.
+    """
+
+    blocks: tuple[Block, ...]
+    front: Group | None
+    back: Group | None
+    hidden_bytes: int
+    embedding_grad_bytes: int
+    embedding_work_bytes: int = 0
+    loss: LossPlan | None
+    weights: tuple[tuple[str, int], ...]
+    state_bytes: tuple[int, ...]
+    step_work: tuple[int, ...] = ()
+    clip_work: tuple[int, ...] = ()
+    num_micro_batches: int = 1
+    in_flight: int = 1
+    grads_freed_before_forward: bool = True
+    input_grads: bool = True
+
+
+@dataclass
+class _Pass:
+    """What one forward pass left for its backward pass."""
+
+    kept: list[Kept] = field(default_factory=list)
+    loss: losses.LossState | None = None
+    out: Buffer | None = None
+
+
+class Walk:
+    """Walks steps of a plan."""
+
+    def __init__(self, plan: StepPlan, timeline: Timeline, sharder: Sharder) -> None:
+        self.plan, self.timeline, self.sharder = plan, timeline, sharder
+        self.states: list[Buffer] = []
+        self.held: list[Buffer] = []
+        timeline.begin("start")
+        for category, size in plan.weights:
+            timeline.take(category, size)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        plan, timeline = self.plan, self.timeline
+        if plan.grads_freed_before_forward:
+            self.sharder.zero_grad()
+        rounds = max(1, min(plan.num_micro_batches, 2) - plan.in_flight + 1)
+        for number in range(rounds):
+            self._micro_batches(plan.in_flight if number == 0 else 1)
+        timeline.begin("optimizer step")
+        for size in plan.clip_work:
+            timeline.brief("temporaries", size)
+        if not self.states:
+            self.states = [timeline.take("optimizer_states", size) for size in plan.state_bytes]
+        work = [timeline.take("optimizer_temporaries", size) for size in plan.step_work]
+        for buffer in work:
+            timeline.drop(buffer)
+        if not plan.grads_freed_before_forward:
+            self.sharder.zero_grad()
+        timeline.begin("after step")
+
+    def _micro_batches(self, number: int) -> None:
+        passes = []
+        for index in range(number):
+            self.timeline.begin("forward")
+            passes.append(self._forward(index == number - 1))
+        for one in passes:
+            self._backward(one)
+        self.sharder.end_backward()
+
+    def _forward(self, with_loss: bool) -> _Pass:
+        plan, timeline, sharder = self.plan, self.timeline, self.sharder
+        found = _Pass()
+        if plan.front is not None:
+            sharder.unshard(plan.front, forward=True)
+        timeline.brief("temporaries", plan.embedding_work_bytes)
+        x = timeline.take("activations", plan.hidden_bytes)
+        if plan.front is not None and plan.front is not plan.back and plan.front.reshard_after_forward:
+            sharder.reshard(plan.front)
+        for block in plan.blocks:
+            for group in (block.group, *block.more):
+                sharder.unshard(group, forward=True)
+            out, kept = graphs.forward(block.graph, timeline, x, block.checkpoint)
+            timeline.drop(x)
+            x = out
+            found.kept.append(kept)
+            for group in (*block.more, block.group):
+                if group.reshard_after_forward:
+                    sharder.reshard(group)
+        if plan.loss is None:
+            sharder.end_forward()
+            found.out = x
+            return found
+        if plan.back is not None:
+            sharder.unshard(plan.back, forward=True)
+        timeline.begin("loss")
+        found.loss = losses.forward(plan.loss, timeline, x, self.held)
+        timeline.drop(x)
+        sharder.end_forward()
+        return found
+
+    def _backward(self, one: _Pass) -> None:
+        plan, timeline, sharder = self.plan, self.timeline, self.sharder
+        timeline.begin("backward")
+        root_grads: list[Buffer] = []
+        if one.loss is not None and plan.loss is not None:
+            grad = losses.backward(plan.loss, timeline, one.loss, root_grads.append)
+            self.held += one.loss.held
+        else:
+            timeline.drop(one.out)
+            grad = timeline.take("activation_gradients", plan.hidden_bytes)
+        if plan.back is not None and plan.back is not plan.front:
+            sharder.reduce(plan.back, root_grads)
+            root_grads = []
+        for index in range(len(plan.blocks) - 1, -1, -1):
+            grad = self._block_backward(index, one.kept[index], grad)
+        if plan.embedding_grad_bytes:
+            root_grads.append(timeline.take("unsharded_gradients", plan.embedding_grad_bytes))
+        timeline.drop(grad)
+        timeline.begin("gradient reduction")
+        if plan.front is not None:
+            sharder.reduce(plan.front, root_grads)
+        else:
+            for buffer in root_grads:
+                timeline.drop(buffer)
+
+    def _block_backward(self, index: int, kept: Kept, grad: Buffer | None) -> Buffer | None:
+        plan, sharder = self.plan, self.sharder
+        block = plan.blocks[index]
+        for group in (block.group, *block.more):
+            sharder.unshard(group, forward=False)
+        if index > 0:
+            before = plan.blocks[index - 1]
+            for group in (before.group, *before.more):
+                sharder.gather(group)
+        grads: list[Buffer] = []
+        if grad is None:
+            kept.release(self.timeline)
+            for group in (*block.more, block.group):
+                sharder.reduce(group, grads)
+            return None
+        keep: Callable[[Buffer], None] = grads.append
+        grad = graphs.backward(
+            block.graph,
+            self.timeline,
+            kept,
+            grad,
+            on_weight_grad=keep,
+            input_grad=index > 0 or plan.input_grads,
+            lingering=self.held if plan.loss is not None and plan.loss.logits_held else None,
+        )
+        for group in block.more:
+            sharder.reduce(group, ())
+        sharder.reduce(block.group, grads)
+        return grad

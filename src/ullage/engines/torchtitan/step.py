@@ -1,0 +1,83 @@
+"""torchtitan's step: defaults filled in, stages walked, ledgers written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ullage.account.fsdp import Fsdp2
+from ullage.account.pools import Allocator
+from ullage.account.timeline import Timeline
+from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
+from ullage.engines.sharded.walk import Walk
+from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, Rules, date_of, rules_at
+from ullage.engines.torchtitan.plan import plan_of
+from ullage.engines.training import TrainingRank, TrainingStep
+from ullage.i18n import _
+from ullage.spec.training import TrainingJob
+
+SOURCE = "torchtitan@{date}; torch@2.13.0:torch/distributed/fsdp/_fully_shard"
+
+
+def step(job: TrainingJob) -> TrainingStep:
+    """Walk one step of a torchtitan job."""
+    assumed: list[str] = []
+    date = date_of(job.engine_version)
+    if date is None:
+        date = NEWEST_KNOWN
+        assumed.append(_("torchtitan's version is not given: taken as of {date}").format(date=date))
+    rules = rules_at(date)
+    ranks = tuple(_ranks(job, rules))
+    ranks = tuple(sorted(ranks, key=lambda one: -one.peak.device_used.bytes))
+    return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=ranks)
+
+
+def stages(job: TrainingJob) -> list[tuple[int, int, bool, bool]]:
+    """Layers of each stage: (first, last, embeds, has the head); an even division, the rest to the first stages."""
+    num_layers, pipeline = len(job.model.layers), job.parallel.pipeline_parallel_size
+    layout = job.parallel.pipeline_layout
+    counts = layout or tuple(num_layers // pipeline + (index < num_layers % pipeline) for index in range(pipeline))
+    found, first = [], 0
+    for index, count in enumerate(counts):
+        found.append((first, first + count, index == 0, index == len(counts) - 1))
+        first += count
+    return found
+
+
+def _expandable(job: TrainingJob) -> bool:
+    """Whether segments are expandable: what the job says, else what torchtitan's launchers do.
+
+    run_train.sh (one node) sets expandable_segments:True, multinode_trainer.slurm does not, and ROCm has none.
+    Source: torchtitan@9dec370:run_llama_train.sh, multinode_trainer.slurm; torchtitan@e7c0cae:run_train.sh.
+    """
+    if job.machine.gpu.vendor == "amd":
+        return False
+    if job.alloc_conf:
+        return "expandable_segments:true" in job.alloc_conf.lower()
+    return job.machine.num_nodes == 1
+
+
+def _ranks(job: TrainingJob, rules: Rules) -> list[TrainingRank]:
+    parallel = job.parallel
+    pipeline = parallel.pipeline_parallel_size
+    found = []
+    for index, stage in enumerate(stages(job)):
+        in_flight = min(pipeline - index, job.grad_accum) if pipeline > 1 else 1
+        plan = plan_of(job, rules, stage, max(1, in_flight))
+        timeline = Timeline(Allocator(expandable=_expandable(job)))
+        walk = Walk(plan, timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload))
+        walk.step()
+        walk.step()
+        per_stage = job.machine.num_gpus // pipeline
+        found.append(
+            rank_of(
+                timeline,
+                Doubt(),
+                rank=index * per_stage,
+                num_ranks=per_stage,
+                pp_rank=index,
+                num_gpus=job.machine.num_gpus,
+                source=SOURCE.format(date=rules.date),
+                workspace_bytes=workspace_of(job.machine.gpu),
+            )
+        )
+    return found
