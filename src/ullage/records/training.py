@@ -256,6 +256,8 @@ def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     flags = []
     if "fused kernels for RMSNorm, RoPE" in said:
         flags.append(("fused_kernels", "rms_norm,rope"))
+    if "cut cross entropy" in said:
+        flags.append(("fused_kernels", ""))  # the loss alone is fused
     if "dropout (0.1 assumed)" in said:
         flags.append(("dropout", "0.1"))
     if "written out in Python" in said:

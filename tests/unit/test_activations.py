@@ -1,0 +1,183 @@
+"""Tables of kept tensors, the loss, recompute and single kernels, against figures by hand and published ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ullage.account.activations import kernels
+from ullage.account.activations.layer import layer_table
+from ullage.account.activations.logits import LossRecipe, liger_chunk, loss_peak
+from ullage.account.activations.recompute import backward_bytes, is_recomputed, layer_memory
+from ullage.account.activations.saved import Implementation, SavedTensor, Shape, table_bytes
+from ullage.errors import UnknownArchitectureError
+from ullage.spec import model as spec
+from ullage.spec.training import Recompute
+from ullage.units import MiB
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128
+DENSE = spec.Layer(
+    mixers=(spec.Attention(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM),),
+    ffns=(spec.DenseFFN(intermediate_size=INNER),),
+    norms=(spec.Norm(name="input_layernorm", size=HIDDEN), spec.Norm(name="post_attention_layernorm", size=HIDDEN)),
+)
+EXPERTS = spec.MoEFFN(num_experts=8, top_k=2, intermediate_size=INNER)
+LATENT = spec.LatentAttention(
+    num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+)
+SHAPE = Shape(micro_batch_size=2, seq_len=1024)
+TOKENS = 2048
+FLASH = Implementation(attention="flash")
+
+
+def num_bytes(table: tuple[SavedTensor, ...]) -> int:
+    return sum(row.bytes for row in table)
+
+
+def per_token(layer: spec.Layer, implementation: Implementation, shape: Shape = SHAPE) -> float:
+    return num_bytes(layer_table(layer, HIDDEN, shape, implementation)) / TOKENS
+
+
+def test_a_dense_layer_by_hand() -> None:
+    norms = 2 * (4 * HIDDEN + 4 + 2 * HIDDEN)
+    attention = 2 * HIDDEN + 2 * HEADS * DIM + 2 * 2 * KV_HEADS * DIM + 2 * HEADS * DIM + 4 * HEADS
+    ffn = 2 * HIDDEN + 4 * 2 * INNER
+    assert per_token(DENSE, FLASH) == norms + attention + ffn
+
+
+def test_fused_kernels_keep_less() -> None:
+    native, fused = FLASH, replace(FLASH, norm="fused", gated_ffn="fused")
+    assert per_token(DENSE, native) - per_token(DENSE, fused) == 2 * (2 * HIDDEN + 2 * HIDDEN) + 2 * INNER
+
+
+def test_a_frozen_base_keeps_no_inputs_of_linears() -> None:
+    table = layer_table(DENSE, HIDDEN, SHAPE, replace(FLASH, trained=False))
+    assert not [row for row in table if row.name.endswith(".input") or row.name == "normalised"]
+    assert num_bytes(table) < num_bytes(layer_table(DENSE, HIDDEN, SHAPE, FLASH))
+
+
+def test_attention_written_out_keeps_scores_that_grow_with_the_square() -> None:
+    eager = Implementation(attention="eager")
+    scores = [
+        sum(row.bytes for row in layer_table(DENSE, HIDDEN, replace(SHAPE, seq_len=s), eager) if "probab" in row.name)
+        for s in (1024, 2048)
+    ]
+    assert scores[0] == (4 + 2) * 2 * HEADS * 1024**2 and scores[1] == 4 * scores[0]
+    dropped = layer_table(DENSE, HIDDEN, SHAPE, replace(eager, dropout=0.1))
+    assert num_bytes(dropped) - num_bytes(layer_table(DENSE, HIDDEN, SHAPE, eager)) == 3 * 2 * HEADS * 1024**2
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_tensor_and_sequence_parallel_divide_all_but_the_small(size: int) -> None:
+    whole = num_bytes(layer_table(DENSE, HIDDEN, SHAPE, FLASH))
+    split = replace(SHAPE, tensor_parallel_size=size, sequence_parallel=True)
+    assert num_bytes(layer_table(DENSE, HIDDEN, split, FLASH)) == whole // size
+    without = replace(SHAPE, tensor_parallel_size=size)
+    assert whole // size < num_bytes(layer_table(DENSE, HIDDEN, without, FLASH)) < whole
+    context = replace(SHAPE, context_parallel_size=size)
+    assert num_bytes(layer_table(DENSE, HIDDEN, context, FLASH)) == whole // size
+
+
+def test_experts_keep_rows_of_their_own() -> None:
+    layer = replace(DENSE, ffns=(EXPERTS,))
+    table = layer_table(layer, HIDDEN, SHAPE, FLASH)
+    rows = 2 * TOKENS
+    experts = sum(row.bytes for row in table if row.name.startswith("experts.") and row.dtype == "bfloat16")
+    assert experts == 2 * rows * (HIDDEN + 4 * INNER + HIDDEN)
+    spread = replace(SHAPE, expert_parallel_size=8)
+    assert num_bytes(layer_table(layer, HIDDEN, spread, FLASH)) == num_bytes(table)  # every rank receives as many
+    skewed = layer_table(layer, HIDDEN, replace(spread, expert_load=1.5), FLASH)
+    assert num_bytes(skewed) > 1.3 * num_bytes(table)
+
+
+def test_latent_attention_expands_to_all_heads() -> None:
+    layer = replace(DENSE, mixers=(LATENT,))
+    table = {row.name: row for row in layer_table(layer, 7168, SHAPE, FLASH)}
+    assert table["query"].num_elements == table["key"].num_elements == TOKENS * 128 * 192
+    assert table["kv_b_proj.output (values)"].num_elements == TOKENS * 128 * 256
+    padded = {row.name: row for row in layer_table(layer, 7168, SHAPE, replace(FLASH, pads_values=True))}
+    assert padded["value"].num_elements == padded["core.output"].num_elements == TOKENS * 128 * 192
+    assert padded["o_proj.input"].num_elements == TOKENS * 128 * 128
+
+
+def test_a_part_without_a_table_is_an_error() -> None:
+    layer = replace(DENSE, mixers=(spec.ShortConvolution(size=HIDDEN, conv_kernel=3),))
+    with pytest.raises(UnknownArchitectureError, match="ShortConvolution"):
+        layer_table(layer, HIDDEN, SHAPE, FLASH)
+
+
+def test_recompute_leaves_the_input_or_what_no_module_gives_back() -> None:
+    table = layer_table(DENSE, HIDDEN, SHAPE, FLASH)
+    stream, work = TOKENS * HIDDEN * 2, backward_bytes(DENSE, HIDDEN, SHAPE, FLASH)
+    full = layer_memory(
+        table, recomputed=True, recompute=Recompute(kind="full"), input_bytes=stream, backward_bytes=work
+    )
+    assert (full.kept_bytes, full.working_bytes) == (stream, table_bytes(table) + work)
+    some = Recompute(kind="modules", modules=("mlp",))
+    modules = layer_memory(table, recomputed=False, recompute=some, input_bytes=stream, backward_bytes=work)
+    assert modules.kept_bytes == table_bytes(table) - TOKENS * 2 * (HIDDEN + 4 * INNER)
+    assert modules.kept_bytes + modules.working_bytes == table_bytes(table) + work
+    assert work == TOKENS * 2 * (HIDDEN + 3 * INNER - INNER)
+    assert [is_recomputed(Recompute(kind="full", every=2), index, 4) for index in range(4)] == [True, False] * 2
+    first = Recompute(kind="full", num_layers=1, method="block")
+    assert [is_recomputed(first, index, 3) for index in range(3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bytes_per_logit"),
+    [
+        (LossRecipe(upcast="loss", shift_copies=True), 14),
+        (LossRecipe(upcast="head", shift_copies=True), 12),
+        (LossRecipe(upcast="loss", shift_copies=False), 10),
+        (LossRecipe(kind="fused", upcast="loss", shift_copies=True), 10),
+        (LossRecipe(kind="fused", upcast="head", shift_copies=True), 8),
+        (LossRecipe(upcast="none", shift_copies=False), 4),
+    ],
+)
+def test_the_loss_by_the_copies_it_makes(recipe: LossRecipe, bytes_per_logit: int) -> None:
+    peak = loss_peak(recipe, num_tokens=4096, vocab_size=32000, hidden_size=HIDDEN, compute_dtype="bfloat16")
+    assert peak.forward_bytes == 4096 * 32000 * bytes_per_logit
+    half = loss_peak(
+        recipe, num_tokens=4096, vocab_size=32000, hidden_size=HIDDEN, compute_dtype="bfloat16", vocab_parallel_size=2
+    )
+    assert half.forward_bytes * 2 == peak.forward_bytes
+
+
+def test_a_fused_linear_loss_never_holds_all_logits() -> None:
+    assert liger_chunk(16384, 128256, 4096) == 512 and liger_chunk(1, 128256, 4096) == 1
+    sizes = {"num_tokens": 16384, "vocab_size": 128256, "hidden_size": 4096, "compute_dtype": "bfloat16"}
+    plain = loss_peak(LossRecipe(), **sizes)  # type: ignore[arg-type]
+    fused = loss_peak(LossRecipe(kind="liger"), head_trained=False, **sizes)  # type: ignore[arg-type]
+    assert fused.forward_bytes < plain.forward_bytes / 50 and not fused.head_grad_bytes
+
+
+#: (tokens, hidden, intermediate, fused, mode, workspaces, MiB): published by
+#: linkedin/Liger-Kernel:benchmark/data/all_benchmark_data.csv (A100, B200; whole process).
+PUBLISHED_FFN = [
+    (8192, 4096, 11008, False, "full", 16.25, 1992.25),
+    (8192, 4096, 11008, False, "forward", 16.25, 1090.25),
+    (8192, 4096, 11008, True, "backward", 16.25, 1582.25),
+    (1024, 4096, 14336, True, "full", 64.0, 992.0),
+    (8192, 4096, 14336, False, "full", 64.0, 2560.0),
+]
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "inner", "fused", "mode", "workspaces", "mib"), PUBLISHED_FFN)
+def test_feed_forward_peaks_as_published(
+    tokens: int, hidden: int, inner: int, fused: bool, mode: str, workspaces: float, mib: float
+) -> None:
+    sizes = kernels.FfnSizes(
+        hidden_bytes=2 * tokens * hidden, inner_bytes=2 * tokens * inner, weight_bytes=2 * hidden * inner
+    )
+    assert kernels.ffn_peak(sizes, fused=fused, mode=mode) / MiB + workspaces == pytest.approx(mib, rel=1e-6)
+
+
+def test_loss_and_norm_peaks_as_published() -> None:
+    """Same table: cross entropy of 16384 x 32768 fp32, LayerNorm of 4096 x 1024 fp32 on an A100 (108 processors)."""
+    assert kernels.cross_entropy_peak(16384, 32768, in_place=False) / MiB == pytest.approx(10240.126, rel=1e-6)
+    assert kernels.norm_peak(4096, 1024, element_bytes=4) / MiB == pytest.approx(80.0625, rel=1e-3)
+    liger = kernels.norm_peak(4096, 1024, element_bytes=4, num_multiprocessors=108)
+    assert liger / MiB == pytest.approx(80.906, rel=1e-3)
+    flce = kernels.fused_linear_cross_entropy_peak(16384, 128256, 4096)
+    assert flce / MiB + 16.25 == pytest.approx(4910.438, rel=1e-3)
