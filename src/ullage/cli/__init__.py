@@ -85,12 +85,15 @@ def _dispatch(argv: list[str]) -> int:
     if command is not None and argv[0] == command and command in COMMANDS:
         if command == "fit":
             gc.disable()  # one short answer: looking for cycles costs more than it frees
-        module = import_module(COMMANDS[command][0])
+        module_name, words = COMMANDS[command][0], argv[1:]
+        if command == "fit" and words[:1] == ["train"]:
+            module_name, words = "ullage.cli.fit_train", words[1:]
+        module = import_module(module_name)
         parser = Parser(
             prog=f"ullage {command}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
         )
         module.add_arguments(parser)
-        code: int = module.run(parser.parse_args(argv[1:]))
+        code: int = module.run(parser.parse_args(words))
         return code
     parser = _top_parser()
     parser.parse_args(argv)

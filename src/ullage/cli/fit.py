@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "ullage fit serve MODEL --on MACHINE [options]\n"
         "       ullage fit serve --from ENGINE:'LAUNCH LINE' [--on MACHINE] [options]\n"
+        "       ullage fit train MODEL --on MACHINE [options]   (see ullage fit train --help)\n"
         "       ullage fit JOBFILE [options]"
     )
     parser.add_argument("what", nargs="?", metavar="serve|JOBFILE", help=_("serve, or a job file"))
@@ -135,8 +136,6 @@ def job_of(arguments: argparse.Namespace) -> ServingJob:
         if model is None:
             raise InputError(_("no model is named"), remedy=_("write ullage fit serve MODEL --on 8xH200"))
         return _from_flags(arguments)
-    if what == "train":
-        raise InputError(_("fit train is not part of this version"), remedy=_("ullage fit serve is"))
     if what is None:
         raise InputError(_("nothing to fit"), remedy=_("write ullage fit serve MODEL --on 8xH200, or a job file"))
     from ullage.read.jsonfile import is_file

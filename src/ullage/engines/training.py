@@ -25,8 +25,8 @@ class TrainingRank:
         rank: the first of them; num_ranks: how many they are.
         pp_rank: pipeline stage.
         moments: one ledger per moment of the step, in the order they happen (``forward``, ``loss``, ``backward``,
-            ``gradient reduction``, ``optimizer step`` ...; ``ledger.moment`` names it, first step and steady state apart
-            where they differ).
+            ``gradient reduction``, ``optimizer step`` ...; ``ledger.moment`` names it, first step and steady state
+            apart where they differ).
         after_step: between two steps: weights, gradients that stay, optimizer states, persistent buffers.
         host_bytes: host memory that offload needs per rank.
     """

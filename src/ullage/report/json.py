@@ -139,14 +139,24 @@ def _serving(result: FitResult) -> dict[str, Any]:
 
 
 def metrics(result: FitResult) -> dict[str, float | None]:
-    """Return the ratios: the part of the device that holds parameters, and its compute per byte of bandwidth."""
-    gpu, total = result.job.machine.gpu, result.total_bytes.value
-    weights = result.ledger.find("weights")
-    flops = dict(gpu.flops).get("bfloat16")
-    bandwidth = gpu.bandwidth_bytes_per_s
-    reserved = result.ledger.reserved.bytes
+    """Return the ratios of decoding and prefill, the GPU's ridge, and the fragmentation (docs/metrics.md)."""
+    from ullage.account.density import count_pass
+
+    job, gpu = result.job, result.job.machine.gpu
+    kv_dtype = job.kv_cache_dtype or job.model.dtype
+    kv_dtype = job.model.dtype if kv_dtype == "auto" else kv_dtype
+    prompt = min(result.context, job.max_num_batched_tokens or result.context)
+    decode, prefill = (
+        count_pass(job.model, num_tokens=tokens, context=result.context, kv_dtype=kv_dtype, num_sequences=sequences)
+        for tokens, sequences in ((result.concurrency, result.concurrency), (prompt, 1))
+    )
+    flops, reserved = dict(gpu.flops).get("bfloat16"), result.ledger.reserved.bytes
+    ridge = flops / gpu.bandwidth_bytes_per_s if flops and gpu.bandwidth_bytes_per_s else None
     return {
-        "parameter_utilisation": round(weights.bytes / total, 6) if weights and total else None,
-        "compute_density": round(flops / bandwidth, 3) if flops and bandwidth else None,
+        "parameter_utilisation": round(decode.parameter_utilisation, 6),
+        "parameter_utilisation_prefill": round(prefill.parameter_utilisation, 6),
+        "compute_density": round(decode.compute_density, 3),
+        "compute_density_prefill": round(prefill.compute_density, 3),
+        "compute_density_ridge": round(ridge, 3) if ridge else None,
         "fragmentation_rate": round(result.ledger.reserved_overhead.bytes / reserved, 6) if reserved else None,
     }

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ullage.fitting import FitResult, job_summary
 from ullage.i18n import _
-from ullage.ledger import Certainty, Term
+from ullage.ledger import Certainty, Ledger, Term
 from ullage.report.json import metrics as metrics_of
 from ullage.units import format_bytes
 
@@ -28,7 +28,7 @@ def print_fit(result: FitResult, *, metrics: bool = False, console: Console | No
     """Print a fit on stdout."""
     out = console or Console(highlight=False)
     _print_verdict(out, result)
-    _print_terms(out, result)
+    print_terms(out, result.ledger, result.total_bytes.value, result.reserve_bytes)
     _print_largest(out, result)
     if metrics:
         _print_metrics(out, result)
@@ -39,7 +39,7 @@ def print_fit(result: FitResult, *, metrics: bool = False, console: Console | No
         out.print(f"  {escape(result.next_command)}", soft_wrap=True)
 
 
-def _line(out: Console, markup: str, style: str = "") -> None:
+def print_line(out: Console, markup: str, style: str = "") -> None:
     """Print a sentence indented by two, wrapped lines too."""
     out.print(Padding(markup, (0, 0, 0, 2), style=style, expand=False))
 
@@ -71,7 +71,7 @@ def _print_verdict(out: Console, result: FitResult) -> None:
         count=result.concurrency,
         context=result.context,
     )
-    _line(out, f"{escape(need)}; {escape(result.reason)}")
+    print_line(out, f"{escape(need)}; {escape(result.reason)}")
     ledger = result.ledger
     used = ledger.device_used
     fullest = _("fullest: rank {rank} ({count} alike), {moment}: {used} on the device ({low} to {high})").format(
@@ -82,13 +82,13 @@ def _print_verdict(out: Console, result: FitResult) -> None:
         low=format_bytes(used.low_bytes),
         high=format_bytes(used.high_bytes),
     )
-    _line(out, escape(fullest))
+    print_line(out, escape(fullest))
     out.print()
 
 
-def _print_terms(out: Console, result: FitResult) -> None:
-    total = result.total_bytes.value
-    terms = sorted(result.ledger.terms(), key=lambda term: -term.bytes)
+def print_terms(out: Console, ledger: Ledger, total: float, reserve_bytes: int) -> None:
+    """Print the terms of a ledger, largest first, against a device of ``total`` bytes."""
+    terms = sorted(ledger.terms(), key=lambda term: -term.bytes)
     small = [term for term in terms if term.high_bytes < SMALL_SHARE * total]
     small = small if len(small) >= 3 else []
     rows = [
@@ -100,8 +100,8 @@ def _print_terms(out: Console, result: FitResult) -> None:
         size = sum(term.bytes for term in small)
         names = ", ".join(term.name for term in small)
         rows.append((_("{count} small ones").format(count=len(small)), format_bytes(size), size, "", names))
-    free = int(total - result.ledger.device_used.bytes)
-    kept = _("{size} asked to stay free").format(size=format_bytes(result.reserve_bytes))
+    free = int(total - ledger.device_used.bytes)
+    kept = _("{size} asked to stay free").format(size=format_bytes(reserve_bytes))
     rows.append((_("free"), format_bytes(free), free, "", kept))
     out.print(_table(out.width, rows, total))
 
@@ -167,13 +167,13 @@ def _print_largest(out: Console, result: FitResult) -> None:
     out.print(f"\n[bold]{_('Largest that fits')}[/bold]")
     most = result.max_concurrency
     spread = f" ({_count(most.low)} – {_count(most.high)})" if most.low != most.high else ""
-    _line(
+    print_line(
         out,
         _("{count} requests of {context:,} tokens at a time").format(
             count=_count(most.value) + spread, context=result.context
         ),
     )
-    _line(
+    print_line(
         out,
         _("{context:,} tokens in each of {count:,} requests").format(
             context=result.max_context, count=result.concurrency
@@ -181,8 +181,8 @@ def _print_largest(out: Console, result: FitResult) -> None:
     )
     points = " · ".join(f"{_short(point.context)} x {point.concurrency:,}" for point in result.curve)
     if points:
-        _line(out, escape(_("context x requests: {points}").format(points=points)))
-    _line(
+        print_line(out, escape(_("context x requests: {points}").format(points=points)))
+    print_line(
         out,
         _("KV cache: {token} per token, {request} per request, per GPU").format(
             token=format_bytes(result.engine.kv.bytes_per_token),
@@ -210,18 +210,19 @@ def _print_advice(out: Console, result: FitResult) -> None:
         gives = _("{size} per GPU, {verdict}, {count:,} requests").format(
             size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict), count=item.max_concurrency
         )
-        _line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(item.cost)})[/dim]")
+        print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(item.cost)})[/dim]")
 
 
 def _print_notes(out: Console, result: FitResult) -> None:
-    _print_list(out, _("Assumed"), job_summary(result)["assumed"])
-    _print_list(out, _("Warnings"), result.warnings)
+    print_list(out, _("Assumed"), job_summary(result)["assumed"])
+    print_list(out, _("Warnings"), result.warnings)
 
 
-def _print_list(out: Console, title: str, sentences: Iterable[str]) -> None:
+def print_list(out: Console, title: str, sentences: Iterable[str]) -> None:
+    """Print sentences under a title; nothing when there are none."""
     found = list(sentences)
     if not found:
         return
     out.print(f"\n[bold]{title}[/bold]")
     for sentence in found:
-        _line(out, escape(sentence), style="dim")
+        print_line(out, escape(sentence), style="dim")

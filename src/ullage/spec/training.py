@@ -12,6 +12,7 @@ from ullage.frozen import Frozen
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 
+FsdpSharding = Literal["full_shard", "shard_grad_op", "hybrid"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev"]
 
 
@@ -39,7 +40,7 @@ class TrainingParallel(Frozen):
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     zero_stage: int = 0
-    fsdp: Literal["full_shard", "shard_grad_op", "hybrid"] | None = None
+    fsdp: FsdpSharding | None = None
     shard_group_size: int | None = None
 
 

@@ -1,0 +1,166 @@
+"""``ullage fit train MODEL --on MACHINE``: one optimizer step, the fullest rank at its worst moment."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ullage.cli.fit import COUNT
+from ullage.errors import InputError
+from ullage.i18n import _
+
+if TYPE_CHECKING:
+    from ullage.spec.machine import Machine
+    from ullage.spec.training import FsdpSharding, TrainingJob, TrainingParallel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.usage = "ullage fit train MODEL --on MACHINE [options]"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=_("name, folder, config.json or hub id"))
+    parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH100, 256x8xH800 (256 nodes of 8)"))
+    parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, torchtitan, deepspeed, hf_trainer ..."))
+    _add_layout(parser.add_argument_group(_("layout")))
+    _add_step(parser.add_argument_group(_("step")))
+    parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
+    parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
+    parser.add_argument("--no-advice", action="store_true", help=_("do not look for the cheapest change"))
+    parser.add_argument("--metrics", action="store_true", help=_("also print ratios"))
+    parser.add_argument("--json", action="store_true", help=_("print JSON (see ullage schema fit)"))
+
+
+def _add_layout(group: Any) -> None:
+    for flag, text in (
+        ("--dp", _("data parallel size")),
+        ("--tp", _("tensor parallel size")),
+        ("--pp", _("pipeline parallel size")),
+        ("--cp", _("context parallel size")),
+        ("--ep", _("expert parallel size")),
+        ("--etp", _("expert tensor parallel size")),
+        ("--vpp", _("model chunks per pipeline rank")),
+    ):
+        group.add_argument(flag, type=COUNT, metavar="N", help=text)
+    group.add_argument("--sp", action="store_true", help=_("sequence parallel"))
+    schedules = ("gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev")
+    group.add_argument("--schedule", choices=schedules, help=_("of the pipeline"))
+    group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help=_("ZeRO stage; 1: Megatron's optimizer too"))
+    shards = ("full_shard", "shard_grad_op", "hybrid")
+    group.add_argument("--fsdp", choices=shards, help=_("what FSDP shards"))
+
+
+def _add_step(group: Any) -> None:
+    group.add_argument("--micro-batch", type=COUNT, default=1, metavar="N", help=_("sequences per GPU and pass"))
+    group.add_argument("--seq", type=COUNT, default=4096, metavar="TOKENS", help=_("length of a sequence"))
+    group.add_argument("--grad-accum", type=COUNT, default=1, metavar="N", help=_("passes per optimizer step"))
+    group.add_argument("--precision", metavar="RECIPE", help=_("bf16-mixed, amp, bf16, fp32, fp8, fp8-deepseek"))
+    group.add_argument("--optimizer", default="adamw", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon ..."))
+    impls = ("fused", "foreach", "for_loop")
+    group.add_argument("--optimizer-impl", choices=impls, help=_("how PyTorch runs the optimizer"))
+    group.add_argument("--recompute", default="none", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
+    kernels = ("flash", "sdpa", "eager", "unfused")
+    group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
+    group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger"), help=_("how the loss is computed"))
+    group.add_argument("--lora", metavar="r=16", help=_("adapters: r=16,targets=q_proj+v_proj"))
+    group.add_argument("--base-quantization", metavar="NAME", help=_("of the frozen base: nf4, int8, gptq"))
+    group.add_argument("--offload", metavar="WHAT=cpu", action="append", help=_("optimizer=cpu, params=cpu ..."))
+    group.add_argument("--compile", action="store_true", help=_("torch.compile"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; the exit code is the verdict."""
+    from ullage.training_fit import fit_training
+
+    result = fit_training(job_of(arguments), reserve=arguments.reserve, advise=not arguments.no_advice)
+    if arguments.json:
+        from ullage.cli import print_json
+        from ullage.report.train_json import training_json
+
+        print_json(training_json(result))
+    else:
+        from ullage.report.train_text import print_training
+
+        print_training(result, metrics=arguments.metrics)
+    return result.exit_code
+
+
+def job_of(arguments: argparse.Namespace) -> TrainingJob:
+    """Build the job that the command line states."""
+    from ullage.read.machine import parse_machine
+    from ullage.read.model_source import load_model
+    from ullage.read.training_words import parse_lora, parse_precision, parse_recompute
+    from ullage.spec.training import TrainingJob
+
+    if arguments.model is None or arguments.on is None:
+        raise InputError(_("a model and a machine are needed"), remedy=_("write ullage fit train MODEL --on 8xH100"))
+    machine = parse_machine(arguments.on)
+    engine = arguments.engine or ("hf_trainer" if machine.num_gpus == 1 else "fsdp2")
+    engine, _at, version = engine.partition("@")
+    precision, said = parse_precision(arguments.precision, engine)
+    lora = parse_lora(arguments.lora) if arguments.lora else None
+    method = ("qlora" if arguments.base_quantization else "lora") if lora else "full"
+    return TrainingJob(
+        model=load_model(arguments.model, assume=arguments.assume, network=True),
+        machine=machine,
+        engine=engine,
+        engine_version=version,
+        parallel=_parallel(arguments, machine, engine),
+        precision=precision,
+        optimizer=arguments.optimizer,
+        optimizer_impl=arguments.optimizer_impl,
+        micro_batch_size=arguments.micro_batch,
+        seq_len=arguments.seq,
+        grad_accum=arguments.grad_accum,
+        recompute=parse_recompute(arguments.recompute),
+        attention=arguments.attention,
+        compile=arguments.compile,
+        loss=arguments.loss,
+        method=method,
+        lora=lora,
+        base_quantization=arguments.base_quantization,
+        offload=_offload(arguments.offload or ()),
+        assumed=(*said, *(() if arguments.engine else (_("framework: {engine}").format(engine=engine),))),
+    )
+
+
+def _parallel(arguments: argparse.Namespace, machine: Machine, engine: str) -> TrainingParallel:
+    """Return the layout; the data-parallel size is what the others leave, unless it is given."""
+    from ullage.errors import LayoutError
+    from ullage.spec.training import TrainingParallel
+
+    tensor, pipeline, context = arguments.tp or 1, arguments.pp or 1, arguments.cp or 1
+    others, world = tensor * pipeline * context, machine.num_gpus
+    data = arguments.dp or max(1, world // others)
+    if data * others != world:
+        raise LayoutError(
+            _("the layout needs {need} GPUs and the machine has {world}").format(need=data * others, world=world),
+            where="--dp, --tp, --pp, --cp",
+            remedy=_("their product must be the number of GPUs"),
+        )
+    sharded: FsdpSharding | None = arguments.fsdp or (
+        "full_shard" if engine in ("fsdp1", "fsdp2", "torchtitan") else None
+    )
+    return TrainingParallel(
+        data_parallel_size=data,
+        tensor_parallel_size=tensor,
+        sequence_parallel=arguments.sp,
+        context_parallel_size=context,
+        pipeline_parallel_size=pipeline,
+        virtual_pipeline_parallel_size=arguments.vpp or 1,
+        schedule=arguments.schedule or ("1f1b" if pipeline > 1 else None),
+        expert_parallel_size=arguments.ep or 1,
+        expert_tensor_parallel_size=arguments.etp,
+        zero_stage=arguments.zero or 0,
+        fsdp=sharded,
+    )
+
+
+def _offload(words: Any) -> tuple[tuple[str, str], ...]:
+    pairs = [tuple(word.split("=", 1)) for word in words]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] not in ("optimizer", "params", "activations") or pair[1] not in ("cpu", "nvme"):
+            raise InputError(
+                _("{word!r} is no offload").format(word="=".join(pair)[:40]),
+                where="--offload",
+                remedy=_("write optimizer=cpu, params=cpu or activations=cpu"),
+            )
+    return tuple((what, where) for what, where in pairs)

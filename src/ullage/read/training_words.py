@@ -1,0 +1,81 @@
+"""The words of ``ullage fit train`` → the typed parts of a :class:`~ullage.spec.training.TrainingJob`."""
+
+from __future__ import annotations
+
+import re
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.spec.training import Lora, Precision, Recompute
+
+#: Number formats by recipe: compute, params, grads, master, moments.
+#: bf16-mixed: Megatron-LM's (megatron-lm@core_r0.14:megatron/training/arguments.py:validate_args: fp32 main gradients
+#: and master weights); amp: fp32 parameters under autocast or an FSDP policy; bf16: all in bf16; fp8: as bf16-mixed,
+#: products in fp8; fp8-deepseek: bf16 moments too (arXiv:2412.19437 sec. 3.3.3).
+RECIPES = {
+    "bf16-mixed": Precision(grads="float32", master="float32"),
+    "amp": Precision(params="float32", grads="float32"),
+    "bf16": Precision(moments="bfloat16"),
+    "fp16-mixed": Precision(compute="float16", params="float16", grads="float16", master="float32"),
+    "fp32": Precision(compute="float32", params="float32", grads="float32"),
+    "fp8": Precision(grads="float32", master="float32", fp8_recipe="blockwise"),
+    "fp8-deepseek": Precision(grads="float32", master="float32", moments="bfloat16", fp8_recipe="blockwise"),
+}
+#: What a framework's users run when they say nothing.
+DEFAULT_RECIPES = {"megatron": "bf16-mixed", "deepspeed": "bf16-mixed", "hf_trainer": "bf16", "single": "bf16"}
+
+
+def parse_precision(text: str | None, engine: str) -> tuple[Precision, tuple[str, ...]]:
+    """Return the recipe by name; without one, the framework's usual, and the sentence that says so."""
+    if text is None:
+        name = DEFAULT_RECIPES.get(engine, "amp")
+        return RECIPES[name], (_("precision: {name}, usual with {engine}").format(name=name, engine=engine),)
+    if text not in RECIPES:
+        raise InputError(
+            _("unknown precision recipe {text!r}").format(text=text[:40]),
+            where="--precision",
+            remedy=_("known are {known}").format(known=", ".join(RECIPES)),
+        )
+    return RECIPES[text], ()
+
+
+def parse_recompute(text: str) -> Recompute:
+    """Parse ``none``, ``full``, ``selective``, ``every=4``, or module names such as ``mlp,layernorm``."""
+    word = text.strip()
+    if word in ("none", "full", "selective"):
+        return Recompute(kind=word)  # type: ignore[arg-type]
+    match = re.fullmatch(r"every=(\d{1,4})", word)
+    if match and int(match.group(1)) > 0:
+        return Recompute(kind="full", every=int(match.group(1)))
+    names = tuple(name for name in word.split(",") if re.fullmatch(r"[A-Za-z_][\w.]*", name))
+    if not names or ",".join(names) != word:
+        raise InputError(
+            _("{text!r} is not a kind of recompute").format(text=text[:60]),
+            where="--recompute",
+            remedy=_("write none, full, selective, every=4 or module names such as mlp,layernorm"),
+        )
+    return Recompute(kind="modules", modules=names)
+
+
+def parse_lora(text: str) -> Lora:
+    """Parse ``r=16`` or ``r=16,targets=q_proj+v_proj,dropout=0.05``; without targets, all linear layers."""
+    fields: dict[str, str] = {}
+    for part in text.split(","):
+        name, _equals, value = part.partition("=")
+        fields[name.strip()] = value.strip()
+    unknown = sorted(fields.keys() - {"r", "rank", "targets", "dropout"})
+    rank = fields.get("r") or fields.get("rank") or ""
+    try:
+        if unknown or not rank.isdigit() or not 1 <= int(rank) <= 65536:
+            raise ValueError
+        dropout = float(fields.get("dropout") or 0)
+        if not 0 <= dropout < 1:
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            _("{text!r} does not describe adapters").format(text=text[:60]),
+            where="--lora",
+            remedy=_("write r=16 or r=16,targets=q_proj+v_proj,dropout=0.05"),
+        ) from None
+    targets = tuple(name for name in (fields.get("targets") or "all-linear").split("+") if name)
+    return Lora(rank=int(rank), targets=targets, dropout=dropout)

@@ -1,0 +1,140 @@
+"""Model + machine + framework → :class:`TrainingFit`: the fullest rank at its worst moment, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ullage.account.parameters import Counts, count
+from ullage.engines.serving import Amount
+from ullage.engines.training import TrainingRank, TrainingStep, step
+from ullage.errors import UllageError
+from ullage.fitting import EXIT_CODES, parse_reserve
+from ullage.frozen import Frozen
+from ullage.i18n import _
+from ullage.ledger import Ledger
+from ullage.spec.training import Recompute, TrainingJob
+
+DEFAULT_RESERVE = "20%"
+Walker = Callable[[TrainingJob], TrainingStep]
+
+
+class TrainingAdvice(Frozen):
+    """One change of the job, the memory it frees on the fullest rank, its cost, and what to type."""
+
+    change: str
+    gain_bytes: int
+    cost: str
+    flags: str
+    verdict: str
+
+
+class TrainingFit(Frozen):
+    """The answer, in values; :mod:`ullage.report` prints it."""
+
+    step: TrainingStep
+    counts: Counts
+    verdict: str
+    reason: str
+    total_bytes: Amount
+    reserve_bytes: int
+    worst: TrainingRank
+    advice: tuple[TrainingAdvice, ...] = ()
+
+    @property
+    def job(self) -> TrainingJob:
+        """The job with its defaults filled in."""
+        return self.step.job
+
+    @property
+    def ledger(self) -> Ledger:
+        """The fullest rank at its worst moment."""
+        return self.worst.peak
+
+    @property
+    def exit_code(self) -> int:
+        """0 fits, 4 tight, 3 does not fit."""
+        return EXIT_CODES[self.verdict]
+
+
+def fit_training(
+    job: TrainingJob, *, reserve: str = DEFAULT_RESERVE, advise: bool = True, walker: Walker = step
+) -> TrainingFit:
+    """Judge a training job by the device used of its fullest rank.
+
+    Raises:
+        InputError: impossible settings, or a framework whose rules are not written.
+    """
+    result = judge(walker(job), reserve)
+    if advise:
+        result = replace(result, advice=tuple(_advice(result, job, reserve, walker)))
+    return result
+
+
+def judge(answer: TrainingStep, reserve: str) -> TrainingFit:
+    """Return the verdict: device used against what the runtime reports, the reserve kept free."""
+    gpu = answer.job.machine.gpu
+    total = Amount(value=gpu.total_bytes, low=gpu.total_low_bytes, high=gpu.total_high_bytes)
+    reserve_bytes = parse_reserve(reserve, gpu.total_bytes)
+    worst = max(answer.ranks, key=lambda rank: rank.peak.device_used.bytes)
+    used = worst.peak.device_used
+    if used.bytes > total.value:
+        verdict, reason = "does_not_fit", _("more is needed than the device has")
+    elif used.high_bytes > total.low:
+        verdict, reason = "tight", _("it fits only inside the margin of error")
+    elif used.bytes + reserve_bytes > total.value:
+        verdict, reason = "tight", _("it fits only inside the reserve")
+    else:
+        verdict, reason = "fits", _("it fits, and the reserve stays free")
+    return TrainingFit(
+        step=answer,
+        counts=count(answer.job.model),
+        verdict=verdict,
+        reason=reason,
+        total_bytes=total,
+        reserve_bytes=reserve_bytes,
+        worst=worst,
+    )
+
+
+def _advice(result: TrainingFit, job: TrainingJob, reserve: str, walker: Walker) -> Iterator[TrainingAdvice]:
+    """Yield the changes that free memory, cheapest first; where the job does not fit, those that mend it."""
+    tried = []
+    for change, cost, flags, changed in _candidates(job):
+        try:
+            after = judge(walker(changed), reserve)
+        except UllageError:  # this framework does not do it, or the layout forbids it
+            continue
+        gain = result.ledger.device_used.bytes - after.ledger.device_used.bytes
+        if gain > result.total_bytes.value / 100:
+            tried.append(TrainingAdvice(change=change, gain_bytes=gain, cost=cost, flags=flags, verdict=after.verdict))
+    mending = [item for item in tried if item.verdict != "does_not_fit"]
+    yield from (mending or sorted(tried, key=lambda item: -item.gain_bytes))[:3]
+
+
+def _candidates(job: TrainingJob) -> Iterator[tuple[str, str, str, TrainingJob]]:
+    """Yield (change, cost, flags, changed job), the cheapest in time first."""
+    if job.loss in (None, "plain"):
+        yield _("fused loss"), _("none; needs the kernel"), "--loss fused", replace(job, loss="fused")
+    parallel = job.parallel
+    if parallel.zero_stage == 0 and parallel.data_parallel_size > 1 and parallel.fsdp is None:
+        sharded = replace(parallel, zero_stage=1)
+        yield _("optimizer states sharded"), _("a little communication"), "--zero 1", replace(job, parallel=sharded)
+    if job.recompute.kind == "none":
+        selective = replace(job, recompute=Recompute(kind="selective"))
+        yield _("selective recompute"), _("a few per cent of time"), "--recompute selective", selective
+    if job.micro_batch_size > 1:
+        half = job.micro_batch_size // 2
+        smaller = replace(job, micro_batch_size=half, grad_accum=job.grad_accum * 2)
+        flags = f"--micro-batch {half} --grad-accum {job.grad_accum * 2}"
+        yield _("half the micro-batch, twice the accumulation"), _("smaller products"), flags, smaller
+    if job.recompute.kind != "full":
+        full = replace(job, recompute=Recompute(kind="full"))
+        yield _("full recompute"), _("about a third more compute"), "--recompute full", full
+    if job.optimizer in ("adamw", "adam"):
+        yield (
+            _("8-bit moments"),
+            _("a little accuracy: measure it"),
+            "--optimizer adamw_8bit",
+            replace(job, optimizer="adamw_8bit"),
+        )
