@@ -66,13 +66,13 @@ def test_latent_attention_and_experts():
     ("pattern", "expected"), [("2", [True, False] * 2), ("[0,1,1,1]", [False, True, True, True]), ("[1]*4", [True] * 4)]
 )
 def test_layer_frequency(pattern, expected):
-    assert moe_layers(Arguments({"num-experts": "8", "moe-layer-freq": pattern}), 4) == expected
+    assert moe_layers(Arguments(values={"num-experts": "8", "moe-layer-freq": pattern}), 4) == expected
 
 
 @pytest.mark.parametrize("pattern", ["[0]*3", "banana", "[1]*99999999", "0"])
 def test_layer_frequency_that_does_not_fit_is_refused(pattern):
     with pytest.raises(InputError):
-        moe_layers(Arguments({"num-experts": "8", "moe-layer-freq": pattern}), 4)
+        moe_layers(Arguments(values={"num-experts": "8", "moe-layer-freq": pattern}), 4)
 
 
 def test_gradients_are_fp32_for_bf16_and_fp16_for_fp16():

@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen, field
 from ullage.i18n import _
 
 MAX_TEXT = 200_000
 MAX_INTEGER = 2**40
-_ASSIGNMENT = re.compile(r"(?<![\w-])(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL)
+_ASSIGNMENT = re.compile(
+    r"(?<![\w-])(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL
+)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?:\[@\]|:-([^}]*))?\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(Frozen):
     """Flags without dashes in front → text; a switch is ``true``. ``environment``: variables of the process."""
 
     values: Mapping[str, str]
@@ -78,7 +79,7 @@ class Arguments:
 def from_mapping(args: Mapping[str, object], env: Mapping[str, object] | None = None) -> Arguments:
     """Take flags from a mapping; dashes in front, underscores and lists are all understood."""
     values = {_canonical(str(name)): _text(value) for name, value in args.items() if value is not None}
-    return Arguments(values, {str(name): str(value) for name, value in (env or {}).items()})
+    return Arguments(values=values, environment={str(name): str(value) for name, value in (env or {}).items()})
 
 
 def _canonical(name: str) -> str:
@@ -111,7 +112,9 @@ def parse_text(text: str) -> Arguments:
         words = shlex.split(_expand(lines, variables), comments=True)
     except ValueError as error:
         raise InputError(_("the command line cannot be split: {error}").format(error=error)) from error
-    return Arguments(_flags(words), {name: value for name, value in variables.items() if name.isupper()})
+    return Arguments(
+        values=_flags(words), environment={name: value for name, value in variables.items() if name.isupper()}
+    )
 
 
 def _expand(text: str, variables: Mapping[str, str], depth: int = 4) -> str:
@@ -166,4 +169,4 @@ def _from_yaml(text: str) -> Arguments:
             environment[match.group(2)] = match.group(3).strip("\"'")
         else:
             values[_canonical(match.group(2))] = match.group(3).strip("\"'")
-    return Arguments(values, environment)
+    return Arguments(values=values, environment=environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ullage.account.activations.saved import SavedTensor
 from ullage.engines.megatron.activations import kept, layer_saved, offloaded_bytes
@@ -14,6 +13,7 @@ from ullage.engines.megatron.loss import head_saved_bytes, logits_elements
 from ullage.engines.megatron.mixture import rows
 from ullage.engines.megatron.shape import Sizes
 from ullage.engines.megatron.states import ALLOCATOR
+from ullage.frozen import Frozen
 from ullage.ledger import Term, exact, ranged, total
 from ullage.spec.model import Attention, DenseFFN, LatentAttention, Layer, MoEFFN
 from ullage.spec.training import TrainingJob
@@ -22,8 +22,7 @@ from ullage.units import tensor_bytes
 CHECKPOINT = "Megatron-LM@adc69db:megatron/core/transformer/transformer_block.py:TransformerBlock._checkpointed_forward"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChunkCost:
+class ChunkCost(Frozen):
     """Bytes of one micro-batch in one chunk.
 
     Attributes:

@@ -5,10 +5,11 @@ Mirrors Megatron-LM@adc69db (October 2025) to @d98e8a6 (August 2026) and Transfo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from ullage.errors import InputError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB
@@ -18,8 +19,7 @@ VERSIONS = ("adc69db", "d98e8a6")
 Kernel = Literal["flash", "fused", "unfused", "local"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Frozen):
     """A job's Megatron-LM settings with every default filled in.
 
     Attributes:

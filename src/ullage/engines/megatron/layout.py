@@ -7,18 +7,18 @@ megatron/core/transformer/pipeline_parallel_layer_layout.py:PipelineParallelLaye
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.megatron.defaults import Settings
 from ullage.errors import InputError, LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.training import TrainingJob
 
 MAX_STAGES = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
+class Chunk(Frozen):
     """A model chunk of one pipeline rank: ``layers`` by number; what else it holds."""
 
     pp_rank: int
@@ -34,8 +34,7 @@ class Chunk:
         return not self.embedding
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups:
+class Groups(Frozen):
     """Sizes of the groups that shard states: ``data`` counts context parallelism in."""
 
     data: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.megatron import schedule
 from ullage.engines.megatron.buffers import buffers
@@ -14,6 +14,7 @@ from ullage.engines.megatron.outside import fragmentation, outside
 from ullage.engines.megatron.shape import Sizes
 from ullage.engines.megatron.states import States, states
 from ullage.engines.training import TrainingRank
+from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import tensor_bytes
@@ -21,8 +22,7 @@ from ullage.units import tensor_bytes
 SCHEDULES = "Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peak:
+class Peak(Frozen):
     """The fullest moment of the passes: micro-batches in flight per chunk, the chunk at work, bytes on top."""
 
     in_flight: tuple[int, ...]

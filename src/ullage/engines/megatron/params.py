@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.account.parameters import Parameter, Role, layer_parameters, model_parameters
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.errors import LayoutError
+from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import Layer, Model
 from ullage.spec.training import TrainingJob
@@ -19,8 +20,7 @@ from ullage.spec.training import TrainingJob
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankTensor:
+class RankTensor(Frozen):
     """One parameter on one rank; ``expert``: sharded over the expert groups; ``linear``: weight of a GEMM."""
 
     name: str

@@ -6,11 +6,10 @@ forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/D
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """A forward or backward pass of one micro-batch through the rank's chunk ``virtual``."""
 
     forward: bool

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ullage.engines.megatron.defaults import Settings
+from ullage.frozen import Frozen
 from ullage.spec.training import TrainingJob
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Sizes(Frozen):
     """Token counts of one micro-batch on one rank.
 
     Attributes:

@@ -5,12 +5,11 @@ Legend: P parameters of the rank, N ranks that share its optimizer states (data 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.params import RankTensor, buffer_elements, chunk_tensors
+from ullage.frozen import Frozen
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, tensor_bytes
@@ -21,8 +20,7 @@ SHARDED = "Megatron-LM@adc69db:megatron/core/optimizer/distrib_optimizer.py:Dist
 ALLOCATOR = "pytorch@2.9:c10/cuda/CUDACachingAllocator.cpp:should_split"
 
 
-@dataclass(frozen=True, kw_only=True)
-class States:
+class States(Frozen):
     """The states of one rank.
 
     Attributes:
@@ -40,8 +38,7 @@ class States:
     tensors: tuple[RankTensor, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
+class _Part(Frozen):
     """Dense or expert parameters of one chunk: elements, elements in buffers, elements of one optimizer shard."""
 
     elements: int
