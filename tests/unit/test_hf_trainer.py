@@ -1,0 +1,178 @@
+"""One step of the Trainer family, against published bytes and against what must hold for any job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ullage.catalog import models as catalog
+from ullage.engines.hf_trainer.defaults import resolve, transformers_version
+from ullage.engines.training import TrainingRank, step
+from ullage.errors import InputError
+from ullage.ledger import Ledger
+from ullage.read.machine import parse_machine
+from ullage.spec.model import Model
+from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.units import GiB
+
+VERSIONS = "torch 2.4.1, transformers {}, accelerate 1.0.1, peft 0.13.2"
+ADAPTED = Precision(compute="bfloat16", params="bfloat16", grads="float32", moments="float32")
+ALL_BF16 = Precision(moments="bfloat16")
+
+
+def model(name: str) -> Model:
+    found = catalog.find(name)
+    assert found is not None
+    return catalog.load_entry(found)
+
+
+def lora_job(name: str = "mistralai/Mistral-7B-v0.1", **settings: object) -> TrainingJob:
+    """The fine-tuning jobs of foundation-model-stack/fms-acceleration:scripts/benchmarks/refs."""
+    job = TrainingJob(
+        model=model(name),
+        machine=parse_machine("1xA100-80GB-SXM"),
+        engine="hf_trainer",
+        engine_version=VERSIONS.format("4.48.1"),
+        precision=ADAPTED,
+        optimizer="adamw",
+        micro_batch_size=4,
+        seq_len=4096,
+        packing=True,
+        recompute=Recompute(kind="full"),
+        attention="flash",
+        loss="plain",
+        method="lora",
+        lora=Lora(rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"), dropout=0.1),
+    )
+    return replace(job, **settings)  # type: ignore[arg-type]
+
+
+def full_job(**settings: object) -> TrainingJob:
+    job = lora_job(method="full", lora=None, precision=ALL_BF16)
+    return replace(job, **settings)  # type: ignore[arg-type]
+
+
+def rank(job: TrainingJob) -> TrainingRank:
+    (found,) = step(job).ranks
+    return found
+
+
+def peak(job: TrainingJob) -> int:
+    return max(moment.allocated.bytes for moment in rank(job).moments)
+
+
+def moment(job: TrainingJob, name: str) -> Ledger:
+    return next(ledger for ledger in rank(job).moments if ledger.moment == name)
+
+
+FUSED = (("fused_kernels", "rms_norm,rope"),)
+LLAMA = "meta-llama/Meta-Llama-3-8B"
+#: Published peaks: scripts/benchmarks/refs/a100_80gb.csv and a100_80gb_liger.csv (torch's allocated bytes, rank 0).
+PUBLISHED = [
+    (lora_job(), 24.8706),
+    (lora_job(micro_batch_size=8), 36.0821),
+    (lora_job(loss="fused", flags=FUSED), 22.7926),
+    (lora_job(LLAMA, loss="fused", flags=FUSED, engine_version=VERSIONS.format("4.45.2")), 35.0587),
+    (lora_job(LLAMA, loss="liger", flags=FUSED, engine_version=VERSIONS.format("4.45.2")), 23.1955),
+    (lora_job(loss="liger", flags=FUSED, engine_version=VERSIONS.format("4.45.2")), 21.9142),
+]
+
+
+@pytest.mark.parametrize(("job", "gib"), PUBLISHED)
+def test_published_peaks(job: TrainingJob, gib: float) -> None:
+    assert peak(job) / GiB == pytest.approx(gib, rel=0.005)
+    ledger = max(rank(job).moments, key=lambda one: one.allocated.bytes)
+    assert ledger.allocated.low_bytes <= gib * GiB <= ledger.allocated.high_bytes
+
+
+def test_published_bytes_between_steps() -> None:
+    """13.6574 GiB: base in bfloat16, adapters and two moments in fp32, two cuBLAS workspaces."""
+    assert rank(lora_job()).after_step.allocated.bytes / GiB == pytest.approx(13.6574, rel=2e-4)
+    qlora = lora_job(LLAMA, method="qlora", base_quantization="nf4", loss="liger", flags=FUSED)
+    assert rank(qlora).after_step.allocated.bytes / GiB == pytest.approx(5.48, rel=2e-3)
+
+
+def test_the_optimizer_step_holds_five_copies_with_foreach_and_four_with_fused() -> None:
+    copies = {"foreach": 5, "fused": 4}
+    parameters = 7_241_732_096
+    for impl, count in copies.items():
+        ledger = moment(full_job(optimizer_impl=impl), "optimizer step")
+        assert ledger.allocated.bytes == pytest.approx(count * 2 * parameters, rel=0.002)
+
+
+def test_the_first_step_has_no_optimizer_states_before_its_own_step() -> None:
+    first, later = (moment(full_job(), name) for name in ("first step: loss", "loss"))
+    states = later.find("optimizer")
+    assert states is not None and first.find("optimizer") is None
+    assert later.allocated.bytes - first.allocated.bytes == states.bytes
+    names = [one.moment for one in rank(full_job()).moments]
+    assert names == ["first step: loss", "first step: backward", "loss", "backward", "optimizer step"]
+
+
+@pytest.mark.parametrize(
+    "larger",
+    [{"micro_batch_size": 8}, {"seq_len": 8192}, {"recompute": Recompute()}, {"attention": "eager"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_more_work_is_never_less_memory(larger: dict[str, object]) -> None:
+    for job in (lora_job(), full_job(), lora_job(loss="liger")):
+        assert peak(replace(job, **larger)) >= peak(job)  # type: ignore[arg-type]
+
+
+def test_accumulating_keeps_all_gradients_through_the_backward() -> None:
+    once, often = full_job(), full_job(grad_accum=4)
+    assert moment(often, "loss").find("gradients").bytes == 2 * 7_241_732_096  # type: ignore[union-attr]
+    assert moment(once, "loss").find("gradients") is None
+    assert moment(often, "backward").allocated.bytes > moment(once, "backward").allocated.bytes
+
+
+def test_versions_decide_where_logits_become_fp32() -> None:
+    def loss(version: str) -> float:
+        term = moment(lora_job(engine_version=VERSIONS.format(version)), "loss").find("loss")
+        assert term is not None
+        return term.bytes / (4 * 4096 * 32000)
+
+    assert (loss("4.45.2"), loss("4.48.1"), loss("4.50.0")) == (12, 14, 12)
+    assert transformers_version("torch 2.4.1, transformers 4.48.1, peft") == (4, 48)
+    assert transformers_version("4.45.2") == (4, 45) and transformers_version("early 2024") is None
+
+
+def test_defaults_are_said() -> None:
+    job, recipe = resolve(lora_job(engine_version="", attention=None, loss=None, optimizer_impl=None))
+    assert (job.attention, job.loss, job.optimizer_impl) == ("sdpa", "plain", "fused")
+    assert len(job.assumed) == 4 and recipe.version == (5, 23)
+    known, _recipe = resolve(lora_job(optimizer_impl="foreach"))
+    assert not known.assumed
+
+
+def test_a_prepared_base_trains_with_an_fp32_stream_and_the_range_says_so() -> None:
+    plain = lora_job()
+    prepared = replace(plain, method="qlora", base_quantization="nf4")
+    kept = [moment(job, "loss").find("kept_activations") for job in (plain, prepared)]
+    assert kept[0] is not None and kept[1] is not None
+    assert kept[1].bytes == 2 * kept[0].bytes and kept[1].low_bytes <= kept[0].bytes
+    norms = moment(prepared, "loss").find("fp32_norms_and_biases")
+    assert norms is not None and norms.bytes == 2 * (65 * 4096)
+
+
+def test_what_the_rules_do_not_cover_is_refused() -> None:
+    parallel = TrainingParallel(data_parallel_size=2, fsdp="full_shard")
+    with pytest.raises(InputError, match="no sharding yet"):
+        step(lora_job(parallel=parallel))
+    with pytest.raises(InputError, match="no offload yet"):
+        step(lora_job(offload=(("optimizer", "cpu"),)))
+    with pytest.raises(InputError, match="Unsloth"):
+        step(lora_job(engine_version="LLaMA-Factory with Unsloth"))
+    with pytest.raises(InputError, match="unknown quantisation of a frozen base"):
+        step(lora_job(base_quantization="int2"))
+    with pytest.raises(InputError, match="selective"):
+        step(lora_job(recompute=Recompute(kind="selective")))
+
+
+def test_reserved_and_device_hold_what_is_allocated() -> None:
+    for ledger in rank(lora_job()).moments:
+        assert ledger.allocated.bytes <= ledger.reserved.bytes <= ledger.device_used.bytes
+        assert ledger.device_used.bytes <= parse_machine("1xA100-80GB-SXM").gpu.total_bytes
+    expandable = lora_job(alloc_conf="expandable_segments:True")
+    assert moment(expandable, "loss").reserved_overhead.high_bytes < moment(lora_job(), "loss").reserved_overhead.bytes
