@@ -16,6 +16,7 @@ from ullage.ledger import Term
 from ullage.read.machine import parse_machine
 from ullage.records import words
 from ullage.records.compare import NotComparableError, Prediction
+from ullage.records.megatron import LAYER_KEYS, megatron_job, with_layers
 from ullage.records.models import record_model
 from ullage.records.schema import Record
 from ullage.spec.model import Attention, Layer, Model
@@ -25,6 +26,7 @@ from ullage.units import canonical_dtype
 #: Stands in for a card that is not known: what depends on its size is not judged.
 STAND_IN_GPU = "H200"
 _METHODS_WITH_ADAPTERS = ("lora", "qlora", "dora")
+_OVERRIDES = LAYER_KEYS | {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}
 #: Names of frozen bases that a record may write in ``precision.params`` instead.
 _QUANTISED = ("nf4", "fp4", "int8", "gptq")
 
@@ -40,10 +42,11 @@ def predict(record: Record) -> Prediction:
         raise NotComparableError(_("no training engine {engine}").format(engine=record.engine[:40]))
     job, not_comparable = record_job(record)
     answer: TrainingStep = step(job)
+    in_order = sorted(answer.ranks, key=lambda rank: rank.rank)
     return Prediction(
         engine=job.engine,
         figures=figures(answer.ranks),
-        ranks=tuple(_of_rank(rank) for rank in answer.ranks for _copy in range(rank.num_ranks)),
+        ranks=tuple(_of_rank(rank) for rank in in_order for _copy in range(rank.num_ranks)),
         starts=None,
         not_comparable=not_comparable,
     )
@@ -52,6 +55,9 @@ def predict(record: Record) -> Prediction:
 def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
     """Return the job of a record, and which quantities of it cannot be judged and why."""
     fields = record.job
+    native = megatron_job(record)
+    if native is not None:
+        return native, {}
     not_comparable: dict[str, str] = {}
     num_gpus = words.integer(fields, "num_gpus", record.where) or 1
     gpu = words.text(fields, "gpu", record.where)
@@ -133,11 +139,13 @@ def _model(record: Record) -> Model:
 def _overridden(name: str, overrides: Mapping[str, Any]) -> Model | None:
     """Apply overrides that a model of the catalog takes as data: depth, vocabulary, tying, biases of q, k and v."""
     found = catalog.find(name)
-    if found is None or not set(overrides) <= {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}:
+    if found is None or not set(overrides) <= _OVERRIDES:
         return None
     model = catalog.load_entry(found)
     if overrides.get("qkv_bias") is False:
         model = replace(model, layers=tuple(_without_biases(layer) for layer in model.layers))
+    if LAYER_KEYS & set(overrides):
+        model = with_layers(model, overrides)
     layers = overrides.get("num_hidden_layers")
     vocabulary, tied = overrides.get("vocab_size"), overrides.get("tie_word_embeddings")
     if isinstance(layers, int) and 0 < layers <= len(model.layers):
