@@ -120,7 +120,7 @@ def refuse(job: TrainingJob) -> None:
 
 def _recipe(job: TrainingJob, version: Version) -> Recipe:
     fused = fused_kernels(job)
-    prepared = job.base_quantization in ("nf4", "fp4", "int8") and not fused
+    prepared = job.base_quantization in ("nf4", "fp4", "int8") and not fused and not _casts_back(job)
     adapted = job.lora is not None
     adapter_dtype = (job.lora.dtype if job.lora else None) or "float32"
     autocast = job.precision.params == "float32" and job.precision.compute != "float32"
@@ -136,6 +136,14 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         length_unknown="seq_len_at_most" in dict(job.flags),
         version=version,
     )
+
+
+def _casts_back(job: TrainingJob) -> bool:
+    """Return whether the trainer makes the fp32 norms of k-bit preparation 16-bit again.
+
+    Source: axolotl@067b021c:src/axolotl/loaders/model.py (norms and embeddings back to the compute dtype).
+    """
+    return "axolotl" in job.engine_version.lower()
 
 
 def unprepared(job: TrainingJob, recipe: Recipe) -> Recipe:
