@@ -64,6 +64,8 @@ def _can_grow_to(block: Block) -> int:
 
 def allocate(allocator: Allocator, free_set: FreeSet, size: int) -> Block | None:
     """Map memory until a block of ``size`` is there (source: try_allocate_expandable_block)."""
+    if size > reserve_bytes(allocator, page_bytes(allocator, free_set)):
+        return None
     block: Block | None = _find(free_set, size) or _new_segment(allocator, free_set)
     assert block is not None
     if block.state == UNMAPPED:
@@ -104,7 +106,7 @@ def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
     """Map whole pages at the start of an unmapped block; return the free block they are part of (source: map_block)."""
     free_set = block.free_set
     page = page_bytes(allocator, free_set)
-    mapped = cdiv(size, page) * page
+    mapped = min(cdiv(size, page) * page, block.size)
     if not allocator.take(mapped):
         return None
     allocator.counters.num_maps += 1
@@ -187,7 +189,7 @@ def adopt_range(allocator: Allocator, layout: SegmentLayout, free_set: FreeSet) 
         if address <= layout.address and layout.address + layout.size_bytes <= address + hole.size:
             break
     else:
-        hole = Block(layout.address, size, free_set, UNMAPPED, True)
+        hole = Block(layout.address, max(size, layout.size_bytes), free_set, UNMAPPED, True)
         allocator.segments[layout.address] = hole
         free_set.insert_unmapped(hole)
     return _carve(free_set, hole, layout)

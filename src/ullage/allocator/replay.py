@@ -154,14 +154,18 @@ def _mapped(address: int, size: int, place: int, small: bool) -> SegmentLayout:
 
 def _distribute(segments: list[SegmentLayout], blocks: dict[int, BlockLayout]) -> int:
     """Put each block into its segment, by address; return how many lie in none."""
-    lost, at = 0, 0
+    lost, at, end = 0, 0, 0
     for address in sorted(blocks):
         while at < len(segments) and address >= segments[at].address + segments[at].size_bytes:
             at += 1
-        if at < len(segments) and address >= segments[at].address:
-            segments[at].blocks.append(blocks[address])
-        else:
+        block = blocks[address]
+        segment = segments[at] if at < len(segments) else None
+        inside = segment is not None and address >= max(end, segment.address)
+        if segment is None or not inside or address + block.size_bytes > segment.address + segment.size_bytes:
             lost += 1
+            continue
+        segment.blocks.append(block)
+        end = address + block.size_bytes
     return lost
 
 
@@ -171,7 +175,7 @@ def _give_tails(segment: SegmentLayout, guessed: set[int], settings: AllocatorSe
         return
     ends = [block.address for block in segment.blocks[1:]] + [segment.address + segment.size_bytes]
     unsplit = segment.size_bytes >= settings.max_split_size_bytes
-    for block, end in zip(segment.blocks, ends, strict=True):
+    for block, end in zip(segment.blocks, ends, strict=False):  # an empty segment has an end and no block
         gap = end - block.address - block.size_bytes
         if block.address in guessed and gap > 0 and (gap <= SMALL_BYTES or unsplit):
             block.size_bytes += gap
@@ -186,18 +190,24 @@ def to_workload(recording: Recording, beginning: list[SegmentLayout]) -> Workloa
     builder = WorkloadBuilder(recording.known_places)
     builder.start_from(beginning)
     owners = {block.address: block.owner for segment in beginning for block in segment.blocks}
+    requested = {block.address for segment in beginning for block in segment.blocks if block.awaiting}
     kinds, num_events = recording.kinds, len(recording)
     for at, (kind, address, size, place) in enumerate(recording):
         if kind == ALLOC:
             owners[address] = builder.allocate(size, place=place)
+            requested.discard(address)
         elif kind == FREE_REQUESTED:
             immediate = at + 1 < num_events and kinds[at + 1] == FREE_COMPLETED
+            if address not in owners or address in requested:
+                continue
             if immediate and recording.addresses[at + 1] == address:
                 builder.free(owners.pop(address))
-            elif address in owners:
+            else:
+                requested.add(address)
                 builder.request_free(owners[address])
         elif kind == FREE_COMPLETED:
-            if address in owners:
+            if address in requested:
+                requested.discard(address)
                 builder.complete_free(owners.pop(address))
         elif kind in GIVEN_BACK and (at + 1 == num_events or kinds[at + 1] not in GIVEN_BACK):
             builder.empty_cache()
@@ -246,7 +256,7 @@ class Replayer:
                 if block is not None:
                     allocator.complete_free(block)
             elif kind == FREE_REQUESTED:
-                if address in live:
+                if address in live and live[address].state == IN_USE:
                     allocator.request_free(live[address])
             elif kind in (SEGMENT_ALLOC, SEGMENT_MAP):
                 self._pending.append((address, size))
@@ -263,18 +273,20 @@ class Replayer:
             request = self._requests[size, place] = self.allocator.request(size, known)
         self._unlike_maps = 0
         block = self.allocator.malloc(request)
-        assert block is not None  # nothing limits a replay
         self.placement.checked += 1
+        if block is None:  # no address space is as large as what is asked for
+            self._differs(at, address, -1)
+            return False
         if block.address == address and not self._pending and not self._unlike_maps:
             self.placement.equal += 1
             self._live[address] = block
             return True
-        self._differs(at, address, block)
+        self._differs(at, address, block.address)
         return self._follow(block, address, request)
 
-    def _differs(self, at: int, address: int, block: Block) -> None:
+    def _differs(self, at: int, address: int, simulated: int) -> None:
         if not self.placement.first_difference:
-            where = f"{block.address:#x}" if block.address >= 0 else _("a new segment")
+            where = f"{simulated:#x}" if simulated >= 0 else _("a new segment")
             self.placement.first_difference = _("event {at}: recorded {address:#x}, simulated {where}").format(
                 at=at, address=address, where=where
             )

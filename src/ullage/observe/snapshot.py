@@ -171,7 +171,7 @@ class _Reader:
         end = address
         for block in self._list(entry, "blocks", where):
             end = self._block(memory, layout, end, block)
-        if end != address + total:
+        if end != address + total or not total:
             raise InputError(
                 _("the blocks of the segment at {address:#x} add up to {found}, not to {total} bytes").format(
                     address=address, found=end - address, total=total
