@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.serving import ServingJob
-from ullage.units import GiB
+from ullage.units import GiB, cdiv
 
 
 class Profiled(Frozen):
@@ -127,16 +128,20 @@ def _device_used(setup: Setup, one: Profiled, cache: int) -> Amount:
 
 
 def _kv_cost(setup: Setup, groups: Grouping, size: int) -> KvCost:
-    """Return what a request costs on the fullest rank: slope and fixed part at the asymptote, exact cost by blocks."""
+    """Return what a request costs on the fullest rank: exact by blocks, and slope and fixed part at the asymptote.
 
-    def cost(tokens: int) -> int:
-        return groups.request_blocks(tokens) * size if tokens > 0 else 0
+    The exact cost is what the engine plans with: windows hold all tokens in flight of a prefill. The fixed part is
+    what a request that decodes keeps: windows with one token in flight.
+    """
 
-    step = 1 << 20
-    far = max(setup.job.max_model_len or 1, 4 * step)
+    def cost(tokens: int, of: Grouping = groups) -> int:
+        return of.request_blocks(tokens) * size if tokens > 0 else 0
+
+    growing = [group.spec.block_tokens for group in groups.groups if group.spec.kind in ("full", "latent")]
+    step = math.lcm(*growing, 1) * groups.dcp
+    far = cdiv(max(setup.job.max_model_len or 1, 1 << 22), step) * step
     slope = (cost(far + step) - cost(far)) / step
-    fixed = max(0, int(cost(far) - slope * far))
-    growing = any(group.spec.kind in ("full", "latent") for group in groups.groups)
+    fixed = max(0, int(cost(far, replace(groups, in_flight=1)) - slope * far))
     return KvCost(bytes_per_token=round(slope) if growing else 0, fixed_bytes_per_request=fixed, bytes_of_request=cost)
 
 
