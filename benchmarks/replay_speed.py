@@ -2,8 +2,8 @@
 
     python benchmarks/replay_speed.py [--steps 20] [SNAPSHOT ...]
 
-One core, processor time, the best of several runs; reading the file, undoing it and preparing the work are timed apart. Events are
-those of a recording: an allocation is one, a free is two (requested, completed).
+One core, processor time, the best of several runs; reading the file, undoing it and preparing the work are timed
+apart. Events are those of a recording: an allocation is one, a free is two (requested, completed).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ driver puts a new segment is taken from the recording.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -56,9 +57,58 @@ class Beginning:
     num_inconsistent: int = 0
 
 
+class _MappedRanges:
+    """The mapped ranges of expandable segments, by address, while map events are undone."""
+
+    def __init__(self, final: list[SegmentLayout]) -> None:
+        self._ranges = {one.address: one for one in final if one.expandable}
+        self._bases = sorted(self._ranges)
+
+    def layouts(self) -> list[SegmentLayout]:
+        """Return what is mapped, in order."""
+        return [self._ranges[base] for base in self._bases]
+
+    def _remove(self, base: int) -> SegmentLayout:
+        del self._bases[bisect_left(self._bases, base)]
+        return self._ranges.pop(base)
+
+    def _insert(self, base: int, size: int, place: int, small: bool) -> None:
+        if base not in self._ranges:
+            insort(self._bases, base)
+        self._ranges[base] = SegmentLayout(address=base, size_bytes=size, place=place, small=small, expandable=True)
+
+    def unmap(self, address: int, size: int) -> bool:
+        """Take a range out; tell whether it was mapped."""
+        index = bisect_right(self._bases, address) - 1
+        if index < 0:
+            return False
+        base = self._bases[index]
+        end = base + self._ranges[base].size_bytes
+        if address + size > end:
+            return False
+        whole = self._remove(base)
+        for start, stop in ((base, address), (address + size, end)):
+            if stop > start:
+                self._insert(start, stop - start, whole.place, whole.small)
+        return True
+
+    def map(self, address: int, size: int, place: int) -> None:
+        """Add a range, as part of those of the same place that it touches."""
+        small = size == SMALL_SEGMENT_BYTES  # a page of the small pool; what touches it knows better
+        index = bisect_left(self._bases, address)
+        for base in self._bases[max(0, index - 1) : index + 1]:
+            other = self._ranges[base]
+            touches = base + other.size_bytes == address or base == address + size
+            if touches and other.place == place:
+                self._remove(base)
+                address, size, small = min(address, base), size + other.size_bytes, other.small
+        self._insert(address, size, place, small)
+
+
 @dataclass(kw_only=True)
 class _Undo:
     segments: dict[int, SegmentLayout]
+    mapped: _MappedRanges
     blocks: dict[int, BlockLayout] = field(default_factory=dict)
     guessed: set[int] = field(default_factory=set)
     num_inconsistent: int = 0
@@ -70,7 +120,7 @@ def recover_beginning(final: list[SegmentLayout], recording: Recording, settings
     A block that was freed within the recording is known by what was asked for; its size is that rounded up, and in the
     large pool a rest of at most 1 MiB behind it is its own, because such a rest is never split off.
     """
-    undo = _Undo(segments={one.address: one for one in final})
+    undo = _Undo(segments={one.address: one for one in final if not one.expandable}, mapped=_MappedRanges(final))
     for segment in final:
         undo.blocks.update((block.address, block) for block in segment.blocks)
     for at in range(len(recording) - 1, -1, -1):
@@ -81,7 +131,7 @@ def recover_beginning(final: list[SegmentLayout], recording: Recording, settings
         SegmentLayout(
             address=one.address, size_bytes=one.size_bytes, place=one.place, small=one.small, expandable=one.expandable
         )
-        for one in sorted(undo.segments.values(), key=lambda one: one.address)
+        for one in sorted([*undo.segments.values(), *undo.mapped.layouts()], key=lambda one: one.address)
         if one.size_bytes
     ]
     lost = _distribute(segments, undo.blocks)
@@ -116,40 +166,9 @@ def _undo_event(undo: _Undo, kind: int, address: int, size: int, place: int, set
             address=address, size_bytes=size, place=place, small=size == SMALL_SEGMENT_BYTES
         )
     elif kind == SEGMENT_MAP:
-        undo.num_inconsistent += not unmap_range(undo.segments, address, size)
+        undo.num_inconsistent += not undo.mapped.unmap(address, size)
     elif kind == SEGMENT_UNMAP:
-        map_range(undo.segments, address, size, place)
-
-
-def unmap_range(segments: dict[int, SegmentLayout], address: int, size: int) -> bool:
-    """Take a range out of the mapped ranges; tell whether it was mapped."""
-    base = max((one for one in segments if one <= address), default=None)
-    if base is None or not segments[base].expandable or address + size > base + segments[base].size_bytes:
-        return False
-    whole = segments.pop(base)
-    for start, end in ((base, address), (address + size, base + whole.size_bytes)):
-        if end > start:
-            segments[start] = _mapped(start, end - start, whole.place, whole.small)
-    return True
-
-
-def map_range(segments: dict[int, SegmentLayout], address: int, size: int, place: int) -> None:
-    """Add a mapped range, as part of those of the same place that it touches."""
-    small = size == SMALL_SEGMENT_BYTES  # a small segment is mapped page by page, unlike a large one
-    before = next(
-        (one for one in segments.values() if one.expandable and one.address + one.size_bytes == address), None
-    )
-    after = segments.get(address + size)
-    for other in (before, after):
-        if other is not None and other.expandable and other.place == place:
-            del segments[other.address]
-            address, size = min(address, other.address), size + other.size_bytes
-            small = other.small
-    segments[address] = _mapped(address, size, place, small)
-
-
-def _mapped(address: int, size: int, place: int, small: bool) -> SegmentLayout:
-    return SegmentLayout(address=address, size_bytes=size, place=place, small=small, expandable=True)
+        undo.mapped.map(address, size, place)
 
 
 def _distribute(segments: list[SegmentLayout], blocks: dict[int, BlockLayout]) -> int:

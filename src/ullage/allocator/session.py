@@ -131,25 +131,7 @@ def replay_device(
     checked = _check(snapshot, memory)
     result = _as_recorded(memory, checked)
     if settings is not None or capacity_bytes is not None:
-        asked = (
-            checked.settings
-            if settings is None
-            else replace(
-                settings, padding_bytes=checked.settings.padding_bytes, alignment_bytes=checked.settings.alignment_bytes
-            )
-        )
-        _use(
-            result,
-            run_workload(
-                checked.work, asked, afresh=settings is not None, capacity_bytes=capacity_bytes, total_bytes=total_bytes
-            ),
-        )
-        if settings is not None and checked.work.num_initial:
-            result.warnings.append(
-                _(
-                    "{count} blocks are older than the recording; they are allocated anew, in the order of addresses"
-                ).format(count=checked.work.num_initial)
-            )
+        _run_asked(result, checked, settings, capacity_bytes, total_bytes)
     if what_if:
         work, recorded = checked.work, checked.settings
         kept = run_workload(work, recorded, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
@@ -157,6 +139,28 @@ def replay_device(
             work, recorded, kept, capacity_bytes=capacity_bytes, total_bytes=total_bytes, version=version
         )
     return result
+
+
+def _run_asked(
+    result: Replay,
+    checked: _Checked,
+    settings: AllocatorSettings | None,
+    capacity_bytes: int | None,
+    total_bytes: int | None,
+) -> None:
+    """Put the figures of a run under other settings or a capacity in the place of the recorded ones."""
+    recorded, work = checked.settings, checked.work
+    asked = recorded
+    if settings is not None:
+        asked = replace(settings, padding_bytes=recorded.padding_bytes, alignment_bytes=recorded.alignment_bytes)
+    afresh = settings is not None
+    _use(result, run_workload(work, asked, afresh=afresh, capacity_bytes=capacity_bytes, total_bytes=total_bytes))
+    if afresh and work.num_initial:
+        result.warnings.append(
+            _("{count} blocks are older than the recording; they are allocated anew, in the order of addresses").format(
+                count=work.num_initial
+            )
+        )
 
 
 def _check(snapshot: Snapshot, memory: DeviceMemory) -> _Checked:

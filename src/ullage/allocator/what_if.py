@@ -81,19 +81,24 @@ def compare(
     result = Comparison(
         baseline=baseline, disturbance_bytes=abs(baseline.peak_reserved_bytes - kept.peak_reserved_bytes)
     )
-    texts = [*candidates, *(FRACTION_CANDIDATES if total_bytes or capacity_bytes else ())]
-    for text in texts:
-        try:
-            settings = parse_settings(text, version=version)
-        except InputError:
-            continue
-        if settings.text != recorded.text:
+    with_fraction = FRACTION_CANDIDATES if total_bytes or capacity_bytes else ()
+    for text in [*candidates, *with_fraction]:
+        settings = _legal(text, version)
+        if settings is not None and settings.text != recorded.text:
             result.outcomes.append(
                 run(replace(settings, padding_bytes=recorded.padding_bytes, alignment_bytes=recorded.alignment_bytes))
             )
     result.outcomes.sort(key=_rank)
     result.better = [outcome for outcome in result.outcomes if _worth_it(result, outcome)]
     return result
+
+
+def _legal(text: str, version: tuple[int, int]) -> AllocatorSettings | None:
+    """Return the settings, ``None`` when a version does not take them."""
+    try:
+        return parse_settings(text, version=version)
+    except InputError:
+        return None
 
 
 def _rank(outcome: Outcome) -> tuple[bool, int, int, int]:
