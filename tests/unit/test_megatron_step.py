@@ -12,6 +12,7 @@ from ullage.engines.megatron.params import RankTensor, buffer_elements
 from ullage.errors import InputError, LayoutError
 from ullage.read.machine import parse_machine
 from ullage.read.megatron_args import job_from_megatron_args
+from ullage.spec.training import Lora
 from ullage.units import MiB
 
 GPT = {
@@ -270,3 +271,34 @@ def test_dualpipe_holds_both_ends_and_dualpipev_folds_them():
     single = {rank.pp_rank: rank for rank in megatron.step(both).ranks}
     twice = {rank.pp_rank: rank for rank in megatron.step(dual).ranks}
     assert term(twice[1].after_step, "weights") == term(single[1].after_step, "weights") * 2
+
+
+def test_adapters_are_all_that_is_trained():
+    both = replace(job(), lora=Lora(rank=8, targets=("all-linear",)), method="lora")
+    after = only(megatron.step(both)).after_step
+    pairs = 12 * 8 * ((1536 + 512) + (512 + 512) + (2048 + 512) * 2)  # r (rows + columns) of qkv, proj, fc1, fc2
+    assert term(after, "weights") == 2 * (P + pairs)
+    assert term(after, "gradients") == 4 * pairs
+    assert term(after, "optimizer_moments") == 8 * pairs
+
+
+def test_uniform_recompute_groups_all_layers():
+    full = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 4}
+    loss = next(m for m in only(megatron.step(job(full))).moments if m.moment == "loss")
+    assert term(loss, "checkpoints") == 3 * 2 * 4096 * 512
+    block = {"recompute-granularity": "full", "recompute-method": "block", "recompute-num-layers": 4}
+    loss = next(m for m in only(megatron.step(job(block))).moments if m.moment == "loss")
+    assert term(loss, "checkpoints") == 4 * 2 * 4096 * 512
+    assert term(loss, "softmax") == 8 * 2 * 4 * 8 * 1024 * 1024
+
+
+def test_head_backward_is_the_peak_where_the_loss_works_in_place():
+    flags = {
+        "cross-entropy-loss-fusion": True,
+        "cross-entropy-fusion-impl": "te",
+        "untie-embeddings-and-output-weights": True,
+    }
+    rank = only(megatron.step(job(flags)))
+    head = next(m for m in rank.moments if m.moment == "head backward")
+    assert term(head, "head_backward") == 2 * (4096 * 50304 + 50304 * 512 + 4096 * 512)
+    assert rank.peak.moment == "head backward"

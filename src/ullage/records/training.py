@@ -264,6 +264,10 @@ def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     flags = []
     if "fused kernels for RMSNorm, RoPE" in said:
         flags.append(("fused_kernels", "rms_norm,rope"))
+    if "implementation: TE" in said:
+        flags.append(("cross-entropy-fusion-impl", "te"))
+    if "expert capacity factor 1, padded" in said:
+        flags += [("moe-expert-capacity-factor", "1"), ("moe-pad-expert-input-to-capacity", "true")]
     if "cut cross entropy" in said:
         flags.append(("fused_kernels", ""))  # the loss alone is fused
     if "dropout (0.1 assumed)" in said:

@@ -13,6 +13,8 @@ from ullage.engines.megatron.defaults import VERSIONS, resolve
 from ullage.engines.megatron.moments import rank_of
 from ullage.engines.megatron.shape import sizes_of
 from ullage.engines.training import TrainingStep
+from ullage.i18n import _
+from ullage.spec.model import MoEFFN
 from ullage.spec.training import TrainingJob
 
 __all__ = ["VERSIONS", "step"]
@@ -24,6 +26,7 @@ def step(job: TrainingJob) -> TrainingStep:
     Raises:
         LayoutError: sizes that do not divide the model or the GPUs. UnknownArchitectureError: a part without a table.
     """
+    job, assumed_tensor = _expert_tensor(job)
     settings, assumed = resolve(job)
     groups, sizes = layout.groups(job), sizes_of(job, settings)
     stages = layout.chunks(job, settings)
@@ -36,5 +39,18 @@ def step(job: TrainingJob) -> TrainingStep:
         )
         ranks.append(rank_of(job, settings, parts, groups, sizes, first_rank=first))
     ranks.sort(key=lambda rank: -rank.peak.device_used.bytes)
-    filled = replace(job, assumed=(*job.assumed, *assumed))
+    filled = replace(job, assumed=(*job.assumed, *assumed_tensor, *assumed))
     return TrainingStep(job=filled, ranks=tuple(ranks))
+
+
+def _expert_tensor(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
+    """Without a command line experts are taken as whole: recipes for many small experts divide them by EP alone.
+
+    On a command line the default is the tensor-parallel size, which the reader fills in.
+    """
+    parallel = job.parallel
+    if parallel.expert_tensor_parallel_size is not None or parallel.tensor_parallel_size == 1:
+        return job, ()
+    filled = replace(job, parallel=replace(parallel, expert_tensor_parallel_size=1))
+    has_experts = any(isinstance(block, MoEFFN) for layer in job.model.layers for block in layer.ffns)
+    return filled, (_("expert tensor parallel size: 1"),) if has_experts else ()

@@ -48,8 +48,9 @@ def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk)
     stream = tensor_bytes(sizes.stream_tokens * model.hidden_size, job.precision.compute)
     if recompute.kind == "full":
         number = len(chunk.layers)
-        every = max(1, recompute.every)
-        checked = number if recompute.num_layers is None else min(number, recompute.num_layers)
+        uniform = recompute.method == "uniform"
+        every = max(1, recompute.num_layers or recompute.every) if uniform else max(1, recompute.every)
+        checked = number if uniform or recompute.num_layers is None else min(number, recompute.num_layers)
         parts.append(
             exact(
                 "checkpoints", -(-checked // every) * stream, formula=f"{-(-checked // every)} x n*h", source=CHECKPOINT

@@ -115,15 +115,10 @@ def _dispatcher(flags: dict[str, str], native: bool) -> Literal["alltoall", "all
 
 
 def _fused_loss(job: TrainingJob, flags: dict[str, str]) -> Literal["native", "te"] | None:
-    """``--cross-entropy-loss-fusion`` is native unless ``--cross-entropy-fusion-impl te`` is given.
-
-    Without a command line a fused loss is taken as Transformer Engine's, the one that saves memory.
-    """
+    """``--cross-entropy-loss-fusion`` is native unless ``--cross-entropy-fusion-impl te`` is given."""
     if job.loss not in ("fused", "liger", "chunked"):
         return None
-    if flags.get("native") == "true":
-        return "te" if flags.get("cross-entropy-fusion-impl") == "te" else "native"
-    return "te"
+    return "te" if flags.get("cross-entropy-fusion-impl") == "te" else "native"
 
 
 def _fused_activation(job: TrainingJob, on: set[str]) -> bool:

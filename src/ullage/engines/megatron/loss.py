@@ -52,7 +52,7 @@ def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
         return ranged(
             "logits_and_loss",
             peak,
-            low=peak - 4 * elements,
+            low=peak - 4 * elements if settings.flags.get("native") == "true" else width * elements,
             high=peak + 4 * elements,
             formula="(2+4+4)*T*V/t",
             source=NATIVE,
@@ -63,13 +63,15 @@ def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
 def head_backward(job: TrainingJob, sizes: Sizes) -> Term:
     """The output layer's backward: gradient of the logits, of the weight and of its input.
 
-    Formula: 2 * (T*V/t + V/t*h + T*h). With fused accumulation the weight's gradient is an empty tensor of its size.
+    Formula: 2 * (T*V/t + V/t*h + T*h); a frozen head's weight has none. With fused accumulation the weight's gradient
+        is an empty tensor of its size.
     Source: Megatron-LM@adc69db:megatron/core/tensor_parallel/layers.py:
         LinearWithGradAccumulationAndAsyncCommunication.backward.
     """
     hidden = job.model.hidden_size
     rows = -(-job.model.vocab_size // sizes.tensor)
-    elements = logits_elements(job, sizes) + rows * hidden + sizes.decoder().tokens * hidden
+    weight = 0 if job.lora is not None else rows * hidden
+    elements = logits_elements(job, sizes) + weight + sizes.decoder().tokens * hidden
     return exact(
         "head_backward",
         tensor_bytes(elements, job.precision.compute),

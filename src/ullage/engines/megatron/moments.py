@@ -174,6 +174,6 @@ def _ledger(job: TrainingJob, rank: int, moment: str, terms: tuple[Term, ...]) -
         rank=rank,
         moment=moment,
         allocated=allocated,
-        reserved_overhead=fragmentation(allocated),
+        reserved_overhead=fragmentation(job, allocated),
         outside=outside(job),
     )

@@ -7,11 +7,20 @@ from ullage.spec.training import TrainingJob
 from ullage.units import GiB
 
 
-def fragmentation(allocated: Term) -> Term:
-    """Reserved beyond allocated: 6 % of reserved by SimuMax's rule, 0 to 12 %.
+def fragmentation(job: TrainingJob, allocated: Term) -> Term:
+    """Reserved beyond allocated: 6 % of reserved by SimuMax's rule, 0 to 12 %; expandable segments 0 to 6 %.
 
     Source: SimuMax@v1.2:simumax/core/perf_llm.py (peak / 0.94).
     """
+    if "expandable_segments:True" in job.alloc_conf:
+        return ranged(
+            "fragmentation",
+            0,
+            low=0,
+            high=allocated.high_bytes * 6 // 94,
+            formula="expandable segments",
+            source="pytorch@2.9:c10/cuda/CUDACachingAllocator.cpp:ExpandableSegment",
+        )
     return ranged(
         "fragmentation",
         allocated.bytes * 6 // 94,

@@ -136,6 +136,22 @@ def _merge(tensors: list[RankTensor]) -> list[RankTensor]:
     return list(merged.values())
 
 
+def adapters(job: TrainingJob, tensors: list[RankTensor]) -> list[RankTensor]:
+    """The trained pairs beside frozen weights: r x columns and rows x r for every linear weight on the rank.
+
+    Formula: r * (rows + columns) of the rank's share; routers and heads have none.
+    Source: arXiv:2106.09685 section 4.1.
+    """
+    rank = job.lora.rank if job.lora is not None else 0
+    found = []
+    for tensor in tensors:
+        if tensor.linear and ".gate." not in tensor.name and rank:
+            rows, columns = tensor.shape
+            for name, shape in (("lora_a", (rank, columns)), ("lora_b", (rows, rank))):
+                found.append(replace(tensor, name=f"{tensor.name}.{name}", shape=shape))
+    return found
+
+
 def buffer_elements(tensors: list[RankTensor], *, data: int, distributed: bool, bucket: int | None) -> int:
     """Elements of a parameter or gradient buffer, padding included.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
-from ullage.engines.megatron.params import RankTensor, buffer_elements, chunk_tensors
+from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors
 from ullage.frozen import Frozen
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec.training import TrainingJob
@@ -39,12 +39,13 @@ class States(Frozen):
 
 
 class _Part(Frozen):
-    """Dense or expert parameters of one chunk: elements, elements in buffers, elements of one optimizer shard."""
+    """Dense or expert parameters of one chunk: elements, in buffers, of one optimizer shard, frozen beside them."""
 
     elements: int
     buffered: int
     shard: int
     tensors: tuple[RankTensor, ...]
+    frozen: int = 0
 
 
 def states(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Groups) -> States:
@@ -73,6 +74,9 @@ def _parts(job: TrainingJob, settings: Settings, chunk: Chunk, sizes: Groups) ->
         own = [tensor for tensor in tensors if tensor.expert is expert]
         if not own:
             continue
+        frozen = 0
+        if job.lora is not None:
+            frozen, own = sum(tensor.num_elements for tensor in own), adapters(job, own)
         bucket = None
         if settings.overlap_grad_reduce and chunk.pp_rank == 0 and chunk.virtual == 0:
             bucket = settings.count("ddp-bucket-size", 0) or max(40_000_000, 1_000_000 * ranks)
@@ -84,6 +88,7 @@ def _parts(job: TrainingJob, settings: Settings, chunk: Chunk, sizes: Groups) ->
                 buffered=buffered,
                 shard=_shard(job, settings, own, buffered, share),
                 tensors=tuple(own),
+                frozen=frozen,
             )
         )
     return found
@@ -105,7 +110,7 @@ def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
     Formula: P * bytes, padded to buckets with the distributed optimizer.
     Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer (param_data).
     """
-    elements = sum(part.buffered for part in parts)
+    elements = sum(part.buffered + part.frozen for part in parts)
     if job.parallel.zero_stage == 3:
         return exact(
             "weights",
