@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ullage.account.timeline import Buffer, Timeline
 from ullage.units import cdiv
@@ -263,4 +264,28 @@ class Replicated:
         self._reduced.clear()
 
 
-Sharder = Fsdp1 | Fsdp2 | Replicated
+class Sharder(Protocol):
+    """What a walk asks of the way parameters and gradients are spread."""
+
+    sharded_grads: list[Buffer]
+
+    def gather(self, group: Group) -> None:
+        """Start a gather ahead of its use."""
+
+    def unshard(self, group: Group, *, forward: bool) -> None:
+        """Have the parameters of a unit whole."""
+
+    def reshard(self, group: Group) -> None:
+        """Let them go."""
+
+    def end_forward(self) -> None:
+        """The forward pass is over."""
+
+    def reduce(self, group: Group, grads: Sequence[Buffer]) -> None:
+        """Take over the gradients of a unit."""
+
+    def end_backward(self) -> None:
+        """The backward pass is over."""
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""

@@ -35,6 +35,7 @@ class LossPlan:
         num_chunks: for the chunked kinds.
         logits_held: the caller keeps the logits until the next forward pass has made new ones.
         upcast: the model returns fp32 logits (Transformers before 4.45 and with labels).
+        returned: the model's output object holds the logits until the step is over (Transformers).
         shift_copies: Transformers' shifted contiguous copy of the fp32 logits.
     """
 
@@ -49,6 +50,7 @@ class LossPlan:
     logits_held: bool = False
     upcast: bool = False
     shift_copies: bool = False
+    returned: bool = False
 
 
 @dataclass
@@ -125,7 +127,7 @@ def _plain_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits:
     state.buffers["log_softmax"] = timeline.take("logits", wide)
     timeline.drop(inputs)
     timeline.drop(fp32)
-    if plan.logits_held or plan.upcast:
+    if plan.logits_held or plan.returned:
         state.held.append(logits)
     else:
         timeline.drop(logits)

@@ -11,7 +11,7 @@ from ullage.spec.machine import Gpu
 from ullage.units import GiB, KiB, MiB
 
 #: Terms that follow from shapes and layout alone.
-EXACT = frozenset(("weights", "gradients", "optimizer_states", "buffers"))
+EXACT = frozenset(("weights", "master_weights", "gradients", "optimizer_states", "buffers"))
 _FORMULAS = {
     "weights": "shard of the parameters, in the dtype they are stored in",
     "gradients": "sharded gradients",
@@ -39,6 +39,7 @@ class Doubt:
     Attributes:
         modelled: share of a modelled term by which it may be lower or higher.
         reserved: share of the allocated peak by which fragmentation may be higher than walked.
+        setup_bytes: segments that loading and wrapping may leave beyond what is walked.
         shift_low_bytes, shift_high_bytes: further known uncertainty (a version or a setting that is not known).
     """
 
@@ -46,6 +47,7 @@ class Doubt:
     reserved: float = 0.05
     shift_low_bytes: int = 0
     shift_high_bytes: int = 0
+    setup_bytes: int = 0
 
 
 def _term(category: str, num_bytes: int, doubt: Doubt, source: str) -> Term:
@@ -88,7 +90,7 @@ def ledger_of(
         "reserved_overhead",
         overhead,
         low=max(0, int(overhead * 0.7) - 64 * MiB),
-        high=int(overhead + doubt.reserved * moment.peak_bytes) + 256 * MiB,
+        high=int(overhead + doubt.reserved * moment.peak_bytes) + 256 * MiB + doubt.setup_bytes,
         formula="pools of each stream laid out block by block",
         source="torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp",
     )

@@ -40,6 +40,7 @@ class StepPlan:
         clip_work: temporaries of gradient clipping.
         num_micro_batches: forward and backward passes walked per step (more repeat).
         in_flight: forward passes before the first backward (pipeline).
+        setup: buffers made and freed once the weights but the last are there (wrapping the root).
         grads_freed_before_forward: zero_grad at the start of a step instead of after it.
         persistent: further buffers that stay.
     """
@@ -57,6 +58,7 @@ class StepPlan:
     clip_work: tuple[int, ...] = ()
     num_micro_batches: int = 1
     in_flight: int = 1
+    setup: tuple[int, ...] = ()
     grads_freed_before_forward: bool = True
     input_grads: bool = True
 
@@ -78,7 +80,11 @@ class Walk:
         self.states: list[Buffer] = []
         self.held: list[Buffer] = []
         timeline.begin("start")
-        for category, size in plan.weights:
+        for category, size in plan.weights[:-1]:
+            timeline.take(category, size)
+        for size in plan.setup:
+            timeline.brief("temporaries", size)
+        for category, size in plan.weights[-1:]:
             timeline.take(category, size)
 
     def step(self) -> None:

@@ -1,0 +1,224 @@
+"""A Transformers model under FSDP as a plan of one rank's step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ullage.account.activations.blocks import Builder, Style, Training
+from ullage.account.activations.decoder import Slice, decoder_graph
+from ullage.account.activations.graph import Checkpoint, Graph
+from ullage.account.fsdp import Group
+from ullage.account.parameters import Parameter, Role
+from ullage.engines.sharded.groups import frame_parameters, of_layer
+from ullage.engines.sharded.loss import LossKind, LossPlan
+from ullage.engines.sharded.walk import Block, StepPlan
+from ullage.spec.training import Lora, TrainingJob
+from ullage.units import cdiv, dtype_bytes
+
+_DATE = re.compile(r"20\d\d-\d\d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What differs by the date of the libraries.
+
+    Attributes:
+        upcast_logits: the model returns fp32 logits and the loss makes a shifted copy (Transformers before 4.45,
+            2024-09); since, the loss upcasts and shifts the labels. Source: transformers@4.38.2 and @4.46.0:
+            models/llama/modeling_llama.py:LlamaForCausalLM.forward, loss/loss_utils.py:ForCausalLMLoss.
+        keeps_frozen_inputs: bitsandbytes' 4-bit product keeps its input (until 0.44, 2024-09).
+    """
+
+    upcast_logits: bool
+    keeps_frozen_inputs: bool
+
+
+def rules_of(version: str) -> Rules:
+    """Return the rules of a version that names a date; the newest without one."""
+    found = _DATE.search(version)
+    old = found is not None and found.group() < "2024-09"
+    return Rules(upcast_logits=old, keeps_frozen_inputs=old)
+
+
+def lora_of(job: TrainingJob) -> Lora | None:
+    """The adapters, if the job has any."""
+    return job.lora if job.method in ("lora", "qlora", "dora") else None
+
+
+def style_of(job: TrainingJob, rules: Rules) -> Style:
+    """The implementation of a block as Transformers writes it."""
+    return Style(
+        norm="fused" if job.compile else "native",
+        rope="fused" if job.compile else "halves",
+        repeat_kv=True,
+        scores=job.attention in ("eager", "unfused"),
+        linear_weight_copy_bytes=2 if job.base_quantization else 0,
+        keeps_frozen_inputs=bool(job.base_quantization) and rules.keeps_frozen_inputs,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes of parameters as stored in a shard, gathered, and reduced."""
+
+    stored: int
+    gathered: int
+    reduced: int
+
+
+def sizes_of(job: TrainingJob) -> Sizes:
+    """Parameters are gathered in the compute dtype; gradients are reduced in theirs."""
+    stored = 2 if job.base_quantization else int(dtype_bytes(job.precision.params))
+    return Sizes(stored=stored, gathered=2, reduced=int(dtype_bytes(job.precision.grads)))
+
+
+def packed_bytes(num_elements: int) -> int:
+    """4-bit values packed two to a byte: what FSDP sees of a quantised weight."""
+    return cdiv(num_elements, 2)
+
+
+def quantisation_state_bytes(num_elements: int) -> int:
+    """Scales of a 4-bit weight, which FSDP does not shard: n/64 bytes, and 4 bytes per 256 of them.
+
+    Source: bitsandbytes@0.42.0:bitsandbytes/functional.py:quantize_4bit (compress_statistics).
+    """
+    scales = cdiv(num_elements, 64)
+    return scales + 4 * cdiv(scales, 256)
+
+
+def base_group(job: TrainingJob, name: str, parameters: list[Parameter], *, root: bool = False) -> Group:
+    """The unit of a block's (or the root's) own parameters."""
+    ranks, sizes = num_ranks(job), sizes_of(job)
+    gathered, stored, trained = [], 0, 0
+    frozen = lora_of(job) is not None
+    for one in parameters:
+        count = math.prod(one.shape) * one.copies
+        packed = bool(job.base_quantization) and one.role in (Role.LINEAR, Role.EXPERT)
+        gathered.append(packed_bytes(count) if packed else count * sizes.gathered)
+        stored += cdiv(packed_bytes(count) if packed else count * sizes.stored, ranks)
+        trained += 0 if frozen else count
+    return Group(
+        name=name,
+        gathered_bytes=tuple(gathered),
+        stored_bytes=stored,
+        trained_gathered_bytes=trained * sizes.gathered,
+        reduced_bytes=trained * sizes.reduced,
+        num_ranks=ranks,
+        reshard_after_forward=not root and job.parallel.fsdp != "shard_grad_op",
+    )
+
+
+def num_ranks(job: TrainingJob) -> int:
+    """Ranks that share a parameter."""
+    parallel = job.parallel
+    if parallel.fsdp is None:
+        return 1
+    return parallel.shard_group_size or parallel.data_parallel_size * parallel.context_parallel_size
+
+
+def adapter_group(job: TrainingJob, index: int, num_elements: int) -> tuple[Group, ...]:
+    """The unit of a block's adapters (in truth one for each small matrix)."""
+    if not num_elements:
+        return ()
+    ranks = num_ranks(job)
+    return (
+        Group(
+            name=f"adapters {index}",
+            gathered_bytes=(2 * num_elements,),
+            stored_bytes=2 * cdiv(num_elements, ranks),
+            trained_gathered_bytes=2 * num_elements,
+            reduced_bytes=2 * num_elements,
+            num_ranks=ranks,
+            reshard_after_forward=job.parallel.fsdp != "shard_grad_op",
+        ),
+    )
+
+
+def plan_of(
+    job: TrainingJob, rules: Rules, *, style: Style | None = None, loss: Callable[[LossPlan], LossPlan] | None = None
+) -> StepPlan:
+    """Return the plan of a rank; another ``style`` and ``loss`` where the model is not Transformers'."""
+    model, lora = job.model, lora_of(job)
+    training = Training(base=lora is None, lora=lora)
+    style = style or style_of(job, rules)
+    slice_ = Slice(batch=job.micro_batch_size, seq_len=cdiv(job.seq_len, job.parallel.context_parallel_size))
+    blocks, weights = [], []
+    for index, layer in enumerate(model.layers):
+        graph = decoder_graph(layer, model.hidden_size, slice_, style, training)
+        parameters = list(of_layer(model, index))
+        group = base_group(job, f"layer {index}", parameters)
+        added = 0 if lora is None else sum(op.weight_grad_bytes for op in graph.ops) // style.grad_bytes
+        more = adapter_group(job, index, added)
+        blocks.append(Block(graph=graph, group=group, more=more, checkpoint=_checkpoint(job, index)))
+        weights += _weights(job, group, parameters)
+        weights += [("weights", one.stored_bytes) for one in more if not _offloaded(job)]
+    frame = [one for _section, one in frame_parameters(model)]
+    root = base_group(job, "root", frame, root=True)
+    weights += _weights(job, root, [])
+    groups = [one for block in blocks for one in (block.group, *block.more)] + [root]
+    trained = [group for group in groups if group.reduced_bytes]
+    moments = int(dtype_bytes(job.precision.moments))
+    states = tuple(2 * moments * cdiv(group.trained_gathered_bytes // 2, group.num_ranks) for group in trained)
+    offloaded = _offloaded(job) or ("optimizer", "cpu") in job.offload
+    last = hf_loss(job, rules, style, training, slice_)
+    foreach = job.optimizer_impl in (None, "foreach") and not offloaded
+    return StepPlan(
+        blocks=tuple(blocks),
+        front=root,
+        back=root,
+        hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
+        embedding_grad_bytes=math.prod(frame[0].shape) * 2 if lora is None else 0,
+        loss=loss(last) if loss else last,
+        weights=tuple(weights),
+        setup=(2 * sum(root.gathered_bytes),),
+        state_bytes=() if offloaded or job.optimizer == "sgd" else states,
+        step_work=tuple(cdiv(group.reduced_bytes, group.num_ranks) for group in trained) if foreach else (),
+        num_micro_batches=job.grad_accum,
+        grads_freed_before_forward=False,
+        input_grads=True,
+    )
+
+
+def _offloaded(job: TrainingJob) -> bool:
+    return ("params", "cpu") in job.offload
+
+
+def _checkpoint(job: TrainingJob, index: int) -> Checkpoint | None:
+    if job.recompute.kind in ("full", "selective") and index % job.recompute.every == 0:
+        return Checkpoint(fused=job.compile)
+    return None
+
+
+def _weights(job: TrainingJob, group: Group, parameters: list[Parameter]) -> list[tuple[str, int]]:
+    """What stays on the device of a unit: its shard, and the scales of quantised weights."""
+    found = [] if _offloaded(job) else [("weights", group.stored_bytes)]
+    if job.base_quantization:
+        linear = [one for one in parameters if one.role in (Role.LINEAR, Role.EXPERT)]
+        found += [("weights", quantisation_state_bytes(math.prod(one.shape) * one.copies)) for one in linear]
+    return found
+
+
+def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, slice_: Slice) -> LossPlan:
+    """Final norm, head and loss as Transformers writes them; the head is not quantised."""
+    model, hidden = job.model, slice_.num_tokens * job.model.hidden_size * style.element_bytes
+    plain = Style(norm=style.norm, rope=style.rope)
+    norm = Builder(style=plain, training=training, num_tokens=slice_.num_tokens)
+    norm.norm("normed", "x", model.hidden_size)
+    head = Builder(style=plain, training=training, num_tokens=slice_.num_tokens)
+    head.linear("logits", "x", model.hidden_size, model.vocab_size, names=("lm_head",))
+    kinds: dict[str | None, LossKind] = {"chunked": "chunked", "fused": "fused", "liger": "fused"}
+    return LossPlan(
+        kind=kinds.get(job.loss, "plain"),
+        norm=Graph(ops=tuple(norm.ops), input_bytes=hidden),
+        head=Graph(ops=tuple(head.ops), input_bytes=hidden),
+        num_tokens=slice_.num_tokens,
+        vocab=model.vocab_size,
+        element_bytes=style.element_bytes,
+        num_chunks=8,
+        upcast=rules.upcast_logits,
+        shift_copies=rules.upcast_logits,
+        returned=True,
+    )

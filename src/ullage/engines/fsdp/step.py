@@ -1,0 +1,72 @@
+"""A step under FSDP1 or FSDP2: defaults filled in, one rank walked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
+from ullage.account.pools import Allocator
+from ullage.account.timeline import Timeline
+from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
+from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
+from ullage.engines.sharded.walk import Walk
+from ullage.engines.training import TrainingStep
+from ullage.i18n import _
+from ullage.spec.training import TrainingJob
+from ullage.units import MiB
+
+VERSIONS = ("torch 2.2", "torch 2.13")
+#: Buckets in which FSDP1 broadcasts a unit's parameters when it wraps it.
+#: Source: torch@2.2.0:torch/distributed/utils.py:_sync_params_and_buffers (250 MiB).
+BROADCAST_BUCKET = 250 * MiB
+#: What a context leaves of the card to the allocator is judged with this much taken.
+CONTEXT_BYTES = 600 * MiB
+
+
+def step(job: TrainingJob) -> TrainingStep:
+    """Walk one step of a job under FSDP."""
+    assumed: list[str] = []
+    parallel = job.parallel
+    if parallel.fsdp is None and parallel.zero_stage == 0 and parallel.data_parallel_size > 1:
+        job = replace(job, parallel=replace(parallel, fsdp="full_shard"))
+        assumed.append(_("how FSDP shards is not given: parameters, gradients and states (full_shard)"))
+    rules = rules_of(job.engine_version)
+    plan = plan_of(job, rules)
+    limit = job.machine.gpu.total_bytes - CONTEXT_BYTES
+    timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower(), limit_bytes=limit))
+    walk = Walk(plan, timeline, _sharder(job, timeline))
+    for _number in range(3):
+        walk.step()
+    offloaded = ("params", "cpu") in job.offload
+    rank = rank_of(
+        timeline,
+        Doubt(setup_bytes=sum(plan.setup) + BROADCAST_BUCKET, shift_low_bytes=_loss_unknown(job, timeline)),
+        rank=0,
+        num_ranks=job.machine.num_gpus,
+        pp_rank=0,
+        num_gpus=job.machine.num_gpus,
+        source="torch@2.13.0:torch/distributed/fsdp",
+        workspace_bytes=workspace_of(job.machine.gpu),
+        host_bytes=sum(block.group.stored_bytes for block in plan.blocks) if offloaded else 0,
+    )
+    return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
+
+
+def _loss_unknown(job: TrainingJob, timeline: Timeline) -> int:
+    """What a fused or chunked loss would save, where neither the job nor a known script says which loss runs."""
+    if job.loss is not None or "fsdp_qlora" in job.engine_version:
+        return 0
+    other = replace(job, loss="fused")
+    walked = Timeline(Allocator())
+    walk = Walk(plan_of(other, rules_of(job.engine_version)), walked, _sharder(job, walked))
+    walk.step()
+    walk.step()
+    saved = max(moment.peak_bytes for moment in timeline.moments) - max(one.peak_bytes for one in walked.moments)
+    return max(0, saved)
+
+
+def _sharder(job: TrainingJob, timeline: Timeline) -> Sharder:
+    if num_ranks(job) == 1:
+        return Replicated(timeline)
+    offload = ("params", "cpu") in job.offload
+    return Fsdp1(timeline, offload=offload) if job.engine == "fsdp1" else Fsdp2(timeline, offload=offload)

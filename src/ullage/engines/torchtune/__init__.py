@@ -1,0 +1,5 @@
+"""torchtune: one device or FSDP2, adapters, NF4 bases, the output in chunks."""
+
+from ullage.engines.torchtune.step import VERSIONS, step
+
+__all__ = ["VERSIONS", "step"]
