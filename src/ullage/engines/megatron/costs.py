@@ -41,8 +41,6 @@ class ChunkCost(Frozen):
 def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk) -> ChunkCost:
     """Add up a chunk's layers under the job's recompute."""
     model, recompute = job.model, job.recompute
-    full_layers = [_full_bytes(job, settings, sizes, model.layers[index]) for index in chunk.layers]
-    mtp = [_full_bytes(job, settings, sizes, module.layer) for module in model.mtp] if chunk.mtp else []
     parts: list[Term] = []
     rebuilt = 0
     stream = tensor_bytes(sizes.stream_tokens * model.hidden_size, job.precision.compute)
@@ -56,20 +54,21 @@ def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk)
                 "checkpoints", -(-checked // every) * stream, formula=f"{-(-checked // every)} x n*h", source=CHECKPOINT
             )
         )
-        rebuilt = max((sum(full_layers[at : at + every]) for at in range(0, checked, every)), default=0)
+        rebuilt = _rebuilt(job, settings, sizes, [model.layers[index] for index in chunk.layers[:checked]], every)
         rest = chunk.layers[checked:]
     else:
         rest = chunk.layers
     parts += _layer_terms(job, settings, sizes, [model.layers[index] for index in rest])
     parts.append(_placed(job, settings, sizes, [model.layers[index] for index in rest]))
-    if mtp:
+    if chunk.mtp and model.mtp:
         parts += _mtp_terms(job, settings, sizes)
     if chunk.head:
         parts.append(exact("head_saved", head_saved_bytes(job, sizes), formula="2*n*h"))
     if chunk.embedding and settings.hidden_dropout:
         mask = sizes.stream_tokens * model.hidden_size
         parts.append(exact("embedding_dropout_mask", mask, formula="n*h"))
-    transient = [_transient(job, settings, sizes, model.layers[index]) for index in chunk.layers] or [(0, 0)]
+    kinds = {id(layer): layer for layer in (model.layers[index] for index in chunk.layers)}
+    transient = [_transient(job, settings, sizes, layer) for layer in kinds.values()] or [(0, 0)]
     return ChunkCost(
         saved=total("activations", parts),
         forward_bytes=max(forward for forward, _back in transient),
@@ -77,6 +76,14 @@ def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk)
         rebuilt_bytes=rebuilt,
         head=chunk.head,
     )
+
+
+def _rebuilt(job: TrainingJob, settings: Settings, sizes: Sizes, layers: list[Layer], every: int) -> int:
+    """The fullest group of ``every`` layers, all of whose activations backward builds at once."""
+    kinds = {id(layer): layer for layer in layers}
+    full = {key: _full_bytes(job, settings, sizes, layer) for key, layer in kinds.items()}
+    each = [full[id(layer)] for layer in layers]
+    return max((sum(each[at : at + every]) for at in range(0, len(each), every)), default=0)
 
 
 def _full_bytes(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer) -> int:

@@ -12,7 +12,7 @@ from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.loss import batch_bytes, deferred_bytes, head_backward, loss_peak
 from ullage.engines.megatron.outside import fragmentation, outside
 from ullage.engines.megatron.shape import Sizes
-from ullage.engines.megatron.states import States, states
+from ullage.engines.megatron.states import States, gathered, states
 from ullage.engines.training import TrainingRank
 from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
@@ -38,7 +38,7 @@ def rank_of(
     held = states(job, settings, parts, groups)
     persistent = buffers(job, settings, parts, sizes, held.tensors)
     after = _ledger(job, first_rank, "after step", (*held.terms, *persistent))
-    resident = _resident(job, settings, sizes, parts, persistent)
+    resident = (*_resident(job, settings, sizes, parts, persistent), gathered(job, parts, groups))
     costs = tuple(chunk_cost(job, settings, sizes, chunk) for chunk in parts)
     found = [
         _ledger(

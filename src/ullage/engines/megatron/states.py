@@ -5,10 +5,12 @@ Legend: P parameters of the rank, N ranks that share its optimizer states (data 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
-from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors
+from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors, layer_tensors
 from ullage.frozen import Frozen
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec.training import TrainingJob
@@ -120,6 +122,23 @@ def _weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
         )
     num_bytes = tensor_bytes(elements, job.precision.params)
     return exact("weights", num_bytes, formula=f"{elements} x {job.precision.params}", source=BUFFER)
+
+
+def gathered(job: TrainingJob, parts: tuple[Chunk, ...], sizes: Groups) -> Term:
+    """What Megatron-FSDP gathers: parameters outside layers and of two layers, and their gradients before they scatter.
+
+    Formula: (embedding, head and norms + 2 x the largest layer) * (parameter bytes + gradient bytes).
+    Source: Megatron-LM@d98e8a6:megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:
+        AllGatherPipeline, GradReducePipeline.
+    """
+    if job.parallel.zero_stage != 3:
+        return exact("gathered_layers", 0)
+    kinds = {id(job.model.layers[index]): job.model.layers[index] for chunk in parts for index in chunk.layers}
+    layer = max((sum(t.num_elements for t in layer_tensors(job, kind, sizes)) for kind in kinds.values()), default=0)
+    root = sum(t.num_elements for chunk in parts for t in chunk_tensors(job, replace(chunk, layers=()), sizes))
+    elements = root + 2 * layer
+    num_bytes = tensor_bytes(elements, job.precision.params) + tensor_bytes(elements, job.precision.grads)
+    return ranged("gathered_layers", num_bytes, low=num_bytes // 2, high=2 * num_bytes, formula="root + 2 layers")
 
 
 def _fp8_weights(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
