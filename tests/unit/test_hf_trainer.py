@@ -79,6 +79,20 @@ PUBLISHED = [
 ]
 
 
+def sharded(ranks: int, **settings: object) -> TrainingJob:
+    """The same jobs on several GPUs: scripts/benchmarks/refs/a100_80gb_liger.csv."""
+    job = lora_job(LLAMA, loss="liger", flags=FUSED, engine_version=VERSIONS.format("4.45.2"), **settings)
+    parallel = TrainingParallel(data_parallel_size=ranks, fsdp="full_shard")
+    return replace(job, machine=parse_machine(f"{ranks}xA100-80GB-SXM"), parallel=parallel)
+
+
+PUBLISHED += [
+    (sharded(2), 21.7778),
+    (sharded(2, micro_batch_size=16), 57.2285),
+    (sharded(4, micro_batch_size=8), 29.8059),
+]
+
+
 @pytest.mark.parametrize(("job", "gib"), PUBLISHED)
 def test_published_peaks(job: TrainingJob, gib: float) -> None:
     assert peak(job) / GiB == pytest.approx(gib, rel=0.005)
@@ -156,9 +170,22 @@ def test_a_prepared_base_trains_with_an_fp32_stream_and_the_range_says_so() -> N
     assert norms is not None and norms.bytes == 2 * (65 * 4096)
 
 
+def test_fsdp_spreads_states_and_holds_the_inputs_of_frozen_layers() -> None:
+    two, four = (rank(sharded(ranks)) for ranks in (2, 4))
+    workspaces = two.after_step.find("cublas_workspaces")
+    assert workspaces is not None and two.num_ranks == 2
+    spread = [one.after_step.allocated.bytes - workspaces.bytes for one in (two, four)]
+    assert spread[0] == pytest.approx(2 * spread[1], rel=1e-3)
+    held = moment(sharded(2), "backward").find("held_input_gradients")
+    assert held is not None and held.bytes == 30 * 2 * 4 * 4096 * 4096
+    full = replace(sharded(2), method="full", lora=None, precision=ALL_BF16)
+    assert moment(full, "backward").find("held_input_gradients") is None
+    assert moment(full, "optimizer step").allocated.bytes == pytest.approx(5 * 8_030_261_248, rel=0.01)
+
+
 def test_what_the_rules_do_not_cover_is_refused() -> None:
-    parallel = TrainingParallel(data_parallel_size=2, fsdp="full_shard")
-    with pytest.raises(InputError, match="no sharding yet"):
+    parallel = TrainingParallel(data_parallel_size=2, zero_stage=3)
+    with pytest.raises(InputError, match="no other split yet"):
         step(lora_job(parallel=parallel))
     with pytest.raises(InputError, match="no offload yet"):
         step(lora_job(offload=(("optimizer", "cpu"),)))

@@ -108,10 +108,12 @@ def refuse(job: TrainingJob) -> None:
         InputError: sharded states, a split model, offload, or Unsloth.
     """
     parallel = job.parallel
-    sharded = parallel.fsdp is not None or (parallel.zero_stage and parallel.data_parallel_size > 1)
+    sharded = parallel.fsdp not in (None, "full_shard") or (parallel.zero_stage and parallel.data_parallel_size > 1)
     sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size)
     if sharded or any(size > 1 for size in sizes):
-        raise InputError(_("the {engine} rules know one GPU and DDP, no sharding yet").format(engine=job.engine))
+        raise InputError(
+            _("the {engine} rules know one GPU, DDP and FSDP full_shard, no other split yet").format(engine=job.engine)
+        )
     if "unsloth" in job.engine_version.lower():
         raise InputError(_("Unsloth's kernels and its own recompute are not known"))
     if job.offload:
@@ -139,11 +141,12 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
 
 
 def _casts_back(job: TrainingJob) -> bool:
-    """Return whether the trainer makes the fp32 norms of k-bit preparation 16-bit again.
+    """Return whether the trainer does without k-bit preparation, or makes its fp32 norms 16-bit again.
 
-    Source: axolotl@067b021c:src/axolotl/loaders/model.py (norms and embeddings back to the compute dtype).
+    Source: trl@0.11.4:trainer/sft_trainer.py:SFTTrainer.__init__ (is_sharded_qlora: no preparation under FSDP);
+        axolotl@067b021c:src/axolotl/loaders/model.py (norms and embeddings back to the compute dtype).
     """
-    return "axolotl" in job.engine_version.lower()
+    return job.parallel.fsdp is not None or "axolotl" in job.engine_version.lower()
 
 
 def unprepared(job: TrainingJob, recipe: Recipe) -> Recipe:

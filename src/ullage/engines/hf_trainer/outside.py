@@ -12,6 +12,8 @@ from ullage.units import MiB
 LOGITS_BLOCKS = (1, 2)
 #: Rounding and remainders of segments, of what is allocated: expected and at most.
 SEGMENT_SHARE = (0.03, 0.12)
+#: Gathered parameters have a stream, and so a pool, of their own.
+SHARDED_SHARE = (0.12, 0.35)
 EXPANDABLE_SHARE = (0.01, 0.03)
 
 
@@ -25,7 +27,7 @@ def reserved_overhead(job: TrainingJob, allocated: Term, *, shift_copies: bool) 
     Known error: fragmentation depends on the order of requests; the range is wide on purpose.
     """
     expandable = "expandable_segments:true" in job.alloc_conf.lower()
-    share = EXPANDABLE_SHARE if expandable else SEGMENT_SHARE
+    share = EXPANDABLE_SHARE if expandable else SHARDED_SHARE if job.parallel.fsdp else SEGMENT_SHARE
     logits = 0
     if not expandable and job.loss in ("plain", "fused", None):
         logits = job.micro_batch_size * job.seq_len * job.model.vocab_size * 4

@@ -115,6 +115,14 @@ def workspaces(job: TrainingJob) -> Term:
     )
 
 
+def base_quantization(job: TrainingJob) -> spec.Quantization | None:
+    """Return how the frozen base is stored, None when it is not quantised."""
+    scheme = job.base_quantization
+    if scheme not in BASE_FORMATS:
+        return None
+    return spec.Quantization(method=scheme, rules=(spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]),))
+
+
 def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
     share = replace(whole(job.model), mtp=False, towers=False)
     scheme = job.base_quantization
@@ -125,9 +133,7 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
             _("unknown quantisation of a frozen base {scheme!r}").format(scheme=scheme[:40]),
             remedy=_("known are {known}").format(known=", ".join(BASE_FORMATS)),
         )
-    rules = (spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]),)
-    quantization = spec.Quantization(method=scheme, rules=rules)
-    base = weights_term(job.model, share, quantization=quantization, dtype=job.precision.compute)
+    base = weights_term(job.model, share, quantization=base_quantization(job), dtype=job.precision.compute)
     if scheme in UNSTATED:
         base = _unstated(job, share, base, UNSTATED[scheme])
     widened = _widened_bytes(job, recipe)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ullage.account.activations.logits import LossPeak, loss_peak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
+from ullage.engines.hf_trainer import fsdp
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
@@ -39,7 +40,7 @@ def step(job: TrainingJob) -> TrainingStep:
         InputError: what the rules do not cover.
     """
     filled, recipe = resolve(job)
-    held, one_pass, shape = states(filled, recipe), forward_pass(filled, recipe), micro_batch(filled)
+    held, one_pass, shape = _held(filled, recipe), forward_pass(filled, recipe), micro_batch(filled)
     loss = loss_peak(
         recipe.loss,
         num_tokens=shape.num_tokens,
@@ -65,6 +66,21 @@ def step(job: TrainingJob) -> TrainingStep:
     return TrainingStep(job=filled, ranks=(rank,), warnings=filled.assumed)
 
 
+def _held(job: TrainingJob, recipe: Recipe) -> States:
+    """Return what stays on one rank."""
+    found = states(job, recipe)
+    if not fsdp.is_sharded(job):
+        return found
+    ranks = fsdp.num_shards(job)
+    return replace(
+        found,
+        weights=fsdp.sharded_weights(job, found.weights),
+        adapters=fsdp.shard(found.adapters, ranks),
+        gradients=fsdp.shard(found.gradients, ranks),
+        optimizer=fsdp.shard(found.optimizer, ranks),
+    )
+
+
 def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...]]]:
     """Return (name, terms besides weights and states) of each moment."""
     found = [("loss", _loss(walk)), ("backward", _backward(walk)), ("optimizer step", _optimizer_step(walk))]
@@ -74,6 +90,8 @@ def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...
 
 
 def _after(walk: Walk) -> tuple[Term, ...]:
+    if fsdp.is_sharded(walk.job):
+        return (walk.states.gradients,)  # the sharded flat gradients stay until the next step begins
     return (walk.states.gradients, *_last_outputs(walk)) if walk.recipe.keeps_gradients else ()
 
 
@@ -112,11 +130,14 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
         _shortened(walk, exact("loss", peak, formula=walk.loss.formula, source=walk.loss.source)),
         *_casts(walk),
         *_last_outputs(walk),
+        *fsdp.gathered_terms(walk.job, trained=walk.recipe.implementation.trained, backward=False),
     )
 
 
 def _backward(walk: Walk) -> tuple[Term, ...]:
     """Return the moment of the worst layer's backward."""
+    if fsdp.is_sharded(walk.job):
+        return _sharded_backward(walk)
     accumulates = walk.job.grad_accum > 1
     head = 0 if accumulates else _head_gradient(walk)
     layer, _bytes = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
@@ -135,10 +156,36 @@ def _backward(walk: Walk) -> tuple[Term, ...]:
     )
 
 
+def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
+    """Return the worst moment of a backward under FSDP.
+
+    Trained layers: the last one, with all checkpoints; frozen layers that are recomputed: the first one, because
+    checkpoints and gradients of the layers' inputs stay until the end.
+    """
+    trained, passes = walk.recipe.implementation.trained, (walk.one_pass, walk.low_pass)
+    holds = not trained and walk.job.recompute.kind == "full" and walk.recipe.reentrant
+    num_layers = len(walk.one_pass.layers)
+    layer = 0 if holds else num_layers - 1
+    held = (fsdp.input_gradients(num_layers, walk.one_pass.stream_bytes),) if holds else ()
+    return (
+        walk.states.gradients if trained else exact("gradients", 0),
+        _near("kept_activations", *(each.kept_bytes for each in passes)),
+        _near("layer_backward", *(each.layers[layer].working_bytes for each in passes), formula=f"layer {layer}"),
+        *held,
+        *fsdp.gathered_terms(walk.job, trained=trained, backward=True),
+    )
+
+
 def _optimizer_step(walk: Walk) -> tuple[Term, ...]:
     """Return the optimizer step: all gradients, and the step's own copies."""
     trained = walk.states.trained
-    extra = temporaries(walk.job.optimizer, trained, impl=walk.job.optimizer_impl, params=walk.states.trained_dtype)
+    extra = temporaries(
+        walk.job.optimizer,
+        trained,
+        impl=walk.job.optimizer_impl,
+        params=walk.states.trained_dtype,
+        num_shards=fsdp.num_shards(walk.job) if fsdp.is_sharded(walk.job) else 1,
+    )
     return (
         walk.states.gradients,
         exact("optimizer_temporaries", extra, source="torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam"),
