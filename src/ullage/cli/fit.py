@@ -14,6 +14,7 @@ from ullage.units import parse_count, parse_size
 
 if TYPE_CHECKING:
     from ullage.spec.serving import ServingJob
+    from ullage.spec.training import TrainingJob
 
 
 def _typed(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
@@ -106,8 +107,13 @@ def _add_load(group: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; the exit code is the verdict."""
     from ullage.fitting import fit_serving
+    from ullage.spec.training import TrainingJob
 
     job = job_of(arguments)
+    if isinstance(job, TrainingJob):
+        from ullage.cli.fit_train import answer
+
+        return answer(job, arguments)
     result = fit_serving(
         job,
         context=arguments.context,
@@ -127,8 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     return result.exit_code
 
 
-def job_of(arguments: argparse.Namespace) -> ServingJob:
-    """Build the job that the command line states."""
+def job_of(arguments: argparse.Namespace) -> ServingJob | TrainingJob:
+    """Build the job that the command line states; a job file may hold a training job."""
     what, model = arguments.what, arguments.model
     if arguments.line:
         return _changed(_from_line(arguments), arguments)
@@ -146,8 +152,24 @@ def job_of(arguments: argparse.Namespace) -> ServingJob:
             remedy=_("write ullage fit serve MODEL --on 8xH200"),
         )
     from ullage.read.job_file import read_job_file
+    from ullage.spec.serving import ServingJob
 
-    return _changed(read_job_file(Path(what), machine=arguments.on, assume=arguments.assume), arguments)
+    job = read_job_file(Path(what), machine=arguments.on, assume=arguments.assume)
+    return _changed(job, arguments) if isinstance(job, ServingJob) else _only_training(job, arguments)
+
+
+def _only_training(job: TrainingJob, arguments: argparse.Namespace) -> TrainingJob:
+    """Refuse options of serving beside a training job: they would be left out without a word."""
+    allowed = {"what", "on", "reserve", "assume", "no_advice", "metrics", "json"}
+    given = [name for name, value in vars(arguments).items() if name not in allowed and value not in (None, False)]
+    if given:
+        raise InputError(
+            _("a training job does not take {options}").format(
+                options=", ".join("--" + name.replace("_", "-") for name in given)
+            ),
+            remedy=_("change the job file"),
+        )
+    return job
 
 
 def _from_flags(arguments: argparse.Namespace) -> ServingJob:

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from ullage.spec.machine import Machine
     from ullage.spec.training import FsdpSharding, TrainingJob, TrainingParallel
 
+DEFAULT_SEQ_LEN = 4096
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.usage = "ullage fit train MODEL --on MACHINE [options]"
+    parser.usage = (
+        "ullage fit train MODEL --on MACHINE [options]\n"
+        "       ullage fit train [MODEL] --from megatron:run.sh|deepspeed:ds.json --on MACHINE [options]"
+    )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=_("name, folder, config.json or hub id"))
     parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH100, 256x8xH800 (256 nodes of 8)"))
     parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, torchtitan, deepspeed, hf_trainer ..."))
+    parser.add_argument("--from", dest="line", metavar="ENGINE:FILE", help=_("a launch file in the engine's own words"))
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
@@ -49,14 +55,16 @@ def _add_layout(group: Any) -> None:
 
 
 def _add_step(group: Any) -> None:
-    group.add_argument("--micro-batch", type=COUNT, default=1, metavar="N", help=_("sequences per GPU and pass"))
-    group.add_argument("--seq", type=COUNT, default=4096, metavar="TOKENS", help=_("length of a sequence"))
-    group.add_argument("--grad-accum", type=COUNT, default=1, metavar="N", help=_("passes per optimizer step"))
-    group.add_argument("--precision", metavar="RECIPE", help=_("bf16-mixed, amp, bf16, fp32, fp8, fp8-deepseek"))
-    group.add_argument("--optimizer", default="adamw", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon ..."))
+    group.add_argument("--micro-batch", type=COUNT, metavar="N", help=_("sequences per GPU and pass"))
+    group.add_argument("--seq", type=COUNT, metavar="TOKENS", help=_("length of a sequence"))
+    group.add_argument("--grad-accum", type=COUNT, metavar="N", help=_("passes per optimizer step"))
+    group.add_argument(
+        "--precision", metavar="RECIPE", help=_("bf16-mixed, bf16-master, amp, bf16, fp32, fp8, fp8-deepseek")
+    )
+    group.add_argument("--optimizer", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon ..."))
     impls = ("fused", "foreach", "for_loop")
     group.add_argument("--optimizer-impl", choices=impls, help=_("how PyTorch runs the optimizer"))
-    group.add_argument("--recompute", default="none", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
+    group.add_argument("--recompute", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
     kernels = ("flash", "sdpa", "eager", "unfused")
     group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
     group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger"), help=_("how the loss is computed"))
@@ -68,9 +76,14 @@ def _add_step(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; the exit code is the verdict."""
+    return answer(job_of(arguments), arguments)
+
+
+def answer(job: TrainingJob, arguments: argparse.Namespace) -> int:
+    """Fit the job and print it."""
     from ullage.training_fit import fit_training
 
-    result = fit_training(job_of(arguments), reserve=arguments.reserve, advise=not arguments.no_advice)
+    result = fit_training(job, reserve=arguments.reserve, advise=not arguments.no_advice)
     if arguments.json:
         from ullage.cli import print_json
         from ullage.report.train_json import training_json
@@ -84,7 +97,49 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def job_of(arguments: argparse.Namespace) -> TrainingJob:
-    """Build the job that the command line states."""
+    """Build the job that the command line or a launch file states."""
+    if arguments.line:
+        return _from_launch_file(arguments)
+    return _from_flags(arguments)
+
+
+def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
+    from pathlib import Path
+
+    from ullage.read.training_file import megatron_job, split_line, with_deepspeed
+
+    engine, version, rest = split_line(arguments.line)
+    if arguments.on is None:
+        raise InputError(_("no machine is named"), where="--on", remedy=_("write for example --on 8xH100"))
+    if engine == "megatron":
+        _refuse(arguments, arguments.line, except_for=("model",))
+        return megatron_job(rest, version, machine=arguments.on, model=arguments.model, assume=arguments.assume)
+    _refuse(arguments, arguments.line, only=("engine", "zero", "fsdp", "offload"))
+    arguments.engine = f"deepspeed@{version}" if version else "deepspeed"
+    return with_deepspeed(_from_flags(arguments), Path(rest))
+
+
+def _refuse(
+    arguments: argparse.Namespace, line: str, *, except_for: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> None:
+    """Refuse options that the launch file states: one of the two would be left out without a word."""
+    own = {*except_for, "line", "on", "reserve", "assume", "no_advice", "metrics", "json"}
+    given = [
+        name
+        for name, value in vars(arguments).items()
+        if value not in (None, False) and (name in only if only else name not in own)
+    ]
+    if given:
+        raise InputError(
+            _("{file} says that already: {options}").format(
+                file=line[:80], options=", ".join("--" + name.replace("_", "-") for name in given)
+            ),
+            remedy=_("change the launch file, or leave out --from"),
+        )
+
+
+def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
+    """Build the job that the flags state."""
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
     from ullage.read.training_words import parse_lora, parse_precision, parse_recompute
@@ -105,12 +160,12 @@ def job_of(arguments: argparse.Namespace) -> TrainingJob:
         engine_version=version,
         parallel=_parallel(arguments, machine, engine),
         precision=precision,
-        optimizer=arguments.optimizer,
+        optimizer=arguments.optimizer or "adamw",
         optimizer_impl=arguments.optimizer_impl,
-        micro_batch_size=arguments.micro_batch,
-        seq_len=arguments.seq,
-        grad_accum=arguments.grad_accum,
-        recompute=parse_recompute(arguments.recompute),
+        micro_batch_size=arguments.micro_batch or 1,
+        seq_len=arguments.seq or DEFAULT_SEQ_LEN,
+        grad_accum=arguments.grad_accum or 1,
+        recompute=parse_recompute(arguments.recompute or "none"),
         attention=arguments.attention,
         compile=arguments.compile,
         loss=arguments.loss,

@@ -1,7 +1,8 @@
-"""A job file → :class:`ullage.spec.serving.ServingJob`: the job's fields as records of measured runs write them.
+"""A job file → a serving or a training job: the job's fields as records of measured runs write them.
 
-Either ``{"job": {...}}`` or the fields themselves: ``kind`` (serve), ``model``, ``gpu``, ``num_gpus``, ``engine``,
-``engine_version``, ``parallel`` {tp, pp, dp, ep, dp_attention, dcp}, ``max_model_len``, ``kv_cache_dtype`` ...
+Either ``{"job": {...}}`` or the fields themselves: ``kind`` (serve or train), ``model``, ``gpu``, ``num_gpus``,
+``engine``, ``engine_version``, ``parallel`` {tp, pp, dp, ep, dp_attention, dcp}, ``max_model_len``,
+``kv_cache_dtype``, or for training ``seq_len``, ``micro_batch_size``, ``recompute``, ``precision`` ...
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from ullage.errors import InputError, UllageError
 from ullage.i18n import _
 from ullage.read.jsonfile import read_json_object
 from ullage.spec.serving import ServingJob
+from ullage.spec.training import TrainingJob
 
 
-def read_job_file(path: Path, *, machine: str | None = None, assume: bool = False) -> ServingJob:
+def read_job_file(path: Path, *, machine: str | None = None, assume: bool = False) -> ServingJob | TrainingJob:
     """Read a job file.
 
     Args:
@@ -31,6 +33,10 @@ def read_job_file(path: Path, *, machine: str | None = None, assume: bool = Fals
     job = values.get("job", values)
     if not isinstance(job, dict):
         raise InputError(_("is not an object"), where=f"{path}: job")
+    if job.get("kind") == "train":
+        from ullage.read.training_file import job_of_fields as training_job
+
+        return training_job(job, where=str(path), machine=machine)
     return job_of_fields(job, where=str(path), machine=machine)
 
 
@@ -43,7 +49,9 @@ def job_of_fields(fields: dict[str, Any], *, where: str, machine: str | None = N
     kind = fields.get("kind", "serve")
     if kind != "serve":
         raise InputError(
-            _("the kind {kind!r} cannot be fitted").format(kind=str(kind)[:40]), where=f"{where}: kind", remedy="serve"
+            _("the kind {kind!r} cannot be fitted").format(kind=str(kind)[:40]),
+            where=f"{where}: kind",
+            remedy=_("write serve or train"),
         )
     for key in ("model", "engine"):
         if not fields.get(key):

@@ -47,7 +47,7 @@ def read_launch_line(
     engine, version = parse_engine(head)
     if machine is None:
         raise InputError(_("no machine is named"), where="--on", remedy=_("write for example --on 8xH200"))
-    line = _line_of(line.strip())
+    line = line_of(line.strip())
 
     def load(name: str) -> Model:
         return load_model(model or name, assume=assume, network=True)
@@ -57,7 +57,7 @@ def read_launch_line(
     return check_layout(replace(job, engine=engine, native=line))
 
 
-def _line_of(text: str) -> str:
+def line_of(text: str) -> str:
     """Return the text, or what the file of that name holds."""
     if len(text.split()) > 1 or not is_file(Path(text)):
         return text

@@ -11,10 +11,13 @@ from ullage.spec.training import Lora, Precision, Recompute
 #: Number formats by recipe: compute, params, grads, master, moments.
 #: bf16-mixed: Megatron-LM's (megatron-lm@core_r0.14:megatron/training/arguments.py:validate_args: fp32 main gradients
 #: and master weights); amp: fp32 parameters under autocast or an FSDP policy; bf16: all in bf16; fp8: as bf16-mixed,
-#: products in fp8; fp8-deepseek: bf16 moments too (arXiv:2412.19437 sec. 3.3.3).
+#: products in fp8; bf16-master: ZeRO's, gradients in the model's dtype
+#: (deepspeed@0.17.0:deepspeed/runtime/engine.py:get_data_types); fp8-deepseek: bf16 moments too
+#: (arXiv:2412.19437 sec. 3.3.3).
 RECIPES = {
     "bf16-mixed": Precision(grads="float32", master="float32"),
     "amp": Precision(params="float32", grads="float32"),
+    "bf16-master": Precision(master="float32"),
     "bf16": Precision(moments="bfloat16"),
     "fp16-mixed": Precision(compute="float16", params="float16", grads="float16", master="float32"),
     "fp32": Precision(compute="float32", params="float32", grads="float32"),
@@ -22,7 +25,7 @@ RECIPES = {
     "fp8-deepseek": Precision(grads="float32", master="float32", moments="bfloat16", fp8_recipe="blockwise"),
 }
 #: What a framework's users run when they say nothing.
-DEFAULT_RECIPES = {"megatron": "bf16-mixed", "deepspeed": "bf16-mixed", "hf_trainer": "bf16", "single": "bf16"}
+DEFAULT_RECIPES = {"megatron": "bf16-mixed", "deepspeed": "bf16-master", "hf_trainer": "bf16", "single": "bf16"}
 
 
 def parse_precision(text: str | None, engine: str) -> tuple[Precision, tuple[str, ...]]:

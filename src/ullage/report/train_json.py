@@ -71,7 +71,8 @@ def job_summary(result: TrainingFit) -> dict[str, Any]:
     job = result.job
     left_out = {"model", "machine", "assumed", "flags"}
     found = {name: encode(value) for name, value in vars(job).items() if name not in left_out and value not in ((), "")}
-    return {"kind": "train", "model": job.model.name, **found, "assumed": [*job.model.assumed, *job.assumed]}
+    machine = {"gpu": job.machine.gpu.name, "num_gpus": job.machine.num_gpus, "engine_version": job.engine_version}
+    return {"kind": "train", "model": job.model.name, **machine, **found, "assumed": [*job.model.assumed, *job.assumed]}
 
 
 def moment_json(ledger: Ledger) -> dict[str, Any]:
