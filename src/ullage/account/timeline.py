@@ -34,7 +34,6 @@ class Moment:
     name: str
     peak_bytes: int = 0
     by_category: dict[str, int] = field(default_factory=dict)
-    num_buffers: int = 0
 
 
 class Timeline:
@@ -74,6 +73,14 @@ class Timeline:
         buffer.block = None
         self.allocated -= buffer.num_bytes
         self.by_category[buffer.category] -= buffer.num_bytes
+
+    def relabel(self, buffer: Buffer, category: str) -> None:
+        """Count a buffer under another category from now on."""
+        if buffer.block is None or buffer.category == category:
+            return
+        self.by_category[buffer.category] -= buffer.num_bytes
+        self.by_category[category] = self.by_category.get(category, 0) + buffer.num_bytes
+        buffer.category = category
 
     def brief(self, category: str, num_bytes: int, stream: str = "main") -> None:
         """Allocate and free at once: a workspace."""

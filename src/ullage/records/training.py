@@ -26,6 +26,7 @@ from ullage.units import canonical_dtype
 #: Stands in for a card that is not known: what depends on its size is not judged.
 STAND_IN_GPU = "H200"
 _METHODS_WITH_ADAPTERS = ("lora", "qlora", "dora")
+_METHODS_OF_ENGINE = {"litgpt": ("llama_adapter", "llama_adapter_v2")}
 _OVERRIDES = LAYER_KEYS | {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}
 #: Names of frozen bases that a record may write in ``precision.params`` instead.
 _QUANTISED = ("nf4", "fp4", "int8", "gptq")
@@ -65,7 +66,8 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         machine = parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
     except InputError:
         machine = parse_machine(f"{num_gpus}x{STAND_IN_GPU}")
-    if fields.get("method") not in (None, "full", *_METHODS_WITH_ADAPTERS):
+    known = (*_METHODS_WITH_ADAPTERS, *_METHODS_OF_ENGINE.get(record.engine, ()))
+    if fields.get("method") not in (None, "full", *known):
         raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
     precision, base = _precision(fields, record.where)
     seq_len, flags = words.integer(fields, "seq_len", record.where), _flags(fields)
@@ -270,6 +272,8 @@ def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         flags += [("moe-expert-capacity-factor", "1"), ("moe-pad-expert-input-to-capacity", "true")]
     if "cut cross entropy" in said:
         flags.append(("fused_kernels", ""))  # the loss alone is fused
+    if "double quantization" in said:
+        flags.append(("double_quantization", "true"))
     if "dropout (0.1 assumed)" in said:
         flags.append(("dropout", "0.1"))
     if "written out in Python" in said:

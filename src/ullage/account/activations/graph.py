@@ -172,6 +172,7 @@ def forward(
     kept = Kept(checkpoint)
     if checkpoint is not None or graph.input_name in wanted:
         kept.tensors[graph.input_name] = x.hold()
+        timeline.relabel(x, category)
     live = {graph.input_name: x.hold()}
     last_needed = _last_needed(graph, base) if at_hand is not None else len(graph.ops)
     for index, op in enumerate(graph.ops):

@@ -42,7 +42,7 @@ def step(job: TrainingJob) -> TrainingStep:
     total = sum(sum(group.gathered_bytes) for group in _groups(plan)) // element
     rank = rank_of(
         timeline,
-        Doubt(modelled=0.1, reserved=0.15),
+        Doubt(modelled=0.25, reserved=0.15, held_bytes=_held(plan)),
         rank=0,
         num_ranks=job.machine.num_gpus,
         pp_rank=0,
@@ -56,3 +56,9 @@ def step(job: TrainingJob) -> TrainingStep:
 
 def _groups(plan: StepPlan) -> list[Group]:
     return [block.group for block in plan.blocks] + ([plan.front] if plan.front else [])
+
+
+def _held(plan: StepPlan) -> int:
+    """Logits (in fp32 at most) and gradients of a partition that a loop may hold between steps."""
+    logits = 4 * plan.loss.num_tokens * plan.loss.vocab if plan.loss else 0
+    return logits + sum(plan.step_work) // 2

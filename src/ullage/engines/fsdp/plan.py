@@ -138,9 +138,21 @@ def adapter_group(job: TrainingJob, index: int, num_elements: int) -> tuple[Grou
 
 
 def plan_of(
-    job: TrainingJob, rules: Rules, *, style: Style | None = None, loss: Callable[[LossPlan], LossPlan] | None = None
+    job: TrainingJob,
+    rules: Rules,
+    *,
+    style: Style | None = None,
+    loss: Callable[[LossPlan], LossPlan] | None = None,
+    split_root: bool = False,
 ) -> StepPlan:
-    """Return the plan of a rank; another ``style`` and ``loss`` where the model is not Transformers'."""
+    """Return the plan of a rank.
+
+    Args:
+        job: the job.
+        rules: by the date of the libraries.
+        style, loss: where the model is not Transformers'.
+        split_root: embedding, and norm with head, are units of their own instead of the root's.
+    """
     model, lora = job.model, lora_of(job)
     training = Training(base=lora is None, lora=lora)
     style = style or style_of(job, rules)
@@ -158,6 +170,8 @@ def plan_of(
     frame = [one for _section, one in frame_parameters(model)]
     root = base_group(job, "root", frame, root=True)
     weights += _weights(job, root, [])
+    front = base_group(job, "embedding", frame[:1]) if split_root else root
+    back = base_group(job, "norm and head", frame[1:], root=True) if split_root else root
     groups = [one for block in blocks for one in (block.group, *block.more)] + [root]
     trained = [group for group in groups if group.reduced_bytes]
     moments = int(dtype_bytes(job.precision.moments))
@@ -167,8 +181,8 @@ def plan_of(
     foreach = job.optimizer_impl in (None, "foreach") and not offloaded
     return StepPlan(
         blocks=tuple(blocks),
-        front=root,
-        back=root,
+        front=front,
+        back=back,
         hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
         embedding_grad_bytes=math.prod(frame[0].shape) * 2 if lora is None else 0,
         loss=loss(last) if loss else last,

@@ -40,7 +40,7 @@ def step(job: TrainingJob) -> TrainingStep:
     offloaded = ("params", "cpu") in job.offload
     rank = rank_of(
         timeline,
-        Doubt(setup_bytes=sum(plan.setup) + BROADCAST_BUCKET, shift_low_bytes=_loss_unknown(job, timeline)),
+        Doubt(setup_bytes=sum(plan.setup) + BROADCAST_BUCKET, shift_low_bytes=_settings_unknown(job, timeline)),
         rank=0,
         num_ranks=job.machine.num_gpus,
         pp_rank=0,
@@ -52,17 +52,21 @@ def step(job: TrainingJob) -> TrainingStep:
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
 
 
-def _loss_unknown(job: TrainingJob, timeline: Timeline) -> int:
-    """What a fused or chunked loss would save, where neither the job nor a known script says which loss runs."""
-    if job.loss is not None or "fsdp_qlora" in job.engine_version:
+def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:
+    """What a fused loss, and units of their own for embedding and head, would save where nothing rules them out.
+
+    Which modules are wrapped, and which loss runs, is the training script's choice; fsdp_qlora's is known.
+    """
+    if "fsdp_qlora" in job.engine_version:
         return 0
-    other = replace(job, loss="fused")
+    other = job if job.loss is not None else replace(job, loss="fused")
     walked = Timeline(Allocator())
-    walk = Walk(plan_of(other, rules_of(job.engine_version)), walked, _sharder(job, walked))
+    plan = plan_of(other, rules_of(job.engine_version), split_root=job.engine == "fsdp2")
+    walk = Walk(plan, walked, _sharder(job, walked))
     walk.step()
     walk.step()
-    saved = max(moment.peak_bytes for moment in timeline.moments) - max(one.peak_bytes for one in walked.moments)
-    return max(0, saved)
+    peak = max(one.peak_bytes for one in walked.moments)
+    return max(0, max(moment.peak_bytes for moment in timeline.moments) - peak)
 
 
 def _sharder(job: TrainingJob, timeline: Timeline) -> Sharder:

@@ -101,7 +101,7 @@ def stored_bytes(job: TrainingJob, parameter: Parameter, num_elements: int) -> i
     if job.base_quantization.startswith("int8"):
         return num_elements
     scales = cdiv(num_elements, BLOCK)
-    nested = any("double" in one for one in job.assumed) or job.base_quantization.endswith("dq")
+    nested = ("double_quantization", "true") in job.flags or job.base_quantization.endswith("dq")
     return cdiv(num_elements, 2) + (scales + 4 * cdiv(scales, NESTED) if nested else 4 * scales)
 
 

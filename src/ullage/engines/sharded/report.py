@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ullage.account.timeline import Moment, Timeline
 from ullage.engines.training import TrainingRank
@@ -40,6 +40,7 @@ class Doubt:
         modelled: share of a modelled term by which it may be lower or higher.
         reserved: share of the allocated peak by which fragmentation may be higher than walked.
         setup_bytes: segments that loading and wrapping may leave beyond what is walked.
+        held_bytes: what a training loop may still hold between steps (logits of the last one).
         shift_low_bytes, shift_high_bytes: further known uncertainty (a version or a setting that is not known).
     """
 
@@ -48,6 +49,7 @@ class Doubt:
     shift_low_bytes: int = 0
     shift_high_bytes: int = 0
     setup_bytes: int = 0
+    held_bytes: int = 0
 
 
 def _term(category: str, num_bytes: int, doubt: Doubt, source: str) -> Term:
@@ -141,8 +143,10 @@ def rank_of(
         if known is None or moment.peak_bytes > known.peak_bytes:
             best[moment.name] = moment
     outside = outside_of(num_gpus)
+    last = replace(doubt, shift_high_bytes=doubt.shift_high_bytes + doubt.held_bytes)
     ledgers = {
-        name: ledger_of(moment, timeline, doubt, outside, source, workspace_bytes) for name, moment in best.items()
+        name: ledger_of(moment, timeline, last if name == "after step" else doubt, outside, source, workspace_bytes)
+        for name, moment in best.items()
     }
     after = ledgers.pop("after step")
     return TrainingRank(

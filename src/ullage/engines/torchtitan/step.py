@@ -9,7 +9,7 @@ from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
-from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, Rules, date_of, rules_at
+from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, VERSIONS, Rules, date_of, rules_at
 from ullage.engines.torchtitan.plan import plan_of
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.i18n import _
@@ -19,16 +19,37 @@ SOURCE = "torchtitan@{date}; torch@2.13.0:torch/distributed/fsdp/_fully_shard"
 
 
 def step(job: TrainingJob) -> TrainingStep:
-    """Walk one step of a torchtitan job."""
+    """Walk one step of a torchtitan job; a version that is not given widens the range to all that are known."""
     assumed: list[str] = []
     date = date_of(job.engine_version)
+    known = date is not None
     if date is None:
         date = NEWEST_KNOWN
         assumed.append(_("torchtitan's version is not given: taken as of {date}").format(date=date))
     rules = rules_at(date)
-    ranks = tuple(_ranks(job, rules))
+    low, high = (0, 0) if known else _spread_over_versions(job, rules)
+    ranks = tuple(_ranks(job, rules, Doubt(shift_low_bytes=low, shift_high_bytes=high)))
     ranks = tuple(sorted(ranks, key=lambda one: -one.peak.device_used.bytes))
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=ranks)
+
+
+def _spread_over_versions(job: TrainingJob, rules: Rules) -> tuple[int, int]:
+    """How much less and more the first stage would reserve under the other known versions."""
+    first = stages(job)[0]
+    peaks = [_walked(job, rules_at(date), first, 1).allocator.peak_reserved for date in VERSIONS]
+    own = _walked(job, rules, first, 1).allocator.peak_reserved
+    return max(0, own - min(peaks)), max(0, max(peaks) - own)
+
+
+def _walked(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], in_flight: int) -> Timeline:
+    """Walk two steps of a stage."""
+    timeline = Timeline(Allocator(expandable=_expandable(job)))
+    walk = Walk(
+        plan_of(job, rules, stage, in_flight), timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload)
+    )
+    walk.step()
+    walk.step()
+    return timeline
 
 
 def stages(job: TrainingJob) -> list[tuple[int, int, bool, bool]]:
@@ -56,22 +77,18 @@ def _expandable(job: TrainingJob) -> bool:
     return job.machine.num_nodes == 1
 
 
-def _ranks(job: TrainingJob, rules: Rules) -> list[TrainingRank]:
+def _ranks(job: TrainingJob, rules: Rules, doubt: Doubt) -> list[TrainingRank]:
     parallel = job.parallel
     pipeline = parallel.pipeline_parallel_size
+    per_stage = job.machine.num_gpus // pipeline
     found = []
     for index, stage in enumerate(stages(job)):
         in_flight = min(pipeline - index, job.grad_accum) if pipeline > 1 else 1
-        plan = plan_of(job, rules, stage, max(1, in_flight))
-        timeline = Timeline(Allocator(expandable=_expandable(job)))
-        walk = Walk(plan, timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload))
-        walk.step()
-        walk.step()
-        per_stage = job.machine.num_gpus // pipeline
+        timeline = _walked(job, rules, stage, max(1, in_flight))
         found.append(
             rank_of(
                 timeline,
-                Doubt(),
+                doubt,
                 rank=index * per_stage,
                 num_ranks=per_stage,
                 pp_rank=index,

@@ -40,7 +40,7 @@ def step(job: TrainingJob) -> TrainingStep:
     walk.step()
     rank = rank_of(
         timeline,
-        Doubt(modelled=0.15),
+        Doubt(modelled=0.3),
         rank=0,
         num_ranks=job.machine.num_gpus,
         pp_rank=0,
