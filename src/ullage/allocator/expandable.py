@@ -5,6 +5,7 @@ Source of all: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp. Not checked again
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from typing import TYPE_CHECKING
 
 from ullage.allocator.constants import (
@@ -98,6 +99,7 @@ def _new_segment(allocator: Allocator, free_set: FreeSet) -> Block:
     size = reserve_bytes(allocator, page_bytes(allocator, free_set))
     block = Block(allocator.addresses(size), size, free_set, UNMAPPED, True)
     allocator.segments[block.address] = block
+    insort(free_set.bases, block.address)
     free_set.insert_unmapped(block)
     return block
 
@@ -128,7 +130,7 @@ def unmap(allocator: Allocator, block: Block) -> None:
     """Unmap the whole pages inside a free block (source: unmap_block, release_blocks)."""
     free_set = block.free_set
     page = page_bytes(allocator, free_set)
-    base = _base(allocator, block)
+    base = free_set.bases[bisect_right(free_set.bases, block.address) - 1]
     start = base + cdiv(block.address - base, page) * page
     end = base + (block.address + block.size - base) // page * page
     if start >= end:
@@ -150,13 +152,6 @@ def unmap(allocator: Allocator, block: Block) -> None:
     _join_unmapped(allocator, block)
 
 
-def _base(allocator: Allocator, block: Block) -> int:
-    """Return where the addresses of a block's segment begin."""
-    while block.prev is not None:
-        block = block.prev
-    return block.address
-
-
 def _join_unmapped(allocator: Allocator, block: Block) -> None:
     """Merge an unmapped block with its unmapped neighbours; drop a segment under which no memory is left."""
     free_set = block.free_set
@@ -173,6 +168,7 @@ def _join_unmapped(allocator: Allocator, block: Block) -> None:
         following.unlink()
     if block.whole:
         del allocator.segments[block.address]
+        free_set.bases.remove(block.address)
     else:
         free_set.insert_unmapped(block)
 
@@ -184,13 +180,12 @@ def adopt_range(allocator: Allocator, layout: SegmentLayout, free_set: FreeSet) 
     one segment that begins at the lowest, as long as they lie within one reservation of it.
     """
     size = reserve_bytes(allocator, page_bytes(allocator, free_set))
-    for address in free_set.unmapped_addresses:
-        hole = free_set.unmapped[address]
-        if address <= layout.address and layout.address + layout.size_bytes <= address + hole.size:
-            break
-    else:
+    index = bisect_right(free_set.unmapped_addresses, layout.address) - 1
+    hole = free_set.unmapped[free_set.unmapped_addresses[index]] if index >= 0 else None
+    if hole is None or layout.address + layout.size_bytes > hole.address + hole.size:
         hole = Block(layout.address, max(size, layout.size_bytes), free_set, UNMAPPED, True)
         allocator.segments[layout.address] = hole
+        insort(free_set.bases, layout.address)
         free_set.insert_unmapped(hole)
     return _carve(free_set, hole, layout)
 

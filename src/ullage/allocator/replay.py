@@ -38,6 +38,10 @@ from ullage.i18n import _
 GIVEN_BACK = (SEGMENT_FREE, SEGMENT_UNMAP)
 
 
+#: Free blocks to look through, in all, for memory that the recording gives back or uses against the simulator.
+MAX_LOOKED_AT = 20_000_000
+
+
 @dataclass(kw_only=True)
 class Placement:
     """How many allocations were placed, how many where they really were, and where the first was not."""
@@ -243,7 +247,7 @@ class Replayer:
         self._pending: deque[tuple[int, int]] = deque()
         self.allocator = Allocator(settings, addresses=self._recorded_address)
         self.allocator.on_map = self._check_map
-        self._unlike_maps = 0
+        self._unlike_maps = self._num_looked_at = 0
         self._requests: dict[tuple[int, int], Request] = {}
         places = recording.known_places.places
         for number, block in enumerate(block for segment in beginning for block in segment.blocks):
@@ -325,7 +329,8 @@ class Replayer:
             allocator.take(size)
             allocator.counters.num_segments_allocated += 1
             request.free_set.insert(fresh)
-        for block in request.blocks:
+        for block in request.blocks if self._num_looked_at < MAX_LOOKED_AT else ():
+            self._num_looked_at += 1
             if block.address <= address and address + request.rounded <= block.address + block.size:
                 self._live[address] = self._place(block, address, request)
                 return True
@@ -355,8 +360,9 @@ class Replayer:
 
     def _unmap(self, at: int, address: int, size: int) -> None:
         """Unmap what the recording unmapped, if the free block around it gives exactly that."""
-        for pool in self.allocator.pools.values():
+        for pool in self.allocator.pools.values() if self._num_looked_at < MAX_LOOKED_AT else ():
             for block in pool.blocks():
+                self._num_looked_at += 1
                 if block.expandable and block.address <= address and address + size <= block.address + block.size:
                     expandable.unmap(self.allocator, block)
                     return
