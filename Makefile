@@ -1,10 +1,11 @@
 # make demo   set up and size the main job on a real model        make test   set up and run all tests
+# make reference   set up torch and transformers and compare with them
 # make lint   style and types                                     make scoreboard   measured against published truth
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint locale scoreboard clean
+.PHONY: demo test reference lint locale scoreboard clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +18,18 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --group test --group lint --group locale
 	touch $@
 
+$(VENV)/ready-reference: $(VENV)/ready-dev
+	$(BIN)/python -m pip install --quiet --group reference
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/ullage fit serve deepseek-v3 --on 8xH200 --engine vllm
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest
+
+reference: $(VENV)/ready-reference
+	$(BIN)/python -m pytest -m reference
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
