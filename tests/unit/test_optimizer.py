@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ullage.account.gradients import accumulation_bytes, clipping_bytes, gradients_term
-from ullage.account.lora import AdapterPrecision, adapter_parameters, adapter_table
+from ullage.account.lora import AdapterPrecision, adapter_parameters, adapter_table, copied_parameters
 from ullage.account.optimizer import RULES, Trained, optimizer_terms, rule_of, temporaries
 from ullage.catalog import models as catalog
 from ullage.errors import InputError
@@ -97,6 +97,15 @@ def test_adapters_of_all_linear_layers_reach_experts() -> None:
     mixtral = model("mistralai/Mixtral-8x7B-v0.1")
     found = adapter_parameters(mixtral, Lora(rank=1, targets=("w1",))).num_elements
     assert found == 32 * 8 * (4096 + 14336)
+
+
+def test_modules_trained_in_full_are_copies_of_their_own() -> None:
+    qwen = model("Qwen/Qwen-7B")
+    lora = Lora(rank=8, targets=("c_attn",), trained_modules=("wte", "lm_head"))
+    assert copied_parameters(qwen, lora).num_elements == 2 * 151936 * 4096
+    assert copied_parameters(qwen, Lora(rank=8, targets=("c_attn",))).num_elements == 0
+    with pytest.raises(InputError, match="no module of"):
+        copied_parameters(qwen, Lora(rank=8, targets=("c_attn",), trained_modules=("embed",)))
 
 
 def test_what_adapters_keep() -> None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ullage.account.activations.saved import SavedTensor
 from ullage.account.optimizer import Trained
-from ullage.account.parameters import Parameter, Role, layer_parameters
+from ullage.account.parameters import Parameter, Role, layer_parameters, model_parameters
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -75,6 +75,32 @@ def adapter_parameters(model: spec.Model, lora: Lora) -> Trained:
             remedy=_("give names of its linear layers, such as q_proj, or all-linear"),
         )
     return Trained(tensors=tuple(tensors.items()))
+
+
+def copied_parameters(model: spec.Model, lora: Lora) -> Trained:
+    """Return the tensors of modules that are trained in full beside the adapters, each a copy of its own.
+
+    A tied head is a copy apart from the embedding's.
+    Source: peft@0.13.2:utils/other.py:ModulesToSaveWrapper.update (deep copy of the module).
+
+    Raises:
+        InputError: no module has that name.
+    """
+    tensors: list[tuple[tuple[int, ...], int]] = []
+    for name in lora.trained_modules:
+        found = [
+            placed.parameter
+            for placed in model_parameters(model)
+            if placed.section in ("embedding", "head", "final")
+            and name in placed.name.removesuffix(".weight").removesuffix(".bias").split(".")
+        ]
+        if not found:
+            raise InputError(
+                _("no module of {model} is called {targets}").format(model=model.name, targets=name[:80]),
+                where="lora trained modules",
+            )
+        tensors += [(parameter.shape, parameter.copies) for parameter in found]
+    return Trained(tensors=tuple(tensors))
 
 
 def _targets(model: spec.Model, targets: tuple[str, ...]) -> Iterator[Parameter]:

@@ -18,6 +18,17 @@ MULTIPROCESSORS = {"A100": 108, "H100": 132, "B200": 148, "RTX3090": 82, "RTX409
 #: Two cuBLAS workspaces, main thread and backward thread; 32 MiB each from compute capability 9.0 on.
 #: Source: torch@2.4.1:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize.
 SMALL_WORKSPACES, LARGE_WORKSPACES = 2 * (8 * MiB + 128 * 1024), 2 * 32 * MiB
+#: Vocabularies of the models that benchmark tables name. Source: liger-kernel@0.8.0:benchmark/scripts/
+#: benchmark_model_configs.py (the models' own configs).
+VOCABULARIES = {
+    "llama_2_7b": 32000,
+    "llama_3_8b": 128256,
+    "qwen2.5_7b": 152064,
+    "qwen2.5_14b": 152064,
+    "qwen2.5_72b": 152064,
+    "deepseek_v2_lite": 102400,
+    "deepseek_v3": 129280,
+}
 #: How far a count of live tensors may be off: blocks of 512 bytes, small statistics, one tensor more or less.
 MARGIN = 0.03
 
@@ -31,7 +42,7 @@ def predict(record: Record) -> Prediction:
     kernel, provider = str(record.job.get("kernel")), str(record.job.get("provider"))
     rule = RULES.get(kernel)
     params = record.job.get("params")
-    if rule is None or not isinstance(params, dict) or not _known(provider):
+    if rule is None or not isinstance(params, dict) or not _known(kernel, provider):
         raise NotComparableError(_("no count of {kernel} by {provider}").format(kernel=kernel, provider=provider))
     value = rule(record, params, provider.startswith("liger"))
     if any(figure.value < value / 5 - MiB for figure in record.measured):
@@ -43,10 +54,11 @@ def predict(record: Record) -> Prediction:
     return Prediction(engine="kernels", figures={"max_allocated": Amount(value=value, low=low, high=value + margin)})
 
 
-def _known(provider: str) -> bool:
-    return provider in ("huggingface", "torch", "deepspeed_tiled") or (
-        provider.startswith("liger") and "cutile" not in provider
-    )
+def _known(kernel: str, provider: str) -> bool:
+    """Return whether a provider's kernel is counted: cuTile's cross entropy is not in place, and its source not read."""
+    if provider in ("huggingface", "torch", "megatron", "deepspeed_tiled"):
+        return True
+    return provider.startswith("liger") and not (kernel == "cross_entropy" and "cutile" in provider)
 
 
 def _tokens(record: Record, params: Mapping[str, Any]) -> int:
@@ -80,9 +92,8 @@ def _multiprocessors(record: Record) -> int:
 
 
 def _cross_entropy(record: Record, params: Mapping[str, Any], liger: bool) -> int:
-    if params.get("model"):
-        raise NotComparableError(_("{key} is not given").format(key="vocab"))
-    tokens, vocabulary = _tokens(record, params), _size(record, params, "vocab")
+    tokens = _tokens(record, params)
+    vocabulary = VOCABULARIES.get(str(params.get("model"))) or _size(record, params, "vocab")
     return kernels.cross_entropy_peak(tokens, vocabulary, in_place=liger)
 
 
@@ -99,6 +110,27 @@ def _norm(record: Record, params: Mapping[str, Any], liger: bool) -> int:
         element_bytes=_width(params, "bf16"),
         num_multiprocessors=_multiprocessors(record) if liger else 0,
     )
+
+
+def _rms_norm(record: Record, params: Mapping[str, Any], liger: bool) -> int:
+    return kernels.norm_peak(
+        _tokens(record, params),
+        _size(record, params, "hidden"),
+        element_bytes=_width(params, "bf16"),
+        num_multiprocessors=_multiprocessors(record) if liger else 0,
+        vectors=1,
+    )
+
+
+def _group_norm(record: Record, params: Mapping[str, Any], _liger: bool) -> int:
+    if params.get("channels"):
+        rows, size = (
+            _size(record, params, "rows"),
+            _size(record, params, "channels") * _size(record, params, "positions"),
+        )
+    else:
+        rows, size = _tokens(record, params), _size(record, params, "hidden")
+    return kernels.norm_peak(rows, size, element_bytes=_width(params, "bf16"), vectors=0)
 
 
 def _softmax(record: Record, params: Mapping[str, Any], _liger: bool) -> int:
@@ -127,6 +159,8 @@ RULES: dict[str, Callable[[Record, Mapping[str, Any], bool], int]] = {
     "fused_linear_cross_entropy": _linear_cross_entropy,
     "layer_norm": _norm,
     "softmax": _softmax,
+    "group_norm": _group_norm,
+    "megatron_rms_norm": _rms_norm,
     "swiglu": _ffn,
     "geglu": _ffn,
     "tiled_swiglu": _ffn,

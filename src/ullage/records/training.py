@@ -28,6 +28,7 @@ STAND_IN_GPU = "H200"
 _METHODS_WITH_ADAPTERS = ("lora", "qlora", "dora")
 _METHODS_OF_ENGINE = {"litgpt": ("llama_adapter", "llama_adapter_v2")}
 _OVERRIDES = LAYER_KEYS | {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}
+_IN_FULL = "trained in full beside the adapters:"
 #: Names of frozen bases that a record may write in ``precision.params`` instead.
 _QUANTISED = ("nf4", "fp4", "int8", "gptq")
 
@@ -257,7 +258,15 @@ def _lora(fields: Mapping[str, Any], where: str) -> Lora | None:
         targets=names,
         dropout=words.number(value.get("dropout") or 0) or 0.0,
         dora=fields.get("method") == "dora" or "DoRA on" in (fields.get("unknown") or ()),
+        trained_modules=_trained_modules(fields),
     )
+
+
+def _trained_modules(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules that a record says are trained in full beside the adapters."""
+    said = (str(one) for one in fields.get("unknown") or ())
+    found = next((one for one in said if one.startswith(_IN_FULL)), "")
+    return tuple(name.strip() for name in found.removeprefix(_IN_FULL).split(",") if name.strip())
 
 
 def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -66,13 +66,14 @@ class Recompute(Frozen):
 
 
 class Lora(Frozen):
-    """Low-rank adapters. ``targets`` are module names, or ``("all-linear",)``."""
+    """Low-rank adapters. ``targets`` are module names, or ``("all-linear",)``; ``trained_modules`` get a full copy."""
 
     rank: int
     targets: tuple[str, ...]
     dropout: float = 0.0
     dtype: str | None = None
     dora: bool = False
+    trained_modules: tuple[str, ...] = ()
 
 
 class TrainingJob(Frozen):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ullage.account.gradients import gradients_term
-from ullage.account.lora import adapter_parameters
+from ullage.account.lora import adapter_parameters, copied_parameters
 from ullage.account.optimizer import Trained, optimizer_terms
 from ullage.account.parameters import Placed, Role, model_parameters
 from ullage.account.sharding import RankShare, whole
@@ -39,13 +39,15 @@ BASE_FORMATS = {"nf4": NF4, "fp4": NF4, "int8": INT8, "gptq": GPTQ}
 class States(Frozen):
     """What stays on the GPU.
 
-    ``weights`` of the base and ``adapters``; ``trained``: what the optimizer works on; ``trained_dtype``: its dtype.
+    ``weights`` of the base and ``adapters``; ``trained``: what the optimizer works on; ``trained_dtype``: its dtype;
+    ``copies``: modules trained in full beside adapters, in the base's dtype.
     """
 
     weights: Term
     adapters: Term
     trained: Trained
     trained_dtype: str
+    copies: Trained
     gradients: Term
     optimizer: Term
     workspaces: Term
@@ -53,28 +55,49 @@ class States(Frozen):
 
 def states(job: TrainingJob, recipe: Recipe) -> States:
     """Return what stays on the GPU under a job."""
-    weights = _base_weights(job, recipe)
-    if job.lora is not None:
-        trained = adapter_parameters(job.model, job.lora)
-        dtype = recipe.adapters.dtype
-        size = int(trained.num_elements * dtype_bytes(dtype))
-        adapters = exact("adapters", size, formula=f"{trained.num_elements:,} x {dtype}", source="arXiv:2106.09685")
+    lora = job.lora
+    copies = copied_parameters(job.model, lora) if lora is not None else Trained(tensors=())
+    if lora is not None:
+        trained, dtype, grads, moments = (adapter_parameters(job.model, lora), *(recipe.adapters.dtype,) * 3)
     else:
         trained, dtype = full_parameters(job.model), job.precision.params
-        adapters = exact("adapters", 0)
-    grads = dtype if job.lora is not None else job.precision.grads
-    moments = dtype if job.lora is not None else job.precision.moments
+        grads, moments = job.precision.grads, job.precision.moments
+    base = job.precision.compute
     return States(
-        weights=weights,
-        adapters=adapters,
+        weights=_base_weights(job, recipe),
+        adapters=_adapters(trained, dtype, copies, base) if lora is not None else exact("adapters", 0),
         trained=trained,
         trained_dtype=dtype,
-        gradients=gradients_term(trained, dtype=grads),
-        optimizer=optimizer_terms(
-            job.optimizer, trained, moments=moments, params=dtype, master=None if job.lora else job.precision.master
+        copies=copies,
+        gradients=_both(
+            "gradients",
+            gradients_term(trained, dtype=grads),
+            gradients_term(copies, dtype=base) if copies.tensors else None,
+        ),
+        optimizer=_both(
+            "optimizer",
+            optimizer_terms(
+                job.optimizer, trained, moments=moments, params=dtype, master=None if lora else job.precision.master
+            ),
+            optimizer_terms(job.optimizer, copies, moments=base, params=base, master=None) if copies.tensors else None,
         ),
         workspaces=workspaces(job),
     )
+
+
+def _adapters(trained: Trained, dtype: str, copies: Trained, base: str) -> Term:
+    """Return the adapters' weights, and the full copies of modules trained beside them."""
+    size = int(trained.num_elements * dtype_bytes(dtype))
+    found = exact("adapters", size, formula=f"{trained.num_elements:,} x {dtype}", source="arXiv:2106.09685")
+    if not copies.tensors:
+        return found
+    full = int(copies.num_elements * dtype_bytes(base))
+    copy = exact("trained_copies", full, formula=f"{copies.num_elements:,} x {base}")
+    return _both("adapters", found, copy)
+
+
+def _both(name: str, first: Term, second: Term | None) -> Term:
+    return first if second is None else total(name, (first, second), source=first.source)
 
 
 @lru_cache(maxsize=64)

@@ -179,12 +179,11 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
 def _optimizer_step(walk: Walk) -> tuple[Term, ...]:
     """Return the optimizer step: all gradients, and the step's own copies."""
     trained = walk.states.trained
-    extra = temporaries(
-        walk.job.optimizer,
-        trained,
-        impl=walk.job.optimizer_impl,
-        params=walk.states.trained_dtype,
-        num_shards=fsdp.num_shards(walk.job) if fsdp.is_sharded(walk.job) else 1,
+    shards = fsdp.num_shards(walk.job) if fsdp.is_sharded(walk.job) else 1
+    groups = ((trained, walk.states.trained_dtype), (walk.states.copies, walk.job.precision.compute))
+    extra = sum(
+        temporaries(walk.job.optimizer, group, impl=walk.job.optimizer_impl, params=dtype, num_shards=shards)
+        for group, dtype in groups
     )
     return (
         walk.states.gradients,
@@ -219,7 +218,8 @@ def _inputs(walk: Walk) -> Term:
 
 def _head_gradient(walk: Walk) -> int:
     """Return the gradient of the output head, where it is trained."""
-    if not walk.recipe.implementation.trained:
+    lora = walk.job.lora
+    if not walk.recipe.implementation.trained and "lm_head" not in (lora.trained_modules if lora else ()):
         return 0
     model = walk.job.model
     return int(model.vocab_size * model.hidden_size * dtype_bytes(walk.job.precision.grads))
