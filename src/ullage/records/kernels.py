@@ -55,7 +55,7 @@ def predict(record: Record) -> Prediction:
 
 
 def _known(kernel: str, provider: str) -> bool:
-    """Return whether a provider's kernel is counted: cuTile's cross entropy is not in place, and its source not read."""
+    """Return whether a provider's kernel is counted: cuTile's cross entropy is not in place."""
     if provider in ("huggingface", "torch", "megatron", "deepspeed_tiled"):
         return True
     return provider.startswith("liger") and not (kernel == "cross_entropy" and "cutile" in provider)
