@@ -8,6 +8,14 @@ from ullage.spec import model as spec
 #: Activations written out in Python, and how many tensors of the intermediate size they keep.
 #: Source: transformers@5.23.0:activations.py:NewGELUActivation (input, tanh, half the input, 1 + tanh).
 WRITTEN_OUT_ACTIVATIONS = {"gelu_new": 4}
+#: What a gated block keeps of its inner size, its last linear's input apart.
+#: Source: transformers@5.23.0:models/llama/modeling_llama.py:LlamaMLP; liger-kernel@0.6.3:ops/swiglu.py;
+#: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:GptOssExperts._apply_gate.
+GATED_ROWS = {
+    "native": ("gate", "up", "activated gate"),
+    "fused": ("gate", "up"),
+    "clamped": ("gate", "up", "clamped gate", "sigmoid", "clamped up", "activated gate"),
+}
 
 
 def dense_table(
@@ -38,12 +46,12 @@ def inner_table(
     keeper: Keeper, prefix: str, num_values: int, *, gated: bool, activation: str, down: str = "down_proj"
 ) -> list[SavedTensor]:
     """Return what lies between the first and the last linear of a feed-forward block of ``num_values`` = bsI."""
-    fused, dtype = keeper.implementation.gated_ffn == "fused", keeper.implementation.ffn_dtype
+    dtype = keeper.implementation.ffn_dtype
     if not gated:
         copies = WRITTEN_OUT_ACTIVATIONS.get(activation, 1)
         formula = f"{copies}bsI" if copies > 1 else "bsI"
         found = [keeper.keep(f"{prefix}activation", copies * num_values, formula, dtype)]
         return [*found, *keeper.keep_input(f"{prefix}{down}.input", num_values, "bsI")]
-    names = ("gate", "up") if fused else ("gate", "up", "activated gate")
+    names = GATED_ROWS[keeper.implementation.gated_ffn]
     found = [keeper.keep(f"{prefix}{name}", num_values, "bsI", dtype) for name in names]
     return [*found, *keeper.keep_input(f"{prefix}{down}.input", num_values, "bsI")]

@@ -9,7 +9,8 @@ from ullage.spec import model as spec
 def norm_table(norm: spec.Norm, shape: Shape, implementation: Implementation) -> tuple[SavedTensor, ...]:
     """Return what a norm on the residual stream keeps; its output is kept by the linears that read it.
 
-    Formula: RMS written in PyTorch: fp32 copy 4bsh + rstd 4bs + normalised 2bsh (only for a trained weight);
+    Formula: RMS written in PyTorch: fp32 copy 4bsh + rstd 4bs + normalised 2bsh (only for a trained weight; 4bsh
+        where the cast comes after the weight);
         fused: input 2bsh + rstd 4bs; LayerNorm: input + mean + rstd.
     Source: transformers@5.23.0:models/llama/modeling_llama.py:LlamaRMSNorm.forward;
         torch@2.13.0:aten/src/ATen/native/layer_norm.cpp; liger-kernel@0.6.3:ops/rms_norm.py:rms_norm_forward.
@@ -36,9 +37,10 @@ def rows_table(
         statistics = [keeper.keep("mean", rows, "bs", "float32"), keeper.keep("rstd", rows, "bs", "float32")]
         return (keeper.keep("input", num_values, size, wide), *statistics)
     rstd = keeper.keep("rstd", rows, "bs", "float32")
-    if implementation.norm != "native":
+    if implementation.norm in ("fused", "te"):
         return (keeper.keep("input", num_values, size, wide), rstd)
     found = [keeper.keep("input as fp32", num_values, size, "float32"), rstd]
     if norm.weight and implementation.trained:
-        found.append(keeper.keep("normalised", num_values, size, implementation.compute_dtype))
+        late = implementation.norm == "late_cast"
+        found.append(keeper.keep("normalised", num_values, size, "float32" if late else implementation.compute_dtype))
     return tuple(found)

@@ -87,8 +87,10 @@ class Implementation:
     Attributes:
         attention: flash (output and log-sum-exp), sdpa (as flash on CUDA), eager/unfused (scores and probabilities),
             te (Transformer Engine's fused attention).
-        norm: "native" RMSNorm written in PyTorch (keeps the fp32 copy and more), "fused" (input and rstd), "te".
-        gated_ffn: "native" (gate, up, activation, product) or "fused" (the gate-up output only).
+        norm: "native" RMSNorm written in PyTorch (keeps the fp32 copy and more), "late_cast" (the weight is multiplied
+            in fp32, Gemma and gpt-oss), "fused" (input and rstd), "te".
+        gated_ffn: "native" (gate, up, activation, product), "fused" (the gate-up output only) or "clamped" (gpt-oss:
+            gate and up are clamped, and the gate's sigmoid is written out).
         rotary: "native" or "fused".
         moe: "loop" (Transformers eager experts), "grouped" (grouped GEMM after permutation), "megatron".
         compute_dtype, residual_dtype: of activations.
@@ -105,8 +107,8 @@ class Implementation:
     """
 
     attention: Literal["flash", "sdpa", "eager", "unfused", "te"] = "sdpa"
-    norm: Literal["native", "fused", "te"] = "native"
-    gated_ffn: Literal["native", "fused"] = "native"
+    norm: Literal["native", "late_cast", "fused", "te"] = "native"
+    gated_ffn: Literal["native", "fused", "clamped"] = "native"
     rotary: Literal["native", "fused"] = "native"
     moe: Literal["loop", "grouped", "megatron"] = "loop"
     compute_dtype: str = "bfloat16"

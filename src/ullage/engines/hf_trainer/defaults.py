@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Literal
 
 from ullage.account.activations.logits import LossRecipe
 from ullage.account.activations.saved import Implementation
@@ -36,6 +37,17 @@ REPEATED_BEFORE: Version = (4, 48)
 REPEATS_FOR_FLASH = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM")
 #: Source: transformers@5.23.0:models/gpt2/modeling_gpt2.py:eager_attention_forward (no fp32 softmax).
 PLAIN_SOFTMAX = ("GPT2LMHeadModel",)
+#: Source: transformers@5.23.0:models/gemma2/modeling_gemma2.py:Gemma2RMSNorm,
+#: models/gpt_oss/modeling_gpt_oss.py:GptOssRMSNorm.
+LATE_CAST = (
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "GptOssForCausalLM",
+)
+#: Source: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:GptOssExperts._apply_gate.
+CLAMPED = ("GptOssForCausalLM",)
 #: Models that divide the logits by a constant, and that multiply the embeddings by one.
 #: Source: transformers@4.45.2:models/granite/modeling_granite.py; models/gemma/modeling_gemma.py (embeddings alone).
 SCALED_EMBEDDINGS = ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM")
@@ -174,10 +186,12 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
     if attention == "flash":
         repeats = version < REPEATED_BEFORE and architecture in REPEATS_FOR_FLASH
     compute = job.precision.compute
+    native: Literal["native", "late_cast"] = "late_cast" if architecture in LATE_CAST else "native"
+    written: Literal["native", "clamped"] = "clamped" if architecture in CLAMPED else "native"
     return Implementation(
         attention=attention,
-        norm="fused" if "rms_norm" in fused else "native",
-        gated_ffn="fused" if "swiglu" in fused else "native",
+        norm="fused" if "rms_norm" in fused else native,
+        gated_ffn="fused" if "swiglu" in fused else written,
         rotary="fused" if "rope" in fused else "native",
         moe="grouped" if version >= GROUPED_EXPERTS else "loop",
         compute_dtype=compute,
