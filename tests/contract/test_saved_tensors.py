@@ -113,7 +113,8 @@ MEASURED: dict[tuple[str, str], int] = {
     ("gpt2", "sdpa"): 231_936,
     ("gpt2", "eager"): 262_656,
 }
-#: Small indices of the router, fp32 copies of weights of norms and the precision of LayerNorm's statistics (bfloat16 on a CPU) are not followed.
+#: Small indices of the router, fp32 copies of weights of norms, and the precision of LayerNorm's statistics (bfloat16
+#: on a CPU) are not followed.
 TOLERANCE = 0.011
 #: Implementations that differ from the tables' first choice.
 WRITTEN = {
