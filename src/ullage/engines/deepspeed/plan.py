@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from ullage.engines.fsdp.plan import Rules, hf_loss, lora_of
 from ullage.engines.sharded.groups import frame_parameters, of_layer
 from ullage.engines.sharded.walk import Block, StepPlan
 from ullage.read.deepspeed_json import parse_deepspeed
+from ullage.read.jsonfile import parse_json_object
 from ullage.spec.training import TrainingJob
 from ullage.units import cdiv, dtype_bytes
 
@@ -24,7 +24,7 @@ from ullage.units import cdiv, dtype_bytes
 def settings_of(job: TrainingJob) -> ZeroSettings:
     """The settings of ZeRO: the job's own JSON where it has one, else its stage and what it offloads."""
     if job.native.lstrip().startswith("{"):
-        return parse_deepspeed(json.loads(job.native), where="deepspeed").zero
+        return parse_deepspeed(parse_json_object(job.native, where="deepspeed"), where="deepspeed").zero
     offload = dict(job.offload)
     return ZeroSettings(
         stage=job.parallel.zero_stage,
