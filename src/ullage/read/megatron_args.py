@@ -72,11 +72,11 @@ def job_from_megatron_text(
 def smallest_world(args: Mapping[str, object]) -> int:
     """Return the fewest GPUs on which the sizes go together: for command lines without a number of GPUs."""
     known = from_mapping(args)
-    pipeline = known.count("pipeline-model-parallel-size", 1)
-    tensor = known.count("tensor-model-parallel-size", 1)
-    stage = tensor * known.count("context-parallel-size", 1)
+    pipeline = known.size("pipeline-model-parallel-size", 1)
+    tensor = known.size("tensor-model-parallel-size", 1)
+    stage = tensor * known.size("context-parallel-size", 1)
     if "num-experts" in known:
-        expert = known.count("expert-model-parallel-size", 1) * known.count("expert-tensor-parallel-size", tensor)
+        expert = known.size("expert-model-parallel-size", 1) * known.size("expert-tensor-parallel-size", tensor)
         stage = math.lcm(stage, max(1, expert))
     return max(1, stage * pipeline)
 
@@ -89,7 +89,7 @@ def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *
     if strange:
         assumed += (_("flags not known, taken as without memory: {flags}").format(flags=", ".join(strange)),)
     parallel = _parallel(args, machine)
-    micro = args.count("micro-batch-size", 1)
+    micro = args.size("micro-batch-size", 1)
     batch = args.count("global-batch-size", micro * parallel.data_parallel_size)
     return TrainingJob(
         model=model,
@@ -100,7 +100,7 @@ def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *
         precision=_precision(args),
         optimizer=args.get("optimizer") or "adam",
         micro_batch_size=micro,
-        seq_len=args.count("seq-length", 0) or args.count("encoder-seq-length"),
+        seq_len=args.count("seq-length", 0) or args.size("encoder-seq-length"),
         grad_accum=max(1, batch // max(1, micro * parallel.data_parallel_size)),
         recompute=_recompute(args),
         attention=_attention(args),
@@ -120,9 +120,9 @@ def _flags(args: Arguments) -> tuple[tuple[str, str], ...]:
 
 
 def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
-    tensor = args.count("tensor-model-parallel-size", 1)
-    pipeline = args.count("pipeline-model-parallel-size", 1)
-    context = args.count("context-parallel-size", 1)
+    tensor = args.size("tensor-model-parallel-size", 1)
+    pipeline = args.size("pipeline-model-parallel-size", 1)
+    context = args.size("context-parallel-size", 1)
     group = tensor * pipeline * context
     if not group or machine.num_gpus % group:
         raise LayoutError(
@@ -130,7 +130,7 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
                 gpus=machine.num_gpus, tp=tensor, pp=pipeline, cp=context
             )
         )
-    expert_tensor = args.count("expert-tensor-parallel-size", tensor)
+    expert_tensor = args.size("expert-tensor-parallel-size", tensor)
     sharding = args.get("data-parallel-sharding-strategy")
     fsdp = args.on("use-megatron-fsdp") or args.on("use-torch-fsdp2")
     virtual = args.count("num-virtual-stages-per-pipeline-rank", 0)
@@ -145,7 +145,7 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
         pipeline_parallel_size=pipeline,
         virtual_pipeline_parallel_size=virtual or 1,
         schedule=None if pipeline == 1 else "interleaved" if virtual > 1 else "1f1b",
-        expert_parallel_size=args.count("expert-model-parallel-size", 1),
+        expert_parallel_size=args.size("expert-model-parallel-size", 1),
         expert_tensor_parallel_size=expert_tensor,
         zero_stage=3 if fsdp and sharding != "no_shard" else 1 if args.on("use-distributed-optimizer") else 0,
         fsdp="full_shard" if fsdp and sharding in ("", "optim_grads_params") else None,

@@ -10,6 +10,7 @@ megatron/training/tokenizer/tokenizer.py:_vocab_size_with_padding.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Literal
 
 from ullage.errors import InputError
@@ -18,6 +19,7 @@ from ullage.read.megatron_words import Arguments
 from ullage.spec import model as spec
 
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 65_536
 #: Vocabularies of the tokenizers that Megatron-LM builds in, before padding.
 GPT2_VOCABULARY, BERT_UNCASED, BERT_CASED = 50_257, 30_522, 28_996
 _LIST = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\](?:\s*\*\s*(\d+))?")
@@ -26,7 +28,7 @@ _LIST = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\](?:\s*\*\s*(\d+))?")
 def model_of(args: Arguments) -> tuple[spec.Model, tuple[str, ...]]:
     """Build the model; the sentences say what was assumed."""
     assumed: list[str] = []
-    hidden = args.count("hidden-size")
+    hidden = args.size("hidden-size")
     vocabulary = _vocabulary(args, assumed)
     layers = _layers(args, hidden)
     kind = _norm_kind(args)
@@ -74,14 +76,14 @@ def _vocabulary(args: Arguments, assumed: list[str]) -> int:
     Formula: ceil(V / (d * t)) * d * t, d make-vocab-size-divisible-by (128), t tensor-parallel size.
     """
     if "padded-vocab-size" in args:
-        return args.count("padded-vocab-size")
+        return args.size("padded-vocab-size")
     tokenizer = args.get("tokenizer-type")
     if "vocab-size" in args:
-        size = args.count("vocab-size") + (1 if tokenizer == "NullTokenizer" else 0)
+        size = args.size("vocab-size") + (1 if tokenizer == "NullTokenizer" else 0)
     else:
         size = _known_vocabulary(args.get("vocab-file"), tokenizer)
         assumed.append(_("vocabulary: {size} entries, those of the built-in tokenizer").format(size=size))
-    multiple = args.count("make-vocab-size-divisible-by", 128) * args.count("tensor-model-parallel-size", 1)
+    multiple = args.size("make-vocab-size-divisible-by", 128) * args.size("tensor-model-parallel-size", 1)
     return -(-size // multiple) * multiple
 
 
@@ -102,7 +104,7 @@ def _norm_kind(args: Arguments) -> Literal["rms", "layer"]:
 
 
 def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Attention | spec.LatentAttention:
-    heads, bias = args.count("num-attention-heads"), not args.on("disable-bias-linear")
+    heads, bias = args.size("num-attention-heads"), not args.on("disable-bias-linear")
     if args.on("multi-latent-attention"):
         query_rank = args.count("q-lora-rank", 0)
         return spec.LatentAttention(
@@ -113,12 +115,12 @@ def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Att
             qk_rope_head_dim=args.count("qk-pos-emb-head-dim", 64),
             v_head_dim=args.count("v-head-dim", 128),
         )
-    groups = args.count("num-query-groups", 1) if args.on("group-query-attention") else heads
+    groups = args.size("num-query-groups", 1) if args.on("group-query-attention") else heads
     query_bias = bias or args.on("add-qkv-bias")
     return spec.Attention(
         num_heads=heads,
         num_kv_heads=groups,
-        head_dim=args.count("kv-channels", hidden // heads),
+        head_dim=args.size("kv-channels", hidden // heads),
         q_bias=query_bias,
         k_bias=query_bias,
         v_bias=query_bias,
@@ -150,7 +152,7 @@ def _activation(args: Arguments) -> str:
 def _mixture(args: Arguments, hidden: int) -> spec.MoEFFN:
     dense = _dense(args, hidden)
     return spec.MoEFFN(
-        num_experts=args.count("num-experts"),
+        num_experts=args.size("num-experts", most=MAX_EXPERTS),
         top_k=args.count("moe-router-topk", 2),
         intermediate_size=args.count("moe-ffn-hidden-size", dense.intermediate_size),
         shared_intermediate_size=args.count("moe-shared-expert-intermediate-size", 0),
@@ -192,7 +194,9 @@ def _layers(args: Arguments, hidden: int) -> tuple[spec.Layer, ...]:
         return tuple(kinds[letter] for letter in args.pattern.split("/")[0].replace("|", ""))
     if _architecture(args) == "t5":
         encoder, decoder = _layer(args, hidden), _layer(args, hidden, cross=True)
-        return (encoder,) * args.count("encoder-num-layers") + (decoder,) * args.count("decoder-num-layers")
+        return (encoder,) * args.size("encoder-num-layers", most=MAX_LAYERS) + (decoder,) * args.size(
+            "decoder-num-layers", most=MAX_LAYERS
+        )
     number = args.count("num-layers")
     if number > MAX_LAYERS:
         raise InputError(_("{number} layers are more than any model has").format(number=number))
@@ -222,7 +226,7 @@ def _hybrid_layer(args: Arguments, hidden: int, letter: str) -> spec.Layer:
     """
     norms = _norms(args, hidden, ("norm",))
     if letter == "M":
-        head_dim = args.count("mamba-head-dim", 64)
+        head_dim = args.size("mamba-head-dim", 64)
         mamba = spec.Mamba2(
             num_heads=args.count("mamba-num-heads", 2 * hidden // head_dim),
             head_dim=head_dim,
@@ -245,17 +249,30 @@ def _mtp(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...]) -> tuple[
 
     Source: Megatron-LM@adc69db:megatron/core/transformer/multi_token_prediction.py:MultiTokenPredictionLayer.
     """
-    number = args.count("mtp-num-layers", 0)
+    number = min(args.count("mtp-num-layers", 0), 64)
     if not number or not layers:
         return ()
     if args.on("mtp-use-repeated-layer"):
         number = 1
     module = spec.MtpModule(
-        layer=layers[-1],
+        layer=_mtp_layer(args, hidden, layers),
         norms=_norms(args, hidden, ("enorm", "hnorm", "final_layernorm")),
         extras=(spec.ExtraTensor(name="eh_proj.weight", shape=(hidden, 2 * hidden), split="out"),),
     )
     return (module,) * number
+
+
+def _mtp_layer(args: Arguments, hidden: int, layers: tuple[spec.Layer, ...]) -> spec.Layer:
+    """A prediction module's layer: the last one's kind, or the blocks that a hybrid pattern names after a slash."""
+    letters = args.pattern.partition("/")[2].partition("/")[0]
+    if not letters:
+        return layers[-1]
+    blocks = [_hybrid_layer(args, hidden, letter) for letter in letters]
+    return spec.Layer(
+        mixers=tuple(mixer for block in blocks for mixer in block.mixers),
+        ffns=tuple(ffn for block in blocks for ffn in block.ffns),
+        norms=tuple(replace(norm, name=f"norm_{at}") for at, block in enumerate(blocks) for norm in block.norms),
+    )
 
 
 def _extras(args: Arguments, hidden: int) -> tuple[spec.ExtraTensor, ...]:

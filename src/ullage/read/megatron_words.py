@@ -12,6 +12,7 @@ from ullage.i18n import _
 
 MAX_TEXT = 200_000
 MAX_INTEGER = 2**40
+MAX_SIZE = 2**31
 _ASSIGNMENT = re.compile(
     r"(?<![\w-])(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL
 )
@@ -55,6 +56,19 @@ class Arguments(Frozen):
         if not 0 <= value <= MAX_INTEGER:
             what = _("--{name} needs a whole number, not {text!r}") if text else _("--{name} is missing")
             raise InputError(what.format(name=name, text=text[:40]))
+        return value
+
+    def size(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+        """Return a whole number from 1 to ``most``.
+
+        Raises:
+            InputError: it is missing and has no default, or lies outside.
+        """
+        value = self.count(name, default)
+        if not 1 <= value <= most:
+            raise InputError(
+                _("--{name} needs a number from 1 to {most}, not {value}").format(name=name, most=most, value=value)
+            )
         return value
 
     def number(self, name: str, default: float) -> float:

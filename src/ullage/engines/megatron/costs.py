@@ -60,6 +60,8 @@ def chunk_cost(job: TrainingJob, settings: Settings, sizes: Sizes, chunk: Chunk)
         rest = chunk.layers
     parts += _layer_terms(job, settings, sizes, [model.layers[index] for index in rest])
     parts.append(_placed(job, settings, sizes, [model.layers[index] for index in rest]))
+    if model.architecture in ("bert", "t5"):
+        parts.append(_encoder_doubt(job, sizes, len(chunk.layers)))
     if chunk.mtp and model.mtp:
         parts += _mtp_terms(job, settings, sizes)
     if chunk.head:
@@ -137,6 +139,12 @@ def _table_term(job: TrainingJob, settings: Settings, tensor: SavedTensor, num_b
             tensor.name, num_bytes, low=num_bytes, high=2 * num_bytes, formula=tensor.formula, source=tensor.source
         )
     return exact(tensor.name, num_bytes, formula=tensor.formula, source=tensor.source)
+
+
+def _encoder_doubt(job: TrainingJob, sizes: Sizes, layers: int) -> Term:
+    """What layers with padding masks may keep beyond the tables: about n*h a layer is seen and not explained."""
+    stream = tensor_bytes(sizes.stream_tokens * job.model.hidden_size, job.precision.compute)
+    return ranged("encoder_masks", 0, low=0, high=2 * layers * stream, formula="0 .. 2*n*h a layer")
 
 
 def _mtp_terms(job: TrainingJob, settings: Settings, sizes: Sizes) -> list[Term]:

@@ -6,7 +6,7 @@ Mirrors Megatron-LM@adc69db (October 2025) to @d98e8a6 (August 2026) and Transfo
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Literal, overload
 
 from ullage.errors import InputError
 from ullage.frozen import Frozen
@@ -38,21 +38,17 @@ class Settings(Frozen):
     hidden_dropout: float
     attention_dropout: float
     fused_activation: bool
-    fused_rope: bool
     fused_loss: Literal["native", "te"] | None
     wgrad_fusion: bool
     distributed_optimizer: bool
     overlap_grad_reduce: bool
     grouped_gemm: bool
-    permute_fusion: bool
     dispatcher: Literal["alltoall", "allgather", "flex"]
     capacity_factor: float | None
-    router_dtype: str
     precision_aware: bool
     fp8_param_gather: bool
     cublas_workspace_bytes: int
     te_workspace_bytes: int
-    modern: bool
     flags: dict[str, str] = field(default_factory=dict, compare=False)
 
     def on(self, name: str) -> bool:
@@ -80,31 +76,45 @@ def resolve(job: TrainingJob) -> tuple[Settings, tuple[str, ...]]:
     kernel, sure = _attention(job, flags, engine)
     assumed = [] if sure else [_("attention kernel: {kernel}, as Transformer Engine chooses").format(kernel=kernel)]
     capability = job.machine.gpu.compute_capability or (9, 0)
-    dropout = "0.1" if native else "0"
+    dropout = 0.1 if native else 0.0
     return Settings(
         transformer_engine=engine,
         attention=kernel,
         attention_sure=sure,
-        hidden_dropout=float(flags.get("hidden-dropout") or dropout),
-        attention_dropout=float(flags.get("attention-dropout") or dropout),
+        hidden_dropout=_number(flags, "hidden-dropout", dropout),
+        attention_dropout=_number(flags, "attention-dropout", dropout),
         fused_activation=_fused_activation(job, on),
-        fused_rope="no-rope-fusion" not in on and engine,
         fused_loss=_fused_loss(job, flags),
         wgrad_fusion="no-gradient-accumulation-fusion" not in on,
         distributed_optimizer=job.parallel.zero_stage >= 1,
         overlap_grad_reduce="overlap-grad-reduce" in on,
         grouped_gemm="moe-grouped-gemm" in on or not native,
-        permute_fusion="moe-permute-fusion" in on or not native,
         dispatcher=_dispatcher(flags, native),
-        capacity_factor=float(flags["moe-expert-capacity-factor"]) if "moe-expert-capacity-factor" in flags else None,
-        router_dtype={"fp32": "float32", "fp64": "float64"}.get(flags.get("moe-router-dtype", ""), "bfloat16"),
+        capacity_factor=_number(flags, "moe-expert-capacity-factor", None),
         precision_aware="use-precision-aware-optimizer" in on or (not native and job.precision.moments != "float32"),
         fp8_param_gather="fp8-param-gather" in on,
         cublas_workspace_bytes=cublas_workspace(flags.get("env.CUBLAS_WORKSPACE_CONFIG", ""), capability),
         te_workspace_bytes=32 * MiB + 1024 if capability >= (9, 0) else 4 * MiB,
-        modern=not native,
         flags=flags,
     ), tuple(assumed)
+
+
+@overload
+def _number(flags: dict[str, str], name: str, default: float) -> float: ...
+@overload
+def _number(flags: dict[str, str], name: str, default: None) -> float | None: ...
+def _number(flags: dict[str, str], name: str, default: float | None) -> float | None:
+    """Return a flag's number between 0 and 1,000."""
+    text = flags.get(name, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1000:
+        raise InputError(_("--{name} needs a number from 0 to 1000, not {text!r}").format(name=name, text=text[:40]))
+    return value
 
 
 def _dispatcher(flags: dict[str, str], native: bool) -> Literal["alltoall", "allgather", "flex"]:

@@ -17,8 +17,14 @@ TE = "TransformerEngine@v2.11:transformer_engine/pytorch/triton/cross_entropy.py
 
 
 def head_saved_bytes(job: TrainingJob, sizes: Sizes) -> int:
-    """Final norm's input and output: n*h each."""
-    return 2 * tensor_bytes(sizes.decoder().stream_tokens * job.model.hidden_size, job.precision.compute)
+    """Final norm's input and output: n*h each; BERT's head has a linear, its activation and a norm of its own besides.
+
+    Source: Megatron-LM@adc69db:megatron/core/models/bert/bert_lm_head.py:BertLMHead.forward.
+    """
+    own_head = any(extra.name.startswith("lm_head.dense") for extra in job.model.extras)
+    return (5 if own_head else 2) * tensor_bytes(
+        sizes.decoder().stream_tokens * job.model.hidden_size, job.precision.compute
+    )
 
 
 def logits_elements(job: TrainingJob, sizes: Sizes) -> int:

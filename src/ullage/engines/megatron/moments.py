@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.engines.megatron import schedule
+from ullage.engines.megatron.activations import kept, layer_saved, offloaded_bytes
 from ullage.engines.megatron.buffers import buffers
 from ullage.engines.megatron.costs import CHECKPOINT, ChunkCost, chunk_cost
 from ullage.engines.megatron.defaults import Settings
@@ -37,6 +38,7 @@ def rank_of(
     """Walk a step of one class of ranks."""
     held = states(job, settings, parts, groups)
     persistent = buffers(job, settings, parts, sizes, held.tensors)
+    persistent += (_pools(job, settings, sizes, parts),)
     after = _ledger(job, first_rank, "after step", (*held.terms, *persistent))
     resident = (*_resident(job, settings, sizes, parts, persistent), gathered(job, parts, groups))
     costs = tuple(chunk_cost(job, settings, sizes, chunk) for chunk in parts)
@@ -59,6 +61,23 @@ def rank_of(
         after_step=after,
         host_bytes=held.host_bytes,
     )
+
+
+def _pools(job: TrainingJob, settings: Settings, sizes: Sizes, parts: tuple[Chunk, ...]) -> Term:
+    """Pools that CUDA graphs and fine-grained offload keep: from nothing to one micro-batch of what passes through.
+
+    Known error: neither is followed tensor by tensor.
+    Source: Megatron-LM@d98e8a6:megatron/core/transformer/cuda_graphs.py,
+    megatron/core/pipeline_parallel/fine_grained_activation_offload.py.
+    """
+    if settings.flags.get("cuda-graph-impl", "none") == "none" and not settings.on(
+        "fine-grained-activation-offloading"
+    ):
+        return exact("graph_and_offload_pools", 0)
+    kinds = [job.model.layers[index] for chunk in parts for index in chunk.layers]
+    most = sum(tensor.bytes for layer in kinds for tensor in kept(job, layer_saved(job, settings, sizes, layer)))
+    away = max((offloaded_bytes(job, layer_saved(job, settings, sizes, layer)) for layer in kinds), default=0)
+    return ranged("graph_and_offload_pools", 0, low=0, high=max(most, away), formula="0 .. one micro-batch")
 
 
 def _between(held: States) -> tuple[Term, ...]:

@@ -17,6 +17,8 @@ from ullage.i18n import _
 from ullage.spec.model import Layer, Model
 from ullage.spec.training import TrainingJob
 
+#: Beyond so many tensors padding is left out.
+MAX_TENSORS = 200_000
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
 
 
@@ -159,7 +161,7 @@ def buffer_elements(tensors: list[RankTensor], *, data: int, distributed: bool, 
         at a multiple of lcm(N, 128), N data-parallel ranks; a tied embedding is a bucket of its own. Else no padding.
     Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__.
     """
-    if not distributed:
+    if not distributed or sum(tensor.copies for tensor in tensors) > MAX_TENSORS:
         return sum(tensor.num_elements for tensor in tensors)
     multiple = math.lcm(data, 128)
     at = start = 0

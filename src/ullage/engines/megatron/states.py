@@ -11,7 +11,9 @@ from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors, layer_tensors
+from ullage.errors import InputError
 from ullage.frozen import Frozen
+from ullage.i18n import _
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, tensor_bytes
@@ -19,6 +21,8 @@ from ullage.units import MiB, tensor_bytes
 BUFFER = "Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer"
 PLAIN = "Megatron-LM@adc69db:megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params"
 SHARDED = "Megatron-LM@adc69db:megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer"
+#: Expert tensors of one shape that are placed one by one.
+MAX_COPIES = 512
 ALLOCATOR = "pytorch@2.9:c10/cuda/CUDACachingAllocator.cpp:should_split"
 
 
@@ -225,8 +229,25 @@ def _optimizer(job: TrainingJob, settings: Settings, parts: list[_Part]) -> tupl
 
 def _kept_fraction(job: TrainingJob, settings: Settings) -> float:
     if settings.on("optimizer-cpu-offload"):
-        return 1.0 - float(settings.flags.get("optimizer-offload-fraction") or 1.0)
+        return 1.0 - _fraction(settings.flags.get("optimizer-offload-fraction", ""))
     return 0.0 if ("optimizer", "cpu") in job.offload else 1.0
+
+
+def _fraction(text: str) -> float:
+    """Return the offloaded fraction: all where it is not given.
+
+    Raises:
+        InputError: not a number from 0 to 1.
+    """
+    try:
+        value = float(text or 1.0)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise InputError(
+            _("--optimizer-offload-fraction needs a number from 0 to 1, not {text!r}").format(text=text[:40])
+        )
+    return value
 
 
 def _moment_elements(job: TrainingJob, parts: list[_Part]) -> int:
@@ -261,7 +282,12 @@ def _rounding(job: TrainingJob, settings: Settings, parts: list[_Part]) -> Term:
         expected = placed_bytes(order[: 2 * len(parts)]) - sum(order[: 2 * len(parts)])
         count = sum(3 * MiB < 12 * part.shard // max(1, len(part.tensors)) for part in parts) * 4 + 4
     else:
-        sizes = [t.num_elements // t.copies for part in parts for t in part.tensors for _copy in range(t.copies)]
+        sizes = [
+            t.num_elements // t.copies
+            for part in parts
+            for t in part.tensors
+            for _copy in range(min(t.copies, MAX_COPIES))
+        ]
         params = [tensor_bytes(size, job.precision.params) for size in sizes]
         grads = [tensor_bytes(size, job.precision.grads) for size in buffers]
         master = [4 * size for size in sizes] if job.precision.master else []
