@@ -184,7 +184,7 @@ def test_fsdp_spreads_states_and_holds_the_inputs_of_frozen_layers() -> None:
 
 
 def test_what_the_rules_do_not_cover_is_refused() -> None:
-    parallel = TrainingParallel(data_parallel_size=2, zero_stage=3)
+    parallel = TrainingParallel(data_parallel_size=2, fsdp="hybrid")
     with pytest.raises(InputError, match="no other split yet"):
         step(lora_job(parallel=parallel))
     with pytest.raises(InputError, match="no offload yet"):
@@ -195,6 +195,15 @@ def test_what_the_rules_do_not_cover_is_refused() -> None:
         step(lora_job(base_quantization="int2"))
     with pytest.raises(InputError, match="selective"):
         step(lora_job(recompute=Recompute(kind="selective")))
+
+
+def test_zero_is_deepspeeds_to_answer() -> None:
+    parallel = TrainingParallel(data_parallel_size=4, zero_stage=3)
+    job = full_job(parallel=parallel, machine=parse_machine("4xA100-80GB-SXM"))
+    answer = step(job)
+    assert answer.job.engine == "deepspeed" and answer.ranks
+    with pytest.raises(InputError, match="quantised base under ZeRO"):
+        step(replace(job, method="qlora", base_quantization="nf4", lora=Lora(rank=8, targets=("q_proj",))))
 
 
 def test_reserved_and_device_hold_what_is_allocated() -> None:

@@ -19,6 +19,7 @@ from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.megatron import LAYER_KEYS, megatron_job, with_layers
 from ullage.records.models import record_model
 from ullage.records.schema import Record
+from ullage.spec.machine import Machine
 from ullage.spec.model import Attention, Layer, Model
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import canonical_dtype
@@ -61,12 +62,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
     if native is not None:
         return native, {}
     not_comparable: dict[str, str] = {}
-    num_gpus = words.integer(fields, "num_gpus", record.where) or 1
-    gpu = words.text(fields, "gpu", record.where)
-    try:
-        machine = parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
-    except InputError:
-        machine = parse_machine(f"{num_gpus}x{STAND_IN_GPU}")
+    num_gpus, machine = _machine(record)
     known = (*_METHODS_WITH_ADAPTERS, *_METHODS_OF_ENGINE.get(record.engine, ()))
     if fields.get("method") not in (None, "full", *known):
         raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
@@ -101,6 +97,16 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         flags=flags,
     )
     return job, not_comparable
+
+
+def _machine(record: Record) -> tuple[int, Machine]:
+    """Return the GPUs and the machine; a card that is not known is stood in for."""
+    num_gpus = words.integer(record.job, "num_gpus", record.where) or 1
+    gpu = words.text(record.job, "gpu", record.where)
+    try:
+        return num_gpus, parse_machine(f"{num_gpus}x{gpu or STAND_IN_GPU}")
+    except InputError:
+        return num_gpus, parse_machine(f"{num_gpus}x{STAND_IN_GPU}")
 
 
 def figures(ranks: tuple[TrainingRank, ...]) -> dict[str, Amount]:

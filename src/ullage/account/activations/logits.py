@@ -72,27 +72,30 @@ def loss_peak(
         return _liger(num_tokens, vocab_size, hidden_size, compute_dtype, head_trained)
     if recipe.kind == "chunked":
         return _chunked(recipe, num_tokens, vocab_size, hidden_size, compute_dtype)
-    width = int(dtype_bytes(compute_dtype))
     num_logits = num_tokens * cdiv(vocab_size, vocab_parallel_size)
-    narrow = 0 if width == 4 and recipe.upcast != "none" else width
+    return _plain_or_fused(recipe, num_tokens, num_logits, int(dtype_bytes(compute_dtype)))
+
+
+def _plain_or_fused(recipe: LossRecipe, num_tokens: int, num_logits: int, width: int) -> LossPeak:
+    """Return the peak of a loss on all logits at once: the copies that stand beside each other."""
     plain = recipe.kind == "plain"
     if recipe.upcast == "none":
         copies = [("logits", width)] + ([("log-softmax", width)] if plain else [])
         backward = 3 * width if plain else width
     else:
+        narrow = width if width < 4 else 0
         copies = [("logits", narrow)] if recipe.upcast == "loss" and narrow else []
         copies += [("logits as fp32", 4)]
         copies += [("shifted copy", 4)] if recipe.shift_copies else []
         copies += [("log-softmax", 4)] if plain else []
         backward = 12 if plain else 4 + narrow
     per_logit = sum(size for _name, size in copies)
+    made_of = " + ".join(f"{name} {size}" for name, size in copies)
     return LossPeak(
         forward_bytes=_bytes(num_logits * per_logit),
         backward_bytes=_bytes(num_logits * backward),
         kept_bytes=_bytes(num_logits * (4 if plain or recipe.upcast != "none" else width)),
-        formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x ("
-        + " + ".join(f"{name} {size}" for name, size in copies)
-        + ")",
+        formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x ({made_of})",
         source="transformers@4.48.1:loss/loss_utils.py:ForCausalLMLoss",
     )
 

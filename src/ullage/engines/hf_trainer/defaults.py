@@ -63,6 +63,7 @@ class Recipe(Frozen):
         autocast_casts: fp32 weights are cast to the compute dtype, and the casts live as long as the forward pass.
         keeps_gradients: gradients stay until the next step begins (a plain loop); the Trainer frees them.
         length_unknown: ``seq_len`` is the longest that may come (flag ``seq_len_at_most``).
+        impl_assumed: the job did not say which implementation of the optimizer step runs.
         scaled_embeddings: the embeddings are multiplied, so that the unscaled ones may stay beside them.
     """
 
@@ -75,6 +76,7 @@ class Recipe(Frozen):
     keeps_gradients: bool
     scaled_embeddings: bool
     length_unknown: bool
+    impl_assumed: bool
     version: Version
 
 
@@ -110,7 +112,7 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
         impl = "fused" if version >= FUSED_BY_DEFAULT and job.engine != "single" else "foreach"
         assumed.append(_("optimizer implementation: {impl}").format(impl=impl))
     filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
-    return filled, _recipe(filled, version)
+    return filled, replace(_recipe(filled, version), impl_assumed=job.optimizer_impl is None)
 
 
 def refuse(job: TrainingJob) -> None:
@@ -120,11 +122,13 @@ def refuse(job: TrainingJob) -> None:
         InputError: sharded states, a split model, offload, or Unsloth.
     """
     parallel = job.parallel
-    sharded = parallel.fsdp not in (None, "full_shard") or (parallel.zero_stage and parallel.data_parallel_size > 1)
+    sharded = parallel.fsdp not in (None, "full_shard")
     sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size)
     if sharded or any(size > 1 for size in sizes):
         raise InputError(
-            _("the {engine} rules know one GPU, DDP and FSDP full_shard, no other split yet").format(engine=job.engine)
+            _("the {engine} rules know one GPU, DDP, ZeRO and FSDP full_shard, no other split yet").format(
+                engine=job.engine
+            )
         )
     if "unsloth" in job.engine_version.lower():
         raise InputError(_("Unsloth's kernels and its own recompute are not known"))
@@ -148,6 +152,7 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         keeps_gradients=job.engine == "single",
         scaled_embeddings=adapted and job.model.architecture in SCALED_EMBEDDINGS,
         length_unknown="seq_len_at_most" in dict(job.flags),
+        impl_assumed=False,
         version=version,
     )
 

@@ -7,13 +7,16 @@ from dataclasses import replace
 from ullage.account.activations.logits import LossPeak, loss_peak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
+from ullage.engines import training
 from ullage.engines.hf_trainer import fsdp
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
 from ullage.engines.hf_trainer.states import States, states
 from ullage.engines.training import TrainingRank, TrainingStep
+from ullage.errors import InputError
 from ullage.frozen import Frozen
+from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, dtype_bytes
@@ -39,6 +42,8 @@ def step(job: TrainingJob) -> TrainingStep:
     Raises:
         InputError: what the rules do not cover.
     """
+    if job.parallel.zero_stage and job.parallel.data_parallel_size > 1:
+        return _under_deepspeed(job)
     filled, recipe = resolve(job)
     held, one_pass, shape = _held(filled, recipe), forward_pass(filled, recipe), micro_batch(filled)
     loss = loss_peak(
@@ -64,6 +69,17 @@ def step(job: TrainingJob) -> TrainingStep:
         after_step=_ledger(walk, "after step", (held.optimizer, *_after(walk))),
     )
     return TrainingStep(job=filled, ranks=(rank,), warnings=filled.assumed)
+
+
+def _under_deepspeed(job: TrainingJob) -> TrainingStep:
+    """Return the step under ZeRO: DeepSpeed's engine owns weights, gradients and states.
+
+    Raises:
+        InputError: a quantised base, which the rules of that engine do not shard.
+    """
+    if job.base_quantization is not None:
+        raise InputError(_("a quantised base under ZeRO is not followed"))
+    return training.step(replace(job, engine="deepspeed"))
 
 
 def _held(job: TrainingJob, recipe: Recipe) -> States:
@@ -140,7 +156,7 @@ def _backward(walk: Walk) -> tuple[Term, ...]:
         return _sharded_backward(walk)
     accumulates = walk.job.grad_accum > 1
     head = 0 if accumulates else _head_gradient(walk)
-    layer, _bytes = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
+    layer, _most = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
     grads = head + (0 if accumulates else sum(walk.one_pass.grad_bytes[layer + 1 :]))
     temporary = accumulation_bytes(walk.states.trained, dtype=walk.job.precision.grads) if accumulates else 0
     kept = [sum(one.kept_bytes for one in each.layers[: layer + 1]) for each in (walk.one_pass, walk.low_pass)]
@@ -179,16 +195,22 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
 def _optimizer_step(walk: Walk) -> tuple[Term, ...]:
     """Return the optimizer step: all gradients, and the step's own copies."""
     trained = walk.states.trained
-    shards = fsdp.num_shards(walk.job) if fsdp.is_sharded(walk.job) else 1
-    groups = ((trained, walk.states.trained_dtype), (walk.states.copies, walk.job.precision.compute))
-    extra = sum(
-        temporaries(walk.job.optimizer, group, impl=walk.job.optimizer_impl, params=dtype, num_shards=shards)
-        for group, dtype in groups
-    )
+    extra, most = (_step_copies(walk, impl) for impl in (walk.job.optimizer_impl, "foreach"))
+    source = "torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam"
+    low, high = (0, max(extra, most)) if walk.recipe.impl_assumed else (extra, extra)
     return (
         walk.states.gradients,
-        exact("optimizer_temporaries", extra, source="torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam"),
+        ranged("optimizer_temporaries", extra, low=low, high=high, source=source),
         exact("gradient_norms", clipping_bytes(trained), source="torch@2.13.0:torch/nn/utils/clip_grad.py"),
+    )
+
+
+def _step_copies(walk: Walk, impl: str | None) -> int:
+    """Return what an implementation of the optimizer step allocates, of adapters and of full copies."""
+    shards = fsdp.num_shards(walk.job) if fsdp.is_sharded(walk.job) else 1
+    groups = ((walk.states.trained, walk.states.trained_dtype), (walk.states.copies, walk.job.precision.compute))
+    return sum(
+        temporaries(walk.job.optimizer, group, impl=impl, params=dtype, num_shards=shards) for group, dtype in groups
     )
 
 
