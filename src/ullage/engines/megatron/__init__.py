@@ -14,7 +14,7 @@ from ullage.engines.megatron.moments import rank_of
 from ullage.engines.megatron.shape import sizes_of
 from ullage.engines.training import TrainingStep
 from ullage.i18n import _
-from ullage.spec.model import MoEFFN
+from ullage.spec.model import LatentAttention, MoEFFN
 from ullage.spec.training import TrainingJob
 
 __all__ = ["VERSIONS", "step"]
@@ -40,7 +40,7 @@ def step(job: TrainingJob) -> TrainingStep:
         ranks.append(rank_of(job, settings, parts, groups, sizes, first_rank=first))
     ranks.sort(key=lambda rank: -rank.peak.device_used.bytes)
     filled = replace(job, assumed=(*job.assumed, *assumed_tensor, *assumed))
-    return TrainingStep(job=filled, ranks=tuple(ranks))
+    return TrainingStep(job=filled, ranks=tuple(ranks), warnings=_warnings(job))
 
 
 def _expert_tensor(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
@@ -54,3 +54,11 @@ def _expert_tensor(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
     filled = replace(job, parallel=replace(parallel, expert_tensor_parallel_size=1))
     has_experts = any(isinstance(block, MoEFFN) for layer in job.model.layers for block in layer.ffns)
     return filled, (_("expert tensor parallel size: 1"),) if has_experts else ()
+
+
+def _warnings(job: TrainingJob) -> tuple[str, ...]:
+    """Name what the tables leave out."""
+    mixers = [mixer for layer in job.model.layers for mixer in layer.mixers]
+    if any(isinstance(mixer, LatentAttention) and mixer.indexer is not None for mixer in mixers):
+        return (_("sparse attention: the indexer's projections and scores are not counted among activations"),)
+    return ()

@@ -11,10 +11,10 @@ from ullage.account.activations.saved import SavedTensor
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.mixture import mixture_saved
 from ullage.engines.megatron.shape import Sizes
-from ullage.engines.megatron.state_space import mamba_saved
+from ullage.engines.megatron.state_space import gated_delta_saved, mamba_saved
 from ullage.errors import UnknownArchitectureError
 from ullage.i18n import _
-from ullage.spec.model import Attention, DenseFFN, LatentAttention, Layer, Mamba2, MoEFFN
+from ullage.spec.model import Attention, DenseFFN, GatedDeltaNet, LatentAttention, Layer, Mamba2, MoEFFN
 from ullage.spec.training import TrainingJob
 
 TE = "TransformerEngine@v2.8:transformer_engine/pytorch/"
@@ -64,6 +64,8 @@ def layer_saved(job: TrainingJob, settings: Settings, sizes: Sizes, layer: Layer
             found += _attention(job, settings, sizes, mixer)
         elif isinstance(mixer, Mamba2):
             found += mamba_saved(job, settings, sizes, mixer)
+        elif isinstance(mixer, GatedDeltaNet):
+            found += gated_delta_saved(job, settings, sizes, mixer)
         else:
             raise UnknownArchitectureError(
                 _("Megatron-LM's activations of {kind} are not known").format(kind=type(mixer).__name__)

@@ -132,6 +132,9 @@ def _table_term(job: TrainingJob, settings: Settings, tensor: SavedTensor, num_b
             formula=tensor.formula,
             source=tensor.source,
         )
+    if tensor.name.startswith("gdn."):
+        low, high = num_bytes * 7 // 10, num_bytes * 14 // 10
+        return ranged(tensor.name, num_bytes, low=low, high=high, formula=tensor.formula, source=tensor.source)
     if tensor.name == "flash.output" and not settings.attention_sure:
         return ranged(tensor.name, num_bytes, low=0, high=num_bytes, formula=tensor.formula, source=tensor.source)
     if tensor.name == "core_attention.output" and settings.attention == "fused" and not settings.attention_sure:

@@ -124,7 +124,9 @@ def _peaks(
         virtual=virtual,
         rank=parts[0].pp_rank,
         num_micro_batches=job.grad_accum,
-        group=settings.count("microbatch-group-size-per-virtual-pipeline-stage", parallel.pipeline_parallel_size),
+        group=max(
+            1, settings.count("microbatch-group-size-per-virtual-pipeline-stage", parallel.pipeline_parallel_size)
+        ),
     )
     live = [0] * virtual
     best: dict[str, Peak] = {}
