@@ -170,6 +170,12 @@ def test_a_prepared_base_trains_with_an_fp32_stream_and_the_range_says_so() -> N
     assert norms is not None and norms.bytes == 2 * (65 * 4096)
 
 
+def test_ddp_adds_buckets_as_large_as_the_gradients() -> None:
+    two = full_job(parallel=TrainingParallel(data_parallel_size=2), machine=parse_machine("2xA100-80GB-SXM"))
+    assert peak(two) - peak(full_job()) == 2 * 7_241_732_096
+    assert moment(two, "optimizer step").find("nccl") is not None
+
+
 def test_fsdp_spreads_states_and_holds_the_inputs_of_frozen_layers() -> None:
     two, four = (rank(sharded(ranks)) for ranks in (2, 4))
     workspaces = two.after_step.find("cublas_workspaces")

@@ -7,16 +7,15 @@ A table is a tuple of :class:`SavedTensor` for one layer, one micro-batch and on
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
+from ullage.frozen import Frozen
 from ullage.units import round_up, tensor_bytes
 
 ALLOCATOR_BLOCK_BYTES = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedTensor:
+class SavedTensor(Frozen):
     """One tensor kept from forward to backward.
 
     Attributes:
@@ -42,8 +41,7 @@ class SavedTensor:
         return tensor_bytes(self.num_elements, self.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(Frozen):
     """The sizes of one micro-batch on one rank.
 
     Attributes:
@@ -80,8 +78,7 @@ class Shape:
         return round(self.num_split_tokens * top_k * self.expert_tensor_parallel_size * self.expert_load)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
+class Implementation(Frozen):
     """Which kernels run, as far as they differ in what they keep.
 
     Attributes:
@@ -123,8 +120,7 @@ class Implementation:
     ffn_dtype: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Keeper:
+class Keeper(Frozen):
     """Makes the rows of one module's table: ``keep`` always, ``keep_input`` of a linear only where it is trained."""
 
     shape: Shape

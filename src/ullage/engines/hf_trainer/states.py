@@ -50,6 +50,7 @@ class States(Frozen):
     copies: Trained
     gradients: Term
     optimizer: Term
+    buckets: Term
     workspaces: Term
 
 
@@ -63,17 +64,18 @@ def states(job: TrainingJob, recipe: Recipe) -> States:
         trained, dtype = full_parameters(job.model), job.precision.params
         grads, moments = job.precision.grads, job.precision.moments
     base = job.precision.compute
+    grad_terms = _both(
+        "gradients",
+        gradients_term(trained, dtype=grads),
+        gradients_term(copies, dtype=base) if copies.tensors else None,
+    )
     return States(
         weights=_base_weights(job, recipe),
         adapters=_adapters(trained, dtype, copies, base) if lora is not None else exact("adapters", 0),
         trained=trained,
         trained_dtype=dtype,
         copies=copies,
-        gradients=_both(
-            "gradients",
-            gradients_term(trained, dtype=grads),
-            gradients_term(copies, dtype=base) if copies.tensors else None,
-        ),
+        gradients=grad_terms,
         optimizer=_both(
             "optimizer",
             optimizer_terms(
@@ -81,8 +83,20 @@ def states(job: TrainingJob, recipe: Recipe) -> States:
             ),
             optimizer_terms(job.optimizer, copies, moments=base, params=base, master=None) if copies.tensors else None,
         ),
+        buckets=_buckets(job, grad_terms),
         workspaces=workspaces(job),
     )
+
+
+def _buckets(job: TrainingJob, gradients: Term) -> Term:
+    """Return DDP's buckets: a copy of all gradients from the start on, as they are not views of each other.
+
+    Source: torch@2.13.0:torch/csrc/distributed/c10d/reducer.cpp:Reducer.initialize_buckets; accelerate@1.0.1:utils/
+        dataclasses.py:DistributedDataParallelKwargs (gradient_as_bucket_view False).
+    """
+    parallel = job.parallel
+    plain = parallel.data_parallel_size > 1 and parallel.fsdp is None and not parallel.zero_stage
+    return exact("ddp_buckets", gradients.bytes if plain else 0, formula="one copy of the gradients")
 
 
 def _adapters(trained: Trained, dtype: str, copies: Trained, base: str) -> Term:

@@ -268,7 +268,7 @@ def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str =
 
 def _ledger(walk: Walk, moment: str, terms: tuple[Term, ...]) -> Ledger:
     held = walk.states
-    base = [held.weights, held.adapters, held.workspaces]
+    base = [held.weights, held.adapters, held.buckets, held.workspaces]
     children = [term for term in (*base, *terms, _inputs(walk)) if term.high_bytes]
     allocated = total("allocated", children)
     return Ledger(
