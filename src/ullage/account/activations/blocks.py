@@ -232,8 +232,7 @@ class Builder:
         """
         rows = self.num_tokens if rows is None else rows
         values, element = rows * size, self.style.element_bytes
-        trained = self.training.norms
-        grads = size * self.style.grad_bytes if trained else 0
+        grads = self._norm_grads(size)
         if kind == "layer" or self.style.norm == "fused":
             statistics = 4 * rows * (2 if kind == "layer" else 1)
             return self.op(
@@ -246,28 +245,35 @@ class Builder:
                 weight_grad_bytes=grads * (2 if kind == "layer" else 1),
             )
         if self.style.norm == "narrow":
-            work = values * element
-            self.op(f"{name}.variance", rows * element, (x,), keeps=(x,), work_bytes=work, grad_work_bytes=work)
-            self.op(f"{name}.unit", work, (x, f"{name}.variance"), keeps=(x,), aside_bytes=rows * element)
-            kept = (f"{name}.unit",) if trained else ()
-            return self.op(name, work, (f"{name}.unit",), keeps=kept, weight_grad_bytes=grads)
-        wide = self.op(f"{name}.wide", 4 * values, (x,))
-        self.op(
-            f"{name}.variance",
-            4 * rows,
-            (wide,),
-            keeps=(wide,),
-            work_bytes=4 * values,
-            grad_work_bytes=4 * values,
-        )
-        self.op(f"{name}.unit", 4 * values, (wide, f"{name}.variance"), keeps=(wide,), aside_bytes=4 * rows)
-        unit = f"{name}.unit"
+            return self._narrow_norm(name, x, rows, size)
+        return self._wide_norm(name, x, rows, size)
+
+    def _norm_grads(self, size: int) -> int:
+        return size * self.style.grad_bytes if self.training.norms else 0
+
+    def _narrow_norm(self, name: str, x: str, rows: int, size: int) -> str:
+        """In the compute dtype: variance of x, x times its root, times the weight."""
+        element, unit = self.style.element_bytes, f"{name}.unit"
+        work = rows * size * element
+        self.op(f"{name}.variance", rows * element, (x,), keeps=(x,), work_bytes=work, grad_work_bytes=work)
+        self.op(unit, work, (x, f"{name}.variance"), keeps=(x,), aside_bytes=rows * element)
+        kept = (unit,) if self.training.norms else ()
+        return self.op(name, work, (unit,), keeps=kept, weight_grad_bytes=self._norm_grads(size))
+
+    def _wide_norm(self, name: str, x: str, rows: int, size: int) -> str:
+        """In fp32, cast back before the weight, or after it."""
+        values, element = rows * size, self.style.element_bytes
+        wide, unit, grads = f"{name}.wide", f"{name}.unit", self._norm_grads(size)
+        self.op(wide, 4 * values, (x,))
+        work = 4 * values
+        self.op(f"{name}.variance", 4 * rows, (wide,), keeps=(wide,), work_bytes=work, grad_work_bytes=work)
+        self.op(unit, 4 * values, (wide, f"{name}.variance"), keeps=(wide,), aside_bytes=4 * rows)
         if self.style.norm == "late_cast":
-            kept = (unit,) if trained else ()
+            kept = (unit,) if self.training.norms else ()
             self.op(f"{name}.weighted", 4 * values, (unit,), keeps=kept, weight_grad_bytes=grads)
             return self.op(name, values * element, (f"{name}.weighted",))
         self.op(f"{name}.narrow", values * element, (unit,))
-        kept = (f"{name}.narrow",) if trained else ()
+        kept = (f"{name}.narrow",) if self.training.norms else ()
         return self.op(name, values * element, (f"{name}.narrow",), keeps=kept, weight_grad_bytes=grads)
 
     def rope(self, name: str, x: str, num_values: int, *, whole: bool = True) -> str:

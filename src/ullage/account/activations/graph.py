@@ -167,20 +167,17 @@ def forward(
     """
     base = graph.base_of()
     wanted = saved_names(graph) if checkpoint is None else _policy_names(graph, checkpoint)
-    keep_asides = checkpoint is None or (checkpoint.policy is not None)
     last_read = {base[name]: index for index, op in enumerate(graph.ops) for name in (*op.inputs, *op.reads)}
     kept = Kept(checkpoint)
     if checkpoint is not None or graph.input_name in wanted:
         kept.tensors[graph.input_name] = x.hold()
         timeline.relabel(x, category)
     live = {graph.input_name: x.hold()}
-    last_needed = _last_needed(graph, base) if at_hand is not None else len(graph.ops)
-    for index, op in enumerate(graph.ops):
-        if index > last_needed:
-            break
+    stop = _last_needed(graph, base) + 1 if at_hand is not None else len(graph.ops)
+    for index, op in enumerate(graph.ops[:stop]):
         work = timeline.take("temporaries", op.work_bytes)
         if op.kind != "view":
-            _make(op, timeline, live, kept, wanted, category, at_hand, keep_asides)
+            _make(op, timeline, live, kept, wanted, category, at_hand)
         timeline.drop(work)
         for name in {base[name] for name in (*op.inputs, *op.reads)}:
             if last_read[name] == index and name in live:
@@ -199,7 +196,6 @@ def _make(
     wanted: set[str],
     category: str,
     at_hand: Kept | None,
-    keep_asides: bool,
 ) -> None:
     """Make an operation's output, or take it from what the forward pass kept."""
     known = at_hand.tensors.get(op.name) if at_hand is not None else None
@@ -211,10 +207,9 @@ def _make(
     if op.name in wanted:
         kept.tensors[op.name] = buffer.hold()
     aside = at_hand.asides.get(op.name) if at_hand is not None else None
-    policy = kept.checkpoint.policy if kept.checkpoint is not None else None
     if aside is not None:
         kept.asides[op.name] = aside.hold()
-    elif op.aside_bytes and keep_asides and (policy is None or op.name in wanted):
+    elif op.aside_bytes and (kept.checkpoint is None or op.name in wanted):
         kept.asides[op.name] = timeline.take(category, op.aside_bytes)
 
 
@@ -239,10 +234,7 @@ def backward(
     ``lingering`` collects what stays with the graph (see :class:`Op`).
     """
     if kept.checkpoint is not None:
-        spent = kept
-        out, kept = forward(graph, timeline, spent.tensors[graph.input_name], category="recompute", at_hand=spent)
-        timeline.drop(out)
-        spent.release(timeline)
+        kept = _recompute(graph, timeline, kept)
     base = graph.base_of()
     if lingering is not None:
         staying = {base[name] for op in graph.ops if op.lingers for name in op.keeps}
@@ -262,9 +254,8 @@ def backward(
         if given is not None:
             _differentiate(op, timeline, grads, given, sizes, on_weight_grad)
         timeline.drop(kept.asides.pop(op.name, None))
-        for name in {base[name] for name in op.keeps}:
-            if first_keeper[name] == index:
-                timeline.drop(kept.tensors.pop(name, None))
+        for name in {base[name] for name in op.keeps if first_keeper[base[name]] == index}:
+            timeline.drop(kept.tensors.pop(name, None))
     kept.release(timeline)
     result = grads.pop(graph.input_name, None)
     for left in grads.values():
@@ -273,6 +264,14 @@ def backward(
         timeline.drop(result)
         return None
     return result
+
+
+def _recompute(graph: Graph, timeline: Timeline, spent: Kept) -> Kept:
+    """Make again what the forward pass did not keep; what it kept is taken over."""
+    out, kept = forward(graph, timeline, spent.tensors[graph.input_name], category="recompute", at_hand=spent)
+    timeline.drop(out)
+    spent.release(timeline)
+    return kept
 
 
 def _pass_view(
