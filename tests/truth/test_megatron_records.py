@@ -9,6 +9,7 @@ from conftest import need_shared
 from ullage.engines import megatron
 from ullage.read.machine import parse_machine
 from ullage.read.megatron_args import job_from_megatron_args, smallest_world
+from ullage.records.validate import validate_files
 
 
 def _pairs():
@@ -54,3 +55,16 @@ def test_errors(pairs, quantity, median, ninth_decile):
 def test_ranges_are_honest(pairs, quantity):
     inside = [low <= measured <= high for name, _, measured, _, low, high in pairs if name == quantity]
     assert sum(inside) / len(inside) >= 0.9
+
+
+def test_simumax_runs_rank_by_rank(tmp_path):
+    """Llama 70B and 405B and DeepSeek-V2 and V3, cut in depth, on eight B200: every rank within one per cent."""
+    lines = need_shared("truth", "training.jsonl").read_text(encoding="utf-8").splitlines()
+    chosen = [line for line in lines if json.loads(line)["group"] == "simumax-b200"]
+    file = tmp_path / "simumax.jsonl"
+    file.write_text("\n".join(chosen), encoding="utf-8")
+    rows = [row for row in validate_files([file]).comparisons if row.quantity == "max_allocated"]
+    errors = sorted(abs(row.error) for row in rows)
+    assert len(errors) >= 8 * len(chosen) // 2
+    assert statistics.median(errors) <= 0.003 and errors[-1] <= 0.01
+    assert sum(bool(row.inside) for row in rows) / len(rows) >= 0.9
