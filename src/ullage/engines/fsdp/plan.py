@@ -157,16 +157,11 @@ def plan_of(
     training = Training(base=lora is None, lora=lora)
     style = style or style_of(job, rules)
     slice_ = Slice(batch=job.micro_batch_size, seq_len=cdiv(job.seq_len, job.parallel.context_parallel_size))
-    blocks, weights = [], []
-    for index, layer in enumerate(model.layers):
-        graph = decoder_graph(layer, model.hidden_size, slice_, style, training)
-        parameters = list(of_layer(model, index))
-        group = base_group(job, f"layer {index}", parameters)
-        added = 0 if lora is None else sum(op.weight_grad_bytes for op in graph.ops) // style.grad_bytes
-        more = adapter_group(job, index, added)
-        blocks.append(Block(graph=graph, group=group, more=more, checkpoint=_checkpoint(job, index)))
-        weights += _weights(job, group, parameters)
-        weights += [("weights", one.stored_bytes) for one in more if not _offloaded(job)]
+    blocks = _blocks(job, style, training, slice_)
+    weights = []
+    for index, block in enumerate(blocks):
+        weights += _weights(job, block.group, list(of_layer(model, index)))
+        weights += [("weights", one.stored_bytes) for one in block.more if not _offloaded(job)]
     frame = [one for _section, one in frame_parameters(model)]
     root = base_group(job, "root", frame, root=True)
     weights += _weights(job, root, [])
@@ -180,7 +175,7 @@ def plan_of(
     last = hf_loss(job, rules, style, training, slice_)
     foreach = job.optimizer_impl in (None, "foreach") and not offloaded
     return StepPlan(
-        blocks=tuple(blocks),
+        blocks=blocks,
         front=front,
         back=back,
         hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
@@ -194,6 +189,23 @@ def plan_of(
         grads_freed_before_forward=False,
         input_grads=True,
     )
+
+
+def _blocks(job: TrainingJob, style: Style, training: Training, slice_: Slice) -> tuple[Block, ...]:
+    """The blocks with their units and those of their adapters."""
+    blocks = []
+    for index, layer in enumerate(job.model.layers):
+        graph = decoder_graph(layer, job.model.hidden_size, slice_, style, training)
+        added = 0 if training.base else sum(op.weight_grad_bytes for op in graph.ops) // style.grad_bytes
+        blocks.append(
+            Block(
+                graph=graph,
+                group=base_group(job, f"layer {index}", list(of_layer(job.model, index))),
+                more=adapter_group(job, index, added),
+                checkpoint=_checkpoint(job, index),
+            )
+        )
+    return tuple(blocks)
 
 
 def _offloaded(job: TrainingJob) -> bool:

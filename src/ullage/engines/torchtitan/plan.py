@@ -106,21 +106,11 @@ def slice_of(job: TrainingJob) -> Slice:
 
 def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], in_flight: int) -> StepPlan:
     """Return the plan of a pipeline stage: layers ``[first, last)``, whether it embeds, whether it has the head."""
-    first, last, embeds, has_head = stage
+    _first, _last, embeds, has_head = stage
     model, spread, formats = job.model, spread_of(job), formats_of(job)
     style, slice_ = style_of(job, rules), slice_of(job)
-    pipelined = job.parallel.pipeline_parallel_size > 1
-    kept_groups = pipelined or job.parallel.fsdp == "shard_grad_op"
-    blocks, groups = [], []
-    for index in range(first, last):
-        reshard = not kept_groups and (rules.split_root or index < last - 1)
-        group = group_of(
-            f"layer {index}", of_layer(model, index), spread, formats, experts=False, reshard_after_forward=reshard
-        )
-        graph = decoder_graph(model.layers[index], model.hidden_size, slice_, style, Training())
-        more = _expert_group(job, index, spread, formats, reshard)
-        groups += [group, *more]
-        blocks.append(Block(graph=graph, group=group, more=more, checkpoint=checkpoint_of(job, rules, index)))
+    blocks = _blocks(job, rules, stage)
+    groups = [group for block in blocks for group in (block.group, *block.more)]
     front, back = _frame_groups(job, rules, spread, formats, embeds, has_head)
     groups += [front] if front is back and front else [one for one in (front, back) if one]
     weights = tuple(("weights", group.stored_bytes) for group in groups)
@@ -131,7 +121,7 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
     )
     rows = cdiv(model.vocab_size, spread.tensor_parallel_size)
     return StepPlan(
-        blocks=tuple(blocks),
+        blocks=blocks,
         front=front,
         back=back,
         hidden_bytes=hidden,
@@ -145,6 +135,29 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
         num_micro_batches=max(job.grad_accum, in_flight),
         in_flight=in_flight,
     )
+
+
+def _blocks(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool]) -> tuple[Block, ...]:
+    """The stage's blocks with their units; a pipeline keeps units gathered, and so did the last block's of old."""
+    first, last = stage[:2]
+    model, spread, formats = job.model, spread_of(job), formats_of(job)
+    style, slice_ = style_of(job, rules), slice_of(job)
+    kept = job.parallel.pipeline_parallel_size > 1 or job.parallel.fsdp == "shard_grad_op"
+    blocks = []
+    for index in range(first, last):
+        reshard = not kept and (rules.split_root or index < last - 1)
+        group = group_of(
+            f"layer {index}", of_layer(model, index), spread, formats, experts=False, reshard_after_forward=reshard
+        )
+        blocks.append(
+            Block(
+                graph=decoder_graph(model.layers[index], model.hidden_size, slice_, style, Training()),
+                group=group,
+                more=_expert_group(job, index, spread, formats, reshard),
+                checkpoint=checkpoint_of(job, rules, index),
+            )
+        )
+    return tuple(blocks)
 
 
 def _expert_group(job: TrainingJob, index: int, spread: Spread, formats: Formats, reshard: bool) -> tuple[Group, ...]:
