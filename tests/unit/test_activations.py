@@ -179,5 +179,7 @@ def test_loss_and_norm_peaks_as_published() -> None:
     assert kernels.norm_peak(4096, 1024, element_bytes=4) / MiB == pytest.approx(80.0625, rel=1e-3)
     liger = kernels.norm_peak(4096, 1024, element_bytes=4, num_multiprocessors=108)
     assert liger / MiB == pytest.approx(80.906, rel=1e-3)
+    added = kernels.fused_add_norm_peak(2048, 1024, element_bytes=4, num_multiprocessors=132)
+    assert added / MiB == pytest.approx(72.547, rel=1e-3)
     flce = kernels.fused_linear_cross_entropy_peak(16384, 128256, 4096)
     assert flce / MiB + 16.25 == pytest.approx(4910.438, rel=1e-3)

@@ -122,6 +122,18 @@ def _rms_norm(record: Record, params: Mapping[str, Any], liger: bool) -> int:
     )
 
 
+def _fused_add_norm(record: Record, params: Mapping[str, Any], _liger: bool) -> int:
+    provider = str(record.job.get("provider"))
+    if not provider.endswith("fused_add_rms_norm"):
+        raise NotComparableError(_("no count of {kernel} by {provider}").format(kernel="rms_norm", provider=provider))
+    return kernels.fused_add_norm_peak(
+        _tokens(record, params),
+        _size(record, params, "hidden"),
+        element_bytes=_width(params, "bf16"),
+        num_multiprocessors=_multiprocessors(record),
+    )
+
+
 def _group_norm(record: Record, params: Mapping[str, Any], _liger: bool) -> int:
     if params.get("channels"):
         rows, size = (
@@ -161,6 +173,7 @@ RULES: dict[str, Callable[[Record, Mapping[str, Any], bool], int]] = {
     "softmax": _softmax,
     "group_norm": _group_norm,
     "megatron_rms_norm": _rms_norm,
+    "fused_add_rms_norm": _fused_add_norm,
     "swiglu": _ffn,
     "geglu": _ffn,
     "tiled_swiglu": _ffn,

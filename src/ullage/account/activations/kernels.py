@@ -69,6 +69,16 @@ def norm_peak(num_rows: int, size: int, *, element_bytes: int, num_multiprocesso
     return 5 * num_rows * size * element_bytes + 8 * num_rows + partial + 4 * vectors * size * element_bytes
 
 
+def fused_add_norm_peak(num_rows: int, size: int, *, element_bytes: int, num_multiprocessors: int) -> int:
+    """Return the peak of an RMSNorm that adds the residual in the same kernel.
+
+    Formula: input and residual, sum and output, the gradients of both outputs, one new gradient that both inputs
+        share, two kept ones = 9 x rows x size, + rstd 4 rows + partial sums of the weight's gradient.
+    Source: liger-kernel@0.6.3:ops/fused_add_rms_norm.py:fused_add_rms_norm_backward.
+    """
+    return 9 * num_rows * size * element_bytes + 4 * num_rows + 4 * num_multiprocessors * size
+
+
 def ffn_peak(sizes: FfnSizes, *, fused: bool, mode: str) -> int:
     """Return the peak of a gated feed-forward block (SwiGLU, GeGLU).
 
