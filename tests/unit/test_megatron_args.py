@@ -151,6 +151,7 @@ def test_shell_script():
     assert found.get("micro-batch-size") == "2"
     assert found.words("recompute-modules") == ("moe_act", "layernorm")
     assert found.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "nproc-per-node" not in found  # the launcher's
 
 
 def test_yaml_of_a_functional_test():

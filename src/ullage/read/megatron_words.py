@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from ullage.errors import InputError
 from ullage.frozen import Frozen, field
 from ullage.i18n import _
+from ullage.read.megatron_flags import READ
 
 MAX_TEXT = 200_000
 MAX_INTEGER = 2**40
@@ -152,7 +153,9 @@ def _flags(words: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
     for word in words:
-        if word.startswith("--") and len(word) > 2:
+        if word.endswith(".py") and name not in READ:
+            found, name = {}, ""  # what stood before the script is the launcher's
+        elif word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
             name = _canonical(name)
             found[name] = value if equals else "true"
