@@ -203,6 +203,11 @@ def test_what_the_rules_do_not_cover_is_refused() -> None:
         step(lora_job(recompute=Recompute(kind="selective")))
 
 
+def test_sparse_attention_is_said_to_be_counted_densely() -> None:
+    sparse = full_job(model=model("deepseek-ai/DeepSeek-V3.2"), seq_len=512)
+    assert any("indexer" in sentence for sentence in step(sparse).warnings)
+
+
 def test_zero_is_deepspeeds_to_answer() -> None:
     parallel = TrainingParallel(data_parallel_size=4, zero_stage=3)
     job = full_job(parallel=parallel, machine=parse_machine("4xA100-80GB-SXM"))

@@ -111,6 +111,8 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
     if impl is None:
         impl = "fused" if version >= FUSED_BY_DEFAULT and job.engine != "single" else "foreach"
         assumed.append(_("optimizer implementation: {impl}").format(impl=impl))
+    if any(getattr(mixer, "indexer", None) for layer in job.model.layers for mixer in layer.mixers):
+        assumed.append(_("sparse attention is trained densely: the indexer's own tensors are not counted"))
     filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
     return filled, replace(_recipe(filled, version), impl_assumed=job.optimizer_impl is None)
 
