@@ -102,6 +102,31 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert {rank.num_ranks for rank in ranks} == {32}
 
 
+def test_a_pipeline_adds_up_whole_gradients_in_fp32_and_reduces_once() -> None:
+    parallel = TrainingParallel(data_parallel_size=32, pipeline_parallel_size=4, fsdp="full_shard")
+    last = max(step(job(parallel=parallel, grad_accum=8)).ranks, key=lambda rank: rank.pp_rank)
+    summed = max(
+        ledger.find("accumulated_gradients").bytes for ledger in last.moments if ledger.find("accumulated_gradients")
+    )
+    layers = 8 * 218_112_000 + 128256 * 4096 + 4096
+    assert summed == pytest.approx(4 * layers, rel=1e-3)
+    assert last.after_step.find("accumulated_gradients") is None
+
+
+def test_an_interleaved_schedule_has_more_passes_in_flight() -> None:
+    def kept(schedule: str) -> int:
+        parallel = TrainingParallel(
+            data_parallel_size=32,
+            pipeline_parallel_size=4,
+            fsdp="full_shard",
+            schedule=schedule,  # type: ignore[arg-type]
+        )
+        one = job(parallel=parallel, grad_accum=16, recompute=Recompute(kind="full"))
+        return max(rank.peak.allocated.bytes for rank in step(one).ranks)
+
+    assert kept("interleaved") > kept("1f1b")
+
+
 def test_each_rule_saves_what_it_is_there_for() -> None:
     plain = reserved(job())
     compiled_loss = reserved(job(engine_version="2025-06-01"))

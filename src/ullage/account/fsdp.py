@@ -64,10 +64,15 @@ class Fsdp2:
         timeline: where buffers are made.
         implicit_prefetch: False where each group's output is freed at its own copy-out.
         offload: shards live on the host: gathered from there, gradients copied to it.
+        sync: whether this backward pass reduces; one that does not adds to whole gradients in the reduce dtype and
+            keeps the parameters gathered (pipelines). Source: torch@2.13.0:torch/distributed/fsdp/_fully_shard/
+            _fsdp_param.py:to_accumulated_grad_if_needed.
     """
 
     timeline: Timeline
     offload: bool = False
+    sync: bool = True
+    _accumulated: dict[str, Buffer] = field(default_factory=dict)
     _unsharded: dict[str, list[Buffer]] = field(default_factory=dict)
     _gathered: dict[str, Buffer] = field(default_factory=dict)
     _last_output: Buffer | None = None
@@ -113,6 +118,12 @@ class Fsdp2:
 
     def reduce(self, group: Group, grads: Sequence[Buffer]) -> None:
         """Reduce the gradients of a group: its parameters go first, its gradients after they are copied in."""
+        if not self.sync:
+            if group.reduced_bytes and group.name not in self._accumulated:
+                self._accumulated[group.name] = self.timeline.take("accumulated_gradients", group.reduced_bytes)
+            for grad in grads:
+                self.timeline.drop(grad)
+            return
         self.reshard(group)
         self.timeline.drop(self._last_input)
         self._last_input = None
@@ -121,6 +132,7 @@ class Fsdp2:
                 self.timeline.drop(grad)
             return
         wire = self.timeline.take("reduce_scatter_input", group.reduced_bytes)
+        self.timeline.drop(self._accumulated.pop(group.name, None))
         for grad in grads:
             self.timeline.drop(grad)
         shard = self.timeline.take("gradients", cdiv(group.reduced_bytes, group.num_ranks), REDUCE_STREAM)
@@ -154,6 +166,7 @@ class Fsdp1:
     timeline: Timeline
     offload: bool = False
     limit: int = 2
+    sync: bool = True
     _unsharded: dict[str, Buffer] = field(default_factory=dict)
     _leaving: list[Buffer] = field(default_factory=list)
     _last_input: Buffer | None = None
@@ -227,7 +240,7 @@ class Replicated:
     """No sharding: parameters are always whole and gradients stay where autograd made them (single device, DDP)."""
 
     timeline: Timeline
-    bucket_bytes: int = 0
+    sync: bool = True
     sharded_grads: list[Buffer] = field(default_factory=list)
     _reduced: set[str] = field(default_factory=set)
 
@@ -268,6 +281,7 @@ class Sharder(Protocol):
     """What a walk asks of the way parameters and gradients are spread."""
 
     sharded_grads: list[Buffer]
+    sync: bool
 
     def gather(self, group: Group) -> None:
         """Start a gather ahead of its use."""

@@ -116,6 +116,7 @@ class Zero12:
     settings: ZeroSettings
     num_ranks: int
     element_bytes: int = 2
+    sync: bool = True
     sharded_grads: list[Buffer] = field(default_factory=list)
     _buckets: list[Buffer] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
@@ -187,6 +188,7 @@ class Zero3:
     timeline: Timeline
     settings: ZeroSettings
     element_bytes: int = 2
+    sync: bool = True
     sharded_grads: list[Buffer] = field(default_factory=list)
     _live: dict[str, Buffer] = field(default_factory=dict)
     _bucket: Buffer | None = None

@@ -11,7 +11,7 @@ from ullage.spec.machine import Gpu
 from ullage.units import GiB, KiB, MiB
 
 #: Terms that follow from shapes and layout alone.
-EXACT = frozenset(("weights", "master_weights", "gradients", "optimizer_states", "buffers"))
+EXACT = frozenset(("weights", "master_weights", "gradients", "optimizer_states", "buffers", "pipeline_buffers"))
 _FORMULAS = {
     "weights": "shard of the parameters, in the dtype they are stored in",
     "gradients": "sharded gradients",
@@ -27,6 +27,8 @@ _FORMULAS = {
     "reduce_scatter_input": "flat gradient as sent, U*r",
     "logits": "logits, their fp32 copy and log-softmax",
     "logits_gradient": "gradient of the logits",
+    "accumulated_gradients": "whole gradients in the reduce dtype, added up over micro-batches, U*r",
+    "pipeline_buffers": "activations and gradients received from other stages",
     "optimizer_temporaries": "temporaries of the optimizer step",
     "workspace": "cuBLAS workspaces",
 }

@@ -40,6 +40,7 @@ class StepPlan:
         clip_work: temporaries of gradient clipping.
         num_micro_batches: forward and backward passes walked per step (more repeat).
         in_flight: forward passes before the first backward (pipeline).
+        reduces_once: only the last backward pass of a step reduces gradients.
         setup: buffers made and freed once the weights but the last are there (wrapping the root).
         grads_freed_before_forward: zero_grad at the start of a step instead of after it.
         persistent: further buffers that stay.
@@ -59,6 +60,7 @@ class StepPlan:
     num_micro_batches: int = 1
     in_flight: int = 1
     setup: tuple[int, ...] = ()
+    reduces_once: bool = False
     grads_freed_before_forward: bool = True
     input_grads: bool = True
 
@@ -94,7 +96,7 @@ class Walk:
             self.sharder.zero_grad()
         rounds = max(1, min(plan.num_micro_batches, 2) - plan.in_flight + 1)
         for number in range(rounds):
-            self._micro_batches(plan.in_flight if number == 0 else 1)
+            self._micro_batches(plan.in_flight if number == 0 else 1, last=number == rounds - 1)
         timeline.begin("optimizer step")
         for size in plan.clip_work:
             timeline.brief("temporaries", size)
@@ -107,12 +109,13 @@ class Walk:
             self.sharder.zero_grad()
         timeline.begin("after step")
 
-    def _micro_batches(self, number: int) -> None:
+    def _micro_batches(self, number: int, *, last: bool) -> None:
         passes = []
         for index in range(number):
             self.timeline.begin("forward")
             passes.append(self._forward(index == number - 1))
         for one in passes:
+            self.sharder.sync = not self.plan.reduces_once or (last and one is passes[-1])
             self._backward(one)
         self.sharder.end_backward()
 

@@ -128,12 +128,13 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
         embedding_grad_bytes=rows * model.hidden_size * 2 if embeds else 0,
         embedding_work_bytes=slice_.num_tokens * model.hidden_size * 2 if spread.tensor_parallel_size > 1 else 0,
         loss=_loss(job, rules, style, slice_) if has_head else None,
-        weights=(*weights, ("buffers", _rope_bytes(model, job.seq_len))),
+        weights=(*weights, *_received(job, embeds, has_head, hidden), ("buffers", _rope_bytes(model, job.seq_len))),
         state_bytes=states,
         step_work=() if job.optimizer_impl in (None, "fused") else tuple(group.stored_bytes for group in groups),
         clip_work=(),
         num_micro_batches=max(job.grad_accum, in_flight),
         in_flight=in_flight,
+        reduces_once=job.parallel.pipeline_parallel_size > 1,
     )
 
 
@@ -158,6 +159,16 @@ def _blocks(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool]) 
             )
         )
     return tuple(blocks)
+
+
+def _received(job: TrainingJob, embeds: bool, has_head: bool, hidden_bytes: int) -> list[tuple[str, int]]:
+    """A stage's buffers for what it receives: activations and gradients of every micro-batch.
+
+    Source: torch@2.13.0:torch/distributed/pipelining/stage.py:_create_act_recv_info, _create_grad_recv_info.
+    """
+    if job.parallel.pipeline_parallel_size == 1:
+        return []
+    return [("pipeline_buffers", hidden_bytes)] * (job.grad_accum * (int(not embeds) + int(not has_head)))
 
 
 def _expert_group(job: TrainingJob, index: int, spread: Spread, formats: Formats, reshard: bool) -> tuple[Group, ...]:

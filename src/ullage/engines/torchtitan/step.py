@@ -14,6 +14,7 @@ from ullage.engines.torchtitan.plan import plan_of
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.i18n import _
 from ullage.spec.training import TrainingJob
+from ullage.units import cdiv
 
 SOURCE = "torchtitan@{date}; torch@2.13.0:torch/distributed/fsdp/_fully_shard"
 
@@ -77,14 +78,31 @@ def _expandable(job: TrainingJob) -> bool:
     return job.machine.num_nodes == 1
 
 
+def _in_flight(job: TrainingJob, index: int) -> int:
+    """Forward passes that a stage has run before its first backward pass.
+
+    Formula: 1F1B: p - r; interleaved: ((v - 1) p + 2 (p - 1 - r) + 1) / v passes over the rank's v chunks; GPipe: all.
+    Source: torch@2.13.0:torch/distributed/pipelining/schedules.py:Schedule1F1B, ScheduleInterleaved1F1B.
+    Known error: part passes of an interleaved schedule are rounded up to whole ones.
+    """
+    parallel, pipeline = job.parallel, job.parallel.pipeline_parallel_size
+    if pipeline == 1:
+        return 1
+    passes = pipeline - index
+    if parallel.schedule == "interleaved":
+        chunks = max(2, parallel.virtual_pipeline_parallel_size)
+        passes = cdiv((chunks - 1) * pipeline + 2 * (pipeline - 1 - index) + 1, chunks)
+    elif parallel.schedule == "gpipe":
+        passes = job.grad_accum
+    return max(1, min(passes, job.grad_accum))
+
+
 def _ranks(job: TrainingJob, rules: Rules, doubt: Doubt) -> list[TrainingRank]:
-    parallel = job.parallel
-    pipeline = parallel.pipeline_parallel_size
+    pipeline = job.parallel.pipeline_parallel_size
     per_stage = job.machine.num_gpus // pipeline
     found = []
     for index, stage in enumerate(stages(job)):
-        in_flight = min(pipeline - index, job.grad_accum) if pipeline > 1 else 1
-        timeline = _walked(job, rules, stage, max(1, in_flight))
+        timeline = _walked(job, rules, stage, _in_flight(job, index))
         found.append(
             rank_of(
                 timeline,
