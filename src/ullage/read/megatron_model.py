@@ -114,6 +114,7 @@ def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Att
             qk_nope_head_dim=args.count("qk-head-dim", 128),
             qk_rope_head_dim=args.count("qk-pos-emb-head-dim", 64),
             v_head_dim=args.count("v-head-dim", 128),
+            indexer=_indexer(args),
         )
     groups = args.size("num-query-groups", 1) if args.on("group-query-attention") else heads
     query_bias = bias or args.on("add-qkv-bias")
@@ -127,9 +128,45 @@ def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Att
         o_bias=bias,
         qk_norm="head" if args.on("qk-layernorm") else None,
         qk_norm_kind="rms" if _norm_kind(args) == "rms" else "layer",
+        output_gate=args.on("attention-output-gate"),
         cross=cross,
         prefix="cross_attn" if cross else "self_attn",
     )
+
+
+def _indexer(args: Arguments) -> spec.Indexer | None:
+    """The indexer of sparse attention (``--experimental-attention-variant dsa``)."""
+    if args.get("experimental-attention-variant") != "dsa":
+        return None
+    return spec.Indexer(
+        num_heads=args.size("dsa-indexer-n-heads", 64),
+        head_dim=args.size("dsa-indexer-head-dim", 128),
+        top_k=args.size("dsa-indexer-topk", 2048),
+    )
+
+
+def _delta_net(args: Arguments) -> spec.GatedDeltaNet:
+    """A gated delta rule layer (``--experimental-attention-variant gated_delta_net``).
+
+    Source: Megatron-LM@d98e8a6:megatron/core/models/gpt/experimental_attention_variant_module_specs.py.
+    """
+    return spec.GatedDeltaNet(
+        num_k_heads=args.size("linear-num-key-heads", 16),
+        num_v_heads=args.size("linear-num-value-heads", 32),
+        k_head_dim=args.size("linear-key-head-dim", 128),
+        v_head_dim=args.size("linear-value-head-dim", 128),
+        conv_kernel=args.size("linear-conv-kernel-dim", 4),
+    )
+
+
+def _linear_layers(args: Arguments, number: int) -> list[bool]:
+    """Say of each layer whether its attention is linear: all but every n-th (``--linear-attention-freq``)."""
+    if args.get("experimental-attention-variant") != "gated_delta_net":
+        return [False] * number
+    text = args.get("linear-attention-freq") or "4"
+    if text.isdigit() and int(text):
+        return [(index + 1) % int(text) != 0 for index in range(number)]
+    return _pattern("linear-attention-freq", text, number)
 
 
 def _dense(args: Arguments, hidden: int) -> spec.DenseFFN:
@@ -155,6 +192,8 @@ def _mixture(args: Arguments, hidden: int) -> spec.MoEFFN:
         num_experts=args.size("num-experts", most=MAX_EXPERTS),
         top_k=args.count("moe-router-topk", 2),
         intermediate_size=args.count("moe-ffn-hidden-size", dense.intermediate_size),
+        shared_gate=args.on("moe-shared-expert-gate"),
+        latent_size=args.count("moe-latent-size", 0) or None,
         shared_intermediate_size=args.count("moe-shared-expert-intermediate-size", 0),
         correction_bias=args.on("moe-router-enable-expert-bias"),
         expert_bias=dense.bias,
@@ -173,16 +212,21 @@ def moe_layers(args: Arguments, num_layers: int) -> list[bool]:
     text = args.get("moe-layer-freq") or "1"
     if text.isdigit() and int(text):
         return [index % int(text) == 0 for index in range(num_layers)]
+    return _pattern("moe-layer-freq", text, num_layers)
+
+
+def _pattern(name: str, text: str, num_layers: int) -> list[bool]:
+    """Read ``([0]*3+[1]*12)``."""
     found: list[bool] = []
     for match in _LIST.finditer(text):
         times = int(match.group(2) or 1)
         if times > MAX_LAYERS:
-            raise InputError(_("moe-layer-freq {text!r} is not a pattern").format(text=text[:80]))
+            raise InputError(_("{name} {text!r} is not a pattern").format(name=name, text=text[:80]))
         found += [digit.strip() == "1" for digit in match.group(1).split(",")] * times
     if len(found) != num_layers:
         raise InputError(
-            _("moe-layer-freq {text!r} names {found} layers, the model has {layers}").format(
-                text=text[:80], found=len(found), layers=num_layers
+            _("{name} {text!r} names {found} layers, the model has {layers}").format(
+                name=name, text=text[:80], found=len(found), layers=num_layers
             )
         )
     return found
@@ -200,8 +244,9 @@ def _layers(args: Arguments, hidden: int) -> tuple[spec.Layer, ...]:
     number = args.count("num-layers")
     if number > MAX_LAYERS:
         raise InputError(_("{number} layers are more than any model has").format(number=number))
-    dense, mixture = _layer(args, hidden), _layer(args, hidden, moe=True) if "num-experts" in args else None
-    return tuple(mixture if is_moe and mixture else dense for is_moe in moe_layers(args, number))
+    moe, linear = moe_layers(args, number), _linear_layers(args, number)
+    built = {kind: _layer(args, hidden, moe=kind[0], linear=kind[1]) for kind in set(zip(moe, linear, strict=True))}
+    return tuple(built[kind] for kind in zip(moe, linear, strict=True))
 
 
 def _norms(args: Arguments, hidden: int, names: tuple[str, ...]) -> tuple[spec.Norm, ...]:
@@ -209,8 +254,8 @@ def _norms(args: Arguments, hidden: int, names: tuple[str, ...]) -> tuple[spec.N
     return tuple(spec.Norm(name=name, size=hidden, kind=kind, bias=kind == "layer") for name in names)
 
 
-def _layer(args: Arguments, hidden: int, *, cross: bool = False, moe: bool = False) -> spec.Layer:
-    mixers: tuple[spec.Mixer, ...] = (_attention(args, hidden),)
+def _layer(args: Arguments, hidden: int, *, cross: bool = False, moe: bool = False, linear: bool = False) -> spec.Layer:
+    mixers: tuple[spec.Mixer, ...] = (_delta_net(args) if linear else _attention(args, hidden),)
     names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     if cross:
         mixers += (_attention(args, hidden, cross=True),)

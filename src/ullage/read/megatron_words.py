@@ -184,6 +184,6 @@ def _from_yaml(text: str) -> Arguments:
             section = match.group(2).lower()
         elif section.startswith("env"):
             environment[match.group(2)] = match.group(3).strip("\"'")
-        else:
+        elif match.group(2).startswith("-") or not match.group(2).isupper():  # TEST_TYPE and its kin are the runner's
             values[_canonical(match.group(2))] = match.group(3).strip("\"'")
     return Arguments(values=values, environment=environment)

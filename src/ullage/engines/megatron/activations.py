@@ -141,6 +141,9 @@ def _attention(job: TrainingJob, settings: Settings, sizes: Sizes, part: Attenti
     projected = (tokens * heads + 2 * (sizes.encoder_tokens if part.cross else tokens) * groups) * dim
     source = MCORE + "transformer/attention.py:SelfAttention.get_query_key_value_tensors"
     found.append(saved("qkv.output", "self_attn", projected, dtype, "T*(a+2g)*d/t", source))
+    if part.output_gate:
+        gated = 2 * tokens * heads * dim
+        found.append(saved("output_gate", "self_attn", gated, dtype, "2*T*a*d/t", source))
     if part.qk_norm:
         found.append(saved("normed_query_key_value", "self_attn", projected, dtype, "T*(a+2g)*d/t", source))
         statistics = 2 * tokens * (heads + groups)
