@@ -4,7 +4,8 @@
 
 Every config is read with :func:`ullage.read.hf_config.read_config`; what is not understood is named and left out.
 Beside the files given, the entries of ``tools/extra_models.json`` (dimensions with the public source each is from) and
-the aliases of ``tools/model_aliases.json`` are written. The index is made anew.
+the aliases of ``tools/model_aliases.json`` are written. An extra entry with ``like`` is the named entry's config with
+the keys of its own ``config`` changed; an entry under the name of a file takes its place. The index is made anew.
 """
 
 from __future__ import annotations
@@ -76,10 +77,13 @@ def check_counts(lines: list[dict[str, Any]]) -> None:
     published = {
         extra["name"]: extra.get("num_parameters") for extra in json.loads((TOOLS / "extra_models.json").read_text())
     }
-    for line in lines:
-        wanted = published.get(line["name"])
-        if wanted is not None and wanted != line["num_parameters"]:
-            raise SystemExit(f"{line['name']}: {line['num_parameters']:,} parameters, published are {wanted:,}")
+    wrong = [
+        f"{line['name']}: {line['num_parameters']:,} parameters, published are {published[line['name']]:,}"
+        for line in lines
+        if published.get(line["name"]) not in (None, line["num_parameters"])
+    ]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 def configs_of(paths: list[Path], sources: dict[str, str]) -> list[tuple[str, dict[str, Any], str]]:
@@ -101,8 +105,32 @@ def configs_of(paths: list[Path], sources: dict[str, str]) -> list[tuple[str, di
             print(f"left out {path.stem}: {wrong or 'no public source'}", file=sys.stderr)
             continue
         found.append((path.stem.replace("__", "/", 1), values, source))
-    extras = json.loads((TOOLS / "extra_models.json").read_text())
-    return found + [(extra["name"], extra["config"], extra["source"]) for extra in extras]
+    return with_extras(found)
+
+
+def with_extras(found: list[tuple[str, dict[str, Any], str]]) -> list[tuple[str, dict[str, Any], str]]:
+    """Add the extra entries; the last entry of a name stands."""
+    known = {name: (values, source) for name, values, source in found}
+    for extra in json.loads((TOOLS / "extra_models.json").read_text()):
+        values, source = extra["config"], extra["source"]
+        if "like" in extra:
+            if extra["like"] not in known:
+                raise SystemExit(f"{extra['name']}: no entry {extra['like']} to be like")
+            base, base_source = known[extra["like"]]
+            values = changed(base, values)
+            source = f"{base_source}; {source}"
+        known[extra["name"]] = (values, source)
+    return [(name, values, source) for name, (values, source) in known.items()]
+
+
+def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with some keys changed; what is nested is changed key by key."""
+    nested = {
+        key: changed(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **changes, **nested}
 
 
 def _with_whole_rule(model: Model) -> Model:

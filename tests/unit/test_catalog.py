@@ -3,6 +3,8 @@
 import json
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import need_shared
@@ -12,7 +14,12 @@ from ullage.catalog import FOLDER, load, models
 from ullage.catalog.gpus import entries as gpu_entries
 from ullage.catalog.gpus import gpu_of
 from ullage.errors import InputError
+from ullage.read.hf_config import read_config_object
 from ullage.read.model_source import load_model
+from ullage.records.compare import NotComparableError
+from ullage.records.overrides import with_overrides
+
+ROOT = Path(__file__).parents[2]
 
 # ---------------------------------------------------------------------------------------------------------------- GPUs
 
@@ -99,8 +106,9 @@ def test_sizes_in_names_agree_with_the_counts():
     """A file of the wrong model under a name is found by the size that the name states."""
     checked = 0
     for entry in models.entries():
-        stated = re.findall(r"-(\d+(?:\.\d+)?)B(?![a-z])", entry["name"], re.IGNORECASE)
-        if not stated or re.search(r"-\d+x\d|17B-", entry["name"]):
+        name = re.sub(r"(\d)[bB](\d)", r"\1.\2B", entry["name"])  # BLOOM's 1b7 is 1.7 B
+        stated = re.findall(r"-(\d+(?:\.\d+)?)B(?![a-z])", name, re.IGNORECASE)
+        if not stated or re.search(r"-\d+x\d|17B-|Falcon3-1B-", entry["name"]):  # Falcon3-1B holds 1.67 B
             continue
         assert 0.75 < entry["num_parameters"] / max(map(float, stated)) / 1e9 < 1.45, entry["name"]
         checked += 1
@@ -112,6 +120,77 @@ def test_counts_agree_with_the_published_ones():
     assert published
     known = {entry["name"]: entry["num_parameters"] for entry in models.entries()}
     assert known["deepseek-ai/DeepSeek-V3"] == 671026404352  # 671.0 B without the MTP module
+
+
+def test_entries_written_by_hand_have_their_published_counts():
+    extras = json.loads((ROOT / "tools/extra_models.json").read_text())
+    published = {extra["name"]: extra["num_parameters"] for extra in extras if extra.get("num_parameters")}
+    known = {entry["name"]: entry["num_parameters"] for entry in models.entries()}
+    assert {name: known[name] for name in published} == published
+    assert len(published) > 80
+
+
+def test_every_entry_written_by_hand_names_its_source():
+    for extra in json.loads((ROOT / "tools/extra_models.json").read_text()):
+        assert re.search(r"arXiv:|https://|card|\w+/[\w.-]+[@:]|huggingface\.co|transformers@|et al\.", extra["source"])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Qwen/Qwen2.5-7B", 131072),
+        ("Qwen/Qwen2.5-7B-Instruct", 32768),
+        ("Qwen/Qwen2.5-1.5B", 131072),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 32768),
+        ("Qwen/Qwen2.5-14B-Instruct", 32768),
+        ("Qwen/Qwen2.5-32B-Instruct", 32768),
+        ("Qwen/Qwen2.5-72B", 131072),
+        ("Qwen/Qwen2.5-72B-Instruct", 32768),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct", 32768),
+        ("Qwen/Qwen2.5-Math-7B", 4096),
+        ("Qwen/Qwen2-72B", 131072),
+        ("Qwen/Qwen2-72B-Instruct", 32768),
+        ("Qwen/QwQ-32B", 131072),
+        ("Qwen/QwQ-32B-Preview", 32768),
+        ("Qwen/Qwen3-8B", 40960),
+        ("Qwen/Qwen3-8B-Base", 32768),
+        ("Qwen/Qwen3-4B-Instruct-2507", 262144),
+        ("Qwen/Qwen3-235B-A22B-Thinking-2507", 262144),
+        ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", 131072),
+        ("deepseek-ai/DeepSeek-V3-0324", 163840),
+        ("meta-llama/Llama-2-70b-chat-hf", 4096),
+        ("zai-org/GLM-4.5", 131072),
+        ("zai-org/GLM-4.7", 202752),
+        ("moonshotai/Kimi-K2-Instruct-0905", 262144),
+        ("microsoft/Phi-3-medium-128k-instruct", 131072),
+    ],
+)
+def test_releases_of_one_shape_keep_their_own_context(text, tokens):
+    assert load_model(text).max_position_embeddings == tokens
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "EleutherAI/pythia-1.4b-deduped",
+        "tiiuae/falcon-7b-instruct",
+        "facebook/opt-350m",
+        "microsoft/phi-1.5",
+        "Qwen/Qwen-7B-Chat",
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat",
+        "stabilityai/stablelm-base-alpha-3b",
+        "bigscience/bloom-7b1",
+        "ibm-granite/granite-4.0-h-micro",
+        "LiquidAI/LFM2-350M",
+        "zai-org/GLM-4.7-Flash",
+        "mistralai/Ministral-3-3B-Reasoning-2512",
+        "codellama/CodeLlama-70b-Instruct-hf",
+        "01-ai/Yi-9B",
+    ],
+)
+def test_models_of_measured_runs_are_known(text):
+    model = load_model(text)
+    assert model.name == text and model.assumed == ()
 
 
 @pytest.mark.parametrize(
@@ -221,3 +300,66 @@ def _seconds():
     start = time.perf_counter()
     load_model("deepseek-v3")
     return time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------- records that cut a model down
+
+
+def test_a_cut_in_depth_keeps_the_first_dense_layers():
+    whole = load_model("deepseek-ai/DeepSeek-V3")
+    cut = with_overrides(whole, {"num_hidden_layers": 4, "first_k_dense_replace": 1}, where="record")
+    assert [type(layer.ffns[0]).__name__ for layer in cut.layers] == ["DenseFFN", "MoEFFN", "MoEFFN", "MoEFFN"]
+    short = with_overrides(whole, {"num_hidden_layers": 4, "num_nextn_predict_layers": 0}, where="record")
+    assert short.layers == whole.layers[:4] and short.mtp == ()
+    per_layer = (
+        count(replace(whole, layers=whole.layers[:5])).total - count(replace(whole, layers=whole.layers[:4])).total
+    )
+    assert count(whole).total - count(short).total == 57 * per_layer
+
+
+def test_frame_and_attention_can_be_changed():
+    whole = load_model("openai-community/gpt2")
+    changed = with_overrides(whole, {"tie_word_embeddings": False, "qkv_bias": False}, where="record")
+    assert count(changed).total - count(whole).total == 50257 * 768 - 12 * 3 * 768
+    assert with_overrides(whole, None, where="record") is whole
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"hidden_size": 64}, {"num_key_value_heads": 5}, {"first_k_dense_replace": 1}, {"num_nextn_predict_layers": 2}],
+)
+def test_what_cannot_be_told_is_not_compared(overrides):
+    with pytest.raises(NotComparableError):
+        with_overrides(load_model("meta-llama/Meta-Llama-3-70B"), overrides, where="record")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[1], {"num_hidden_layers": "4"}, {"num_hidden_layers": True}, {"vocab_size": -1}, {"qkv_bias": 1}]
+)
+def test_wrong_changes_are_one_sentence(overrides):
+    with pytest.raises(InputError) as caught:
+        with_overrides(load_model("meta-llama/Meta-Llama-3-70B"), overrides, where="record")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- readers added for it
+
+
+def test_mpt_counts_as_its_authors_count():
+    """mosaicml/llm-foundry@8c8dd48f:scripts/train/benchmarking/README.md: the column NumParams."""
+    sizes = {64862437376: (80, 8192, 64), 29975214080: (48, 7168, 56), 6658859008: (32, 4096, 32)}
+    for wanted, (layers, hidden, heads) in sizes.items():
+        config = {"model_type": "mpt", "d_model": hidden, "n_heads": heads, "n_layers": layers, "vocab_size": 50368}
+        config |= {"max_seq_len": 2048, "expansion_ratio": 4, "attn_config": {"attn_impl": "flash"}}
+        model = read_config_object(config, where="test", name="mpt")
+        assert count(model).total == wanted
+        assert model.assumed
+
+
+def test_mpt_as_published_has_neither_biases_nor_positions():
+    config = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 100, "max_seq_len": 32}
+    config |= {"no_bias": True, "attn_config": {"alibi": True, "attn_type": "multiquery_attention"}}
+    model = read_config_object(config, where="test", name="mpt")
+    per_layer = 64 * (64 + 2 * 16) + 64 * 64 + 2 * 64 * 256 + 2 * 64
+    assert count(model).total == 2 * per_layer + 100 * 64 + 64
+    assert model.assumed == ()

@@ -12,6 +12,7 @@ from ullage.i18n import _
 from ullage.read.hf_config import read_config_object
 from ullage.read.quantization_names import assumption, named_quantization
 from ullage.records.compare import NotComparableError
+from ullage.records.overrides import with_overrides
 from ullage.records.schema import Record
 from ullage.spec.model import Model
 
@@ -33,9 +34,7 @@ def record_model(record: Record) -> tuple[Model, str | None]:
             raise InputError(_("model.config is not an object"), where=record.where)
         model = read_config_object({**config, **(overrides or {})}, where=record.where, name=record.record_id)
     elif isinstance(value, str):
-        if overrides:
-            raise NotComparableError(_("a model of the catalog with changed dimensions (model_overrides)"))
-        model = _by_name(value)
+        model = with_overrides(_by_name(value), overrides, where=record.where)
     else:
         raise InputError(_("model is missing or neither a name nor a config"), where=record.where)
     return _quantised(model, record.job.get("quantization"))

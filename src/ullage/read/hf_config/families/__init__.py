@@ -76,6 +76,7 @@ FAMILIES: dict[str, str] = {
     "mixtral": "mixture:read_mixtral",
     "mllama": "vision_llama:read_3_2",
     "mllama_text_model": "llama4:read_mllama_text",
+    "mpt": "mpt:read",
     "nemotron": "llama:read_nemotron",
     "nemotron-nas": "decilm:read",
     "nemotron_h": "nemotron_h:read",

@@ -11,7 +11,7 @@ from typing import Any
 
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import DenseFFN, Layer, Model
+from ullage.spec.model import DenseFFN, ExtraTensor, Layer, Model
 
 TRANSFORMER = {"embedding_name": "transformer.wte", "layers_name": "transformer.h", "norm_name": "transformer.ln_f"}
 
@@ -98,17 +98,18 @@ def read_neox(keys: Keys) -> Model:
 
 
 def read_opt(keys: Keys) -> Model:
-    """Read OPT: learned positions with two rows to spare; the variants that project embeddings are not understood."""
+    """Read OPT: learned positions with two rows to spare; 350M projects its embeddings and has no last norm."""
     hidden, bias = keys.integer("hidden_size"), keys.flag("enable_bias", True)
-    common.only(keys, do_layer_norm_before=True, word_embed_proj_dim=hidden, layer_norm_elementwise_affine=True)
-    common.only(keys, _remove_final_layer_norm=False)
+    common.only(keys, layer_norm_elementwise_affine=True)
+    width = keys.integer("word_embed_proj_dim", hidden)
+    last = keys.flag("do_layer_norm_before", True) and not keys.flag("_remove_final_layer_norm", False)
     attention = common.gqa(keys, hidden, qkv_bias=bias, o_bias=bias, o_name="out_proj")
     ffn = common.dense(
         keys, size="ffn_dim", gated=False, bias=bias, prefix="", up_name="fc1", down_name="fc2", activation="relu"
     )
     norms = common.norms(hidden, "self_attn_layer_norm", "final_layer_norm", kind="layer", bias=True)
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms)
-    return _frame(
+    model = _frame(
         keys,
         hidden,
         layer,
@@ -120,6 +121,12 @@ def read_opt(keys: Keys) -> Model:
         layers_name="model.decoder.layers",
         norm_name="model.decoder.final_layer_norm",
     )
+    model = model if last else replace(model, final_norms=())
+    if width == hidden:
+        return model
+    projections = {"project_in": (hidden, width), "project_out": (width, hidden)}
+    extras = tuple(ExtraTensor(name=f"model.decoder.{name}.weight", shape=shape) for name, shape in projections.items())
+    return replace(model, embedding_size=width, extras=model.extras + extras)
 
 
 def read_bloom(keys: Keys) -> Model:
