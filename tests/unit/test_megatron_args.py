@@ -189,3 +189,22 @@ def test_hybrid_pattern_and_encoder_decoder():
         job({"hybrid-override-pattern": "MZ"})
     t5 = job({"encoder-num-layers": 2, "decoder-num-layers": 3, "vocab-file": "bert-large-cased-vocab.txt"}).model
     assert [len(layer.mixers) for layer in t5.layers] == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ({"tokenizer-type": "TikTokenizer", "tokenizer-model": "mix.128k.vocab.json"}, 131_072),
+        ({"tokenizer-type": "GPTSentencePieceTokenizer", "tokenizer-model": "nemotron_2_256k.model"}, 256_000),
+        ({"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "deepseek-ai/DeepSeek-V3"}, 129_280),
+    ],
+)
+def test_vocabulary_of_a_tokenizer_by_name(flags, rows):
+    found = job(flags)
+    assert found.model.vocab_size == rows
+    assert any("vocabulary" in sentence for sentence in found.assumed)
+
+
+def test_a_tokenizer_that_is_not_known_is_asked_for():
+    with pytest.raises(InputError, match="--vocab-size"):
+        job({"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "my/own"})

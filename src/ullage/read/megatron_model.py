@@ -13,6 +13,7 @@ import re
 from dataclasses import replace
 from typing import Literal
 
+from ullage.catalog import models as catalog
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.megatron_words import Arguments
@@ -22,6 +23,7 @@ MAX_LAYERS = 10_000
 MAX_EXPERTS = 65_536
 #: Vocabularies of the tokenizers that Megatron-LM builds in, before padding.
 GPT2_VOCABULARY, BERT_UNCASED, BERT_CASED = 50_257, 30_522, 28_996
+TIKTOKEN_VOCABULARY, LLAMA2_VOCABULARY = 2**17, 32_000
 _LIST = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\](?:\s*\*\s*(\d+))?")
 
 
@@ -81,22 +83,42 @@ def _vocabulary(args: Arguments, assumed: list[str]) -> int:
     if "vocab-size" in args:
         size = args.size("vocab-size") + (1 if tokenizer == "NullTokenizer" else 0)
     else:
-        size = _known_vocabulary(args.get("vocab-file"), tokenizer)
-        assumed.append(_("vocabulary: {size} entries, those of the built-in tokenizer").format(size=size))
+        size = _known_vocabulary(args.get("vocab-file"), tokenizer, args.get("tokenizer-model"))
+        assumed.append(_("vocabulary: {size} entries, as its tokenizer is known to have").format(size=size))
     multiple = args.size("make-vocab-size-divisible-by", 128) * args.size("tensor-model-parallel-size", 1)
     return -(-size // multiple) * multiple
 
 
-def _known_vocabulary(file: str, tokenizer: str) -> int:
-    """Vocabulary of a built-in tokenizer; WordPiece adds [BOS] and [EOS], and T5's extra ids are counted apart.
+def _known_vocabulary(file: str, tokenizer: str, model: str) -> int:
+    """Vocabulary of a tokenizer whose size is not on the command line.
 
-    Source: Megatron-LM@adc69db:megatron/training/tokenizer/tokenizer.py:_BertWordPieceTokenizer.
+    WordPiece adds [BOS] and [EOS], T5 a hundred ids; tiktoken files are cut at 2**17; a name may say ``256k``; else the
+    tokenizer of a model in the catalog.
+
+    Raises:
+        InputError: it cannot be known.
+    Source: Megatron-LM@adc69db:megatron/training/tokenizer/tokenizer.py.
     """
     if tokenizer == "BertWordPieceCase":
         return BERT_CASED + 2 + 100
     if file.endswith("vocab.txt") or tokenizer == "BertWordPieceLowerCase":
         return BERT_UNCASED + 2
-    return GPT2_VOCABULARY
+    if tokenizer in ("", "GPT2BPETokenizer") and not model:
+        return GPT2_VOCABULARY
+    if tokenizer == "TikTokenizer":
+        return TIKTOKEN_VOCABULARY
+    if tokenizer == "Llama2Tokenizer":
+        return LLAMA2_VOCABULARY
+    said = re.search(r"(?<![0-9])(\d{2,3})k(?![a-z0-9])", model.lower())
+    if said:
+        return int(said.group(1)) * 1000
+    known = catalog.find(model) if model else None
+    if known is not None:
+        return catalog.load_entry(known).vocab_size
+    raise InputError(
+        _("the vocabulary of {tokenizer} is not known").format(tokenizer=(model or tokenizer)[:80]),
+        remedy=_("add --vocab-size or --padded-vocab-size"),
+    )
 
 
 def _norm_kind(args: Arguments) -> Literal["rms", "layer"]:
