@@ -62,6 +62,15 @@ def test_a_quantised_base_is_smaller_but_keeps_inputs() -> None:
     assert kept[1] > kept[0]
 
 
+def test_blocks_before_the_first_adapter_keep_nothing() -> None:
+    """Version 1 starts at the third block; version 2 has scales and biases in every block."""
+    from ullage.engines.litgpt.plan import plan_of
+
+    for method, without in (("llama_adapter", 2), ("llama_adapter_v2", 0), ("lora", 0)):
+        plan = plan_of(job(method=method, lora=QV if method == "lora" else None), rules_of(""), 1)
+        assert sum(block.without_grad for block in plan.blocks) == without
+
+
 def test_a_paged_optimizer_has_no_states_on_the_device() -> None:
     assert step(job(base_quantization="nf4", method="qlora")).ranks[0].after_step.find("optimizer_states") is None
     assert step(job()).ranks[0].after_step.find("optimizer_states") is not None

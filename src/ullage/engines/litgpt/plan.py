@@ -20,6 +20,8 @@ from ullage.units import cdiv, dtype_bytes, round_up
 CHUNK_TOKENS = 128
 #: Dropout of the 2023 scripts, which took it from a constant. Source: litgpt@8641822:finetune/lora.py:lora_dropout.
 OLD_DROPOUT = 0.05
+#: First block with an adapter. Source: litgpt@26857050:litgpt/adapter.py:Config.adapter_start_layer.
+ADAPTER_START = 2
 _DATE = re.compile(r"20\d\d-\d\d")
 #: bitsandbytes: 4-bit values, a scale per 64, scales of scales per 256.
 BLOCK, NESTED = 64, 256
@@ -158,6 +160,7 @@ def plan_of(job: TrainingJob, rules: Rules, num_ranks: int) -> StepPlan:
                 graph=decoder_graph(layer, model.hidden_size, slice_, style, training),
                 group=group,
                 checkpoint=checkpoint,
+                without_grad=training.adapter == "prefix" and index < ADAPTER_START,
             )
         )
         weights += [("weights", size) for size in _resident(job, parameters, num_ranks)]

@@ -15,11 +15,15 @@ from ullage.engines.sharded.loss import LossPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A block with its group, further groups inside it (experts, adapters) and how it is checkpointed."""
+    """A block with its group, further groups inside it (experts, adapters) and how it is checkpointed.
+
+    ``without_grad``: nothing up to and in it is trained, so autograd keeps nothing.
+    """
 
     graph: Graph
     group: Group
     more: tuple[Group, ...] = ()
+    without_grad: bool = False
     checkpoint: Checkpoint | None = None
 
 
@@ -134,6 +138,8 @@ class Walk:
             out, kept = graphs.forward(block.graph, timeline, x, block.checkpoint)
             timeline.drop(x)
             x = out
+            if block.without_grad:
+                kept.release(timeline)
             found.kept.append(kept)
             for group in (*block.more, block.group):
                 if group.reshard_after_forward:
@@ -185,7 +191,8 @@ class Walk:
             for group in (before.group, *before.more):
                 sharder.gather(group)
         grads: list[Buffer] = []
-        if grad is None:
+        if grad is None or block.without_grad:
+            self.timeline.drop(grad)
             kept.release(self.timeline)
             for group in (*block.more, block.group):
                 sharder.reduce(group, grads)
