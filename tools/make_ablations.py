@@ -183,8 +183,7 @@ def differences(paths: Iterable[Path]) -> list[Difference]:
 
 
 def _rows(record: Record) -> dict[tuple[str, str | None], Comparison]:
-    broken: list[str] = []
-    judged, _verdict = judge(record, broken=broken)
+    judged, _verdict = judge(record)  # an internal error is raised, not skipped
     return {(row.quantity, row.rank): row for row in judged if row.predicted is not None and row.is_bytes}
 
 

@@ -142,7 +142,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     """Build the job that the flags state."""
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
-    from ullage.read.training_words import parse_lora, parse_precision, parse_recompute
+    from ullage.read.training_words import filled_pipeline, parse_lora, parse_precision, parse_recompute
     from ullage.spec.training import TrainingJob
 
     if arguments.model is None or arguments.on is None:
@@ -152,19 +152,23 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     engine, _at, version = engine.partition("@")
     precision, said = parse_precision(arguments.precision, engine)
     lora = parse_lora(arguments.lora) if arguments.lora else None
+    parallel = _parallel(arguments, machine, engine)
+    accumulated = arguments.grad_accum or filled_pipeline(parallel)
+    if accumulated > 1 and not arguments.grad_accum:
+        said += (_("passes per step: {count}, so that the pipeline is full").format(count=accumulated),)
     method = ("qlora" if arguments.base_quantization else "lora") if lora else "full"
     return TrainingJob(
         model=load_model(arguments.model, assume=arguments.assume, network=True),
         machine=machine,
         engine=engine,
         engine_version=version,
-        parallel=_parallel(arguments, machine, engine),
+        parallel=parallel,
         precision=precision,
         optimizer=arguments.optimizer or "adamw",
         optimizer_impl=arguments.optimizer_impl,
         micro_batch_size=arguments.micro_batch or 1,
         seq_len=arguments.seq or DEFAULT_SEQ_LEN,
-        grad_accum=arguments.grad_accum or 1,
+        grad_accum=accumulated,
         recompute=parse_recompute(arguments.recompute or "none"),
         attention=arguments.attention,
         compile=arguments.compile,

@@ -118,6 +118,7 @@ def job_of_fields(fields: Mapping[str, Any], *, where: str, machine: str | None 
     """
     from ullage.engines.training import TRAINING_ENGINES
     from ullage.read.machine import parse_machine
+    from ullage.read.training_words import filled_pipeline
     from ullage.records.schema import read_record
     from ullage.records.training import record_job
 
@@ -142,6 +143,10 @@ def job_of_fields(fields: Mapping[str, Any], *, where: str, machine: str | None 
     job, _unjudged = record_job(record)
     said = [] if fields.get("precision") or flags else [_("precision: bf16 throughout")]
     said += [] if fields.get("micro_batch_size") or flags else [_("micro-batch: 1")]
+    if not fields.get("grad_accum") and not flags and job.parallel.pipeline_parallel_size > 1:
+        count = filled_pipeline(job.parallel)
+        said.append(_("passes per step: {count}, so that the pipeline is full").format(count=count))
+        job = replace(job, grad_accum=count)
     return replace(job, machine=stated, assumed=(*job.assumed, *said))
 
 

@@ -6,7 +6,7 @@ import re
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.spec.training import Lora, Precision, Recompute
+from ullage.spec.training import Lora, Precision, Recompute, TrainingParallel
 
 #: Number formats by recipe: compute, params, grads, master, moments.
 #: bf16-mixed: Megatron-LM's (megatron-lm@core_r0.14:megatron/training/arguments.py:validate_args: fp32 main gradients
@@ -82,3 +82,9 @@ def parse_lora(text: str) -> Lora:
         ) from None
     targets = tuple(name for name in (fields.get("targets") or "all-linear").split("+") if name)
     return Lora(rank=int(rank), targets=targets, dropout=dropout)
+
+
+def filled_pipeline(parallel: TrainingParallel) -> int:
+    """Return the fewest micro-batches of a step that fill the pipeline: one per stage, two where both ends feed it."""
+    both_ends = parallel.schedule in ("dualpipe", "dualpipev")
+    return parallel.pipeline_parallel_size * (2 if both_ends else 1)

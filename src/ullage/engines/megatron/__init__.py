@@ -16,8 +16,12 @@ from ullage.engines.training import TrainingStep
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention, MoEFFN
 from ullage.spec.training import TrainingJob
+from ullage.units import round_up
 
 __all__ = ["VERSIONS", "step"]
+
+#: Source: Megatron-LM@adc69db:megatron/training/arguments.py (--make-vocab-size-divisible-by).
+VOCABULARY_MULTIPLE = 128
 
 
 def step(job: TrainingJob) -> TrainingStep:
@@ -27,6 +31,7 @@ def step(job: TrainingJob) -> TrainingStep:
         LayoutError: sizes that do not divide the model or the GPUs. UnknownArchitectureError: a part without a table.
     """
     job, assumed_tensor = _expert_tensor(job)
+    job, padded = _padded_vocabulary(job)
     settings, assumed = resolve(job)
     groups, sizes = layout.groups(job), sizes_of(job, settings)
     stages = layout.chunks(job, settings)
@@ -39,7 +44,7 @@ def step(job: TrainingJob) -> TrainingStep:
         )
         ranks.append(rank_of(job, settings, parts, groups, sizes, first_rank=first))
     ranks.sort(key=lambda rank: -rank.peak.device_used.bytes)
-    filled = replace(job, assumed=(*job.assumed, *assumed_tensor, *assumed))
+    filled = replace(job, assumed=(*job.assumed, *assumed_tensor, *padded, *assumed))
     return TrainingStep(job=filled, ranks=tuple(ranks), warnings=_warnings(job))
 
 
@@ -62,3 +67,16 @@ def _warnings(job: TrainingJob) -> tuple[str, ...]:
     if any(isinstance(mixer, LatentAttention) and mixer.indexer is not None for mixer in mixers):
         return (_("sparse attention: the indexer's projections and scores are not counted among activations"),)
     return ()
+
+
+def _padded_vocabulary(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
+    """Pad a vocabulary that the tensor-parallel ranks do not divide, to a multiple of 128 rows on each.
+
+    Source: Megatron-LM@adc69db:megatron/training/tokenizer/tokenizer.py:_vocab_size_with_padding.
+    """
+    ranks, rows = job.parallel.tensor_parallel_size, job.model.vocab_size
+    if rows % ranks == 0:
+        return job, ()
+    padded = round_up(rows, VOCABULARY_MULTIPLE * ranks)
+    said = _("vocabulary padded from {rows:,} to {padded:,} rows").format(rows=rows, padded=padded)
+    return replace(job, model=replace(job.model, vocab_size=padded)), (said,)
