@@ -32,29 +32,33 @@ class Frozen:
 
     __slots__ = ("_hash",)
     if TYPE_CHECKING:
-        _required: frozenset[str]
+        _checks: bool
         _defaults: dict[str, Any]
         _factories: dict[str, Any]
         __dataclass_fields__: dict[str, Any]
+
+        def __post_init__(self) -> None:
+            """Check the fields: a class may have this."""
 
     def __init_subclass__(cls) -> None:
         dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
         fields = cls.__dataclass_fields__.values()
         cls._defaults = {each.name: each.default for each in fields if each.default is not MISSING}
         cls._factories = {each.name: each.default_factory for each in fields if each.default_factory is not MISSING}
-        cls._required = frozenset(cls.__dataclass_fields__) - cls._defaults.keys() - cls._factories.keys()
+        cls._checks = hasattr(cls, "__post_init__")
 
     def __init__(self, **values: Any) -> None:
-        cls = type(self)
-        if not cls._required <= values.keys() <= cls.__dataclass_fields__.keys():
-            missing = sorted(cls._required - values.keys())
-            unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+        cls, state = type(self), self.__dict__
+        state.update(cls._defaults)
+        if cls._factories:
+            state.update({name: make() for name, make in cls._factories.items() if name not in values})
+        state.update(values)
+        if state.keys() != cls.__dataclass_fields__.keys():
+            missing = sorted(cls.__dataclass_fields__.keys() - state.keys())
+            unknown = sorted(state.keys() - cls.__dataclass_fields__.keys())
             raise TypeError(f"{cls.__name__}: missing {missing}, unexpected {unknown}")
-        made = {name: factory() for name, factory in cls._factories.items()} if cls._factories else {}
-        self.__dict__.update(cls._defaults | made | values)
-        post_init = getattr(self, "__post_init__", None)
-        if post_init is not None:
-            post_init()
+        if cls._checks:
+            self.__post_init__()
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise FrozenInstanceError(f"cannot assign to field {name!r}")

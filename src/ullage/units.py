@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 from ullage.errors import InputError
 from ullage.frozen import Frozen
@@ -112,7 +113,13 @@ def dtype_bytes(name: str) -> Fraction:
 
 def tensor_bytes(num_elements: int, dtype: str) -> int:
     """Return the bytes of ``num_elements`` packed elements, rounded up to a whole byte."""
-    return math.ceil(num_elements * dtype_bytes(dtype))
+    numerator, denominator = _ratio(dtype)
+    return -(-num_elements * numerator // denominator)
+
+
+@lru_cache(maxsize=256)
+def _ratio(dtype: str) -> tuple[int, int]:
+    return dtype_bytes(dtype).as_integer_ratio()
 
 
 def parse_size(text: str, *, default_unit: str = "") -> int:
