@@ -24,6 +24,7 @@ COMMANDS = {
     "gpus": ("ullage.cli.gpus", _("list the GPUs known by name")),
     "engines": ("ullage.cli.engines", _("list the engines and the versions that are mirrored")),
     "explain": ("ullage.cli.explain", _("show the formula, the source and the known error of a term")),
+    "inspect": ("ullage.cli.inspect", _("why did it die, where is the memory, and which change is cheapest?")),
     "replay": ("ullage.cli.replay", _("replay a recorded run of PyTorch, also under other allocator settings")),
     "validate": ("ullage.cli.validate", _("judge the predictions by measured runs")),
     "schema": ("ullage.cli.schema", _("print the JSON Schema of an output")),

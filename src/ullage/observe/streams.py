@@ -1,0 +1,162 @@
+"""Logs as lines: of any length, from a file or a pipe, of one process or of many that write through each other.
+
+Nothing is kept but one block and one line at a time, so that a log of many gigabytes costs time and no memory. Blocks
+that hold none of the words that are looked for are not cut into lines at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ullage.errors import InputError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+
+BLOCK_BYTES = 1 << 20
+#: A line is cut here; what is looked for stands near the beginning of a line.
+MAX_LINE_BYTES = 16384
+#: Colours and cursor movements of terminals (ECMA-48 CSI sequences, and titles set by OSC).
+_CONTROL = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
+#: What stands before the words of a process when many write into one log; the group is who speaks. The first ones
+#: stand before every line, the last ones before the first line of a record only.
+_PREFIXES = (
+    re.compile(r"\s*([\w.-]{1,64}-\d+)\s+\|\s"),  # docker compose: "vllm-1  | "
+    re.compile(r"\s*\[(?:default|rank)(\d{1,6})\]:\s?", re.IGNORECASE),  # torchrun, torch's own logging
+    re.compile(r"\s*\(((?:[A-Za-z]\w{0,40})[^()\n]{0,40}\bpid=\d+[^()\n]{0,60})\)\s?"),  # vLLM, Ray
+    re.compile(r"\s*([\w.-]{1,64}:\d+:\d+ \[\d+\])\s"),  # NCCL: host:pid:tid [device]
+    re.compile(r"\s*\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d((?: (?:DP|PP|TP|EP|CP|ATTN_TP)\d+)+)\]\s?"),  # SGLang
+    re.compile(r"\s*\[[\d/:-]{15,24}\] \[(TRT-LLM\] \[RANK \d+)\]\s?"),  # TensorRT-LLM
+)
+_OF_RECORDS = _PREFIXES[-2:]
+#: A line that begins a record of its own.
+_FRESH = re.compile(r"\s*\[?(?:\d{4}-\d\d-\d\d|\d\d/\d\d/\d{4}|(?:INFO|WARNING|ERROR|DEBUG|CRITICAL)\b)")
+_RANK_WORDS = re.compile(r"\[?Rank (\d+)\]?", re.IGNORECASE)
+_RANK_FIELD = re.compile(r"\brank=(\d+)")
+_UNDER_SCORED = re.compile(r"(?:Worker|EngineCore)_?((?:(?:DP|PP|TP|EP)\d+_?)+)")
+
+
+class Line(Frozen):
+    """One line of a log: its ``number`` (from 1; 0 when the block was skipped over), who speaks, and the words."""
+
+    number: int
+    speaker: str = ""
+    text: str
+
+
+def open_source(name: str, stdin: BinaryIO) -> BinaryIO:
+    """Open a file for reading bytes; ``-`` is the pipe.
+
+    Raises:
+        InputError: no such file, or not one that can be read.
+    """
+    if name == "-":
+        return stdin
+    try:
+        return Path(name).open("rb")
+    except OSError as error:
+        raise InputError(
+            _("cannot read it: {reason}").format(reason=error.strerror or type(error).__name__), where=name[:200]
+        ) from None
+
+
+def read_lines(stream: BinaryIO, words: Iterable[str] = ()) -> Iterator[Line]:
+    """Yield the lines of ``stream``; blocks without any of ``words`` (all blocks are read where none is given) pass by.
+
+    A block that follows one with a word is read too: messages are longer than a line.
+
+    Raises:
+        InputError: the stream breaks off with an error.
+    """
+    needles = [word.encode() for word in words]
+    number, rest, wanted_before, skipping = 0, b"", False, False
+    owner = ""
+    while block := _read(stream):
+        if skipping:  # the end of a line that was cut
+            _dropped, end, block = block.partition(b"\n")
+            skipping = not end
+            if skipping:
+                continue
+        joined = rest + block
+        wanted = not needles or any(map(joined.__contains__, needles))
+        *whole, rest = joined.split(b"\n")
+        if len(rest) > MAX_LINE_BYTES:
+            whole, rest, skipping = [*whole, rest[:MAX_LINE_BYTES]], b"", True
+        if wanted or wanted_before:
+            for index, raw in enumerate(whole, 1):
+                line, owner = speak(number + index, raw, owner)
+                yield line
+        number += len(whole)
+        wanted_before = wanted
+    if rest:
+        yield speak(number + 1, rest, owner)[0]
+
+
+def _read(stream: BinaryIO) -> bytes:
+    r"""Return a block whose line ends are all ``\n``; a bare carriage return (progress bars) ends a line too."""
+    try:
+        block = stream.read(BLOCK_BYTES)
+        if block.endswith(b"\r"):
+            block += stream.read(1)
+    except OSError as error:
+        raise InputError(_("cannot read on: {reason}").format(reason=error.strerror or type(error).__name__)) from None
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return block
+
+
+def speak(number: int, raw: bytes, owner: str = "") -> tuple[Line, str]:
+    """Return a line without colours and without the name of who speaks, and who owns lines without a name after it."""
+    text = raw[:MAX_LINE_BYTES].decode("utf-8", "replace").lstrip("\ufeff").rstrip()
+    if not text.isprintable():
+        text = _CONTROL.sub("", text)
+    speaker, words = split_speaker(text)
+    if speaker:
+        owner = speaker if any(prefix.match(text) for prefix in _OF_RECORDS) else ""
+    elif _FRESH.match(text):
+        owner = ""
+    return Line(number=number, speaker=speaker or owner, text=words), owner
+
+
+def split_speaker(text: str) -> tuple[str, str]:
+    """Return who speaks and what is said: ``[rank3]: boom`` is ``("rank3", "boom")``; prefixes may be several."""
+    names: list[str] = []
+    for _turn in range(3):
+        match = next((found for each in _PREFIXES if (found := each.match(text))), None)
+        if match is None:
+            break
+        name = " ".join(match.group(1).split())
+        names.append(f"rank{name}" if name.isdigit() else name)
+        text = text[match.end() :]
+    return " ".join(names), text
+
+
+def rank_of(speaker: str, text: str = "") -> str:
+    """Return the rank that a speaker names, as people write it: ``3``, ``DP2 TP2``; empty when there is none."""
+    for find, where in _RANK_FINDERS:
+        if found := find(speaker if where == "speaker" else text):
+            return found
+    return ""
+
+
+def _by(pattern: re.Pattern[str]) -> Callable[[str], str]:
+    def find(text: str) -> str:
+        match = pattern.search(text)
+        return match.group(1).replace("_", " ").strip() if match else ""
+
+    return find
+
+
+_RANK_FINDERS: tuple[tuple[Callable[[str], str], str], ...] = (
+    (_by(re.compile(r"\brank(\d+)\b")), "speaker"),
+    (_by(_RANK_WORDS), "speaker"),
+    (_by(_RANK_FIELD), "speaker"),
+    (_by(_UNDER_SCORED), "speaker"),
+    (_by(re.compile(r"\b((?:(?:DP|PP|TP|EP|CP)\d+ ?)+)(?:$| )")), "speaker"),
+    (_by(re.compile(r":\d+:\d+ \[(\d+)\]")), "speaker"),
+    (_by(_RANK_WORDS), "text"),
+)
