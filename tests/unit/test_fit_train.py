@@ -141,8 +141,46 @@ def test_a_deepspeed_configuration_lies_over_the_flags(capsys: pytest.CaptureFix
 
 
 def test_a_framework_without_a_reader_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "train", "--from", "accelerate:x.yaml", "--on", "8xH100")
-    assert "accelerate" in said and "megatron, deepspeed" in said
+    said = refused(capsys, "train", "--from", "nemo:x.yaml", "--on", "8xH100")
+    assert "nemo" in said and "megatron, deepspeed, torchtitan, accelerate" in said
+
+
+def test_a_torchtitan_configuration_lies_over_the_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    path = tmp_path / "train.toml"
+    path.write_text(
+        '[model]\nflavor = "1B"\n[training]\nlocal_batch_size = 2\nseq_len = 2048\n[parallelism]\n'
+        'tensor_parallel_degree = 2\n[activation_checkpoint]\nmode = "full"\n'
+    )
+    words = ("train", "llama-3.2-1b", "--from", f"torchtitan:{path}", "--on", "8xA100-80GB")
+    job = answer(capsys, *words)["job"]
+    assert (job["engine"], job["micro_batch_size"], job["seq_len"]) == ("torchtitan", 2, 2048)
+    assert (job["parallel"]["data_parallel_size"], job["parallel"]["tensor_parallel_size"]) == (4, 2)
+    assert job["recompute"] == {"kind": "full"}
+    assert "--seq" in refused(capsys, *words, "--seq", "4096")
+    path.write_text("[parallelism]\ntensor_parallel_degree = 3\n")
+    assert "8 GPUs" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "stage"),
+    [
+        ("distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n", "fsdp2", None),
+        ("distributed_type: MULTI_GPU\n", "ddp", None),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 3\n", "deepspeed", 3),
+    ],
+)
+def test_an_accelerate_configuration_names_the_framework(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, engine: str, stage: int | None
+) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(text + "mixed_precision: bf16\nnum_processes: 8\n")
+    job = answer(capsys, "train", "llama-3.2-1b", "--from", f"accelerate:{path}", "--on", "8xA100-80GB")["job"]
+    assert job["engine"] == engine
+    assert job["parallel"].get("zero_stage") == stage
+    said = refused(capsys, "train", "llama-3.2-1b", "--from", f"accelerate:{path}", "--on", "4xA100-80GB")
+    assert "num_processes is 8" in said
 
 
 def test_the_worst_moment_is_the_one_with_the_most_allocated(capsys: pytest.CaptureFixture[str]) -> None:

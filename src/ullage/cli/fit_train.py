@@ -20,12 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.usage = (
         "ullage fit train MODEL --on MACHINE [options]\n"
-        "       ullage fit train [MODEL] --from megatron:run.sh|deepspeed:ds.json --on MACHINE [options]"
+        "       ullage fit train [MODEL] --from ENGINE:FILE --on MACHINE [options]"
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=_("name, folder, config.json or hub id"))
     parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH100, 256x8xH800 (256 nodes of 8)"))
     parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, torchtitan, deepspeed, hf_trainer ..."))
-    parser.add_argument("--from", dest="line", metavar="ENGINE:FILE", help=_("a launch file in the engine's own words"))
+    parser.add_argument(
+        "--from", dest="line", metavar="ENGINE:FILE", help=_("megatron, deepspeed, torchtitan or accelerate")
+    )
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
@@ -106,7 +108,8 @@ def job_of(arguments: argparse.Namespace) -> TrainingJob:
 def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
     from pathlib import Path
 
-    from ullage.read.training_file import megatron_job, split_line, with_deepspeed
+    from ullage.read.training_file import megatron_job, split_line
+    from ullage.read.training_parts import OVERLAYS, STATED
 
     engine, version, rest = split_line(arguments.line)
     if arguments.on is None:
@@ -114,9 +117,10 @@ def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
     if engine == "megatron":
         _refuse(arguments, arguments.line, except_for=("model",))
         return megatron_job(rest, version, machine=arguments.on, model=arguments.model, assume=arguments.assume)
-    _refuse(arguments, arguments.line, only=("engine", "zero", "fsdp", "offload"))
-    arguments.engine = f"deepspeed@{version}" if version else "deepspeed"
-    return with_deepspeed(_from_flags(arguments), Path(rest))
+    _refuse(arguments, arguments.line, only=STATED[engine])
+    engine_of_file = "fsdp2" if engine == "accelerate" else engine
+    arguments.engine = f"{engine_of_file}@{version}" if version else engine_of_file
+    return OVERLAYS[engine](_from_flags(arguments), Path(rest))
 
 
 def _refuse(

@@ -1,7 +1,7 @@
 """A training job in a file → :class:`~ullage.spec.training.TrainingJob`: a job file, or a launch file of a framework.
 
 A job file has the fields of a record of a measured run (``kind``: train); ``megatron:run.sh`` is a script or line of
-Megatron-LM's flags, ``deepspeed:ds.json`` a DeepSpeed configuration beside the flags of ``ullage fit train``.
+Megatron-LM's flags. The files that say only a part of a job are in :mod:`ullage.read.training_parts`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from ullage.errors import InputError, LayoutError
 from ullage.i18n import _
-from ullage.spec.training import Precision, TrainingJob
+from ullage.spec.training import TrainingJob
 
 #: Framework -> what its file is. Others have no reader.
-LAUNCH_FILES = ("megatron", "deepspeed")
+LAUNCH_FILES = ("megatron", "deepspeed", "torchtitan", "accelerate")
 #: Sizes that multiply to the number of GPUs.
 _SIZES = ("tp", "pp", "cp")
 
@@ -58,56 +58,6 @@ def megatron_job(rest: str, version: str, *, machine: str, model: str | None, as
         engine_version=version,
         model=load_model(model, assume=assume, network=True) if model else None,
     )
-
-
-def with_deepspeed(job: TrainingJob, path: Path) -> TrainingJob:
-    """Lay a DeepSpeed configuration over a job: what it leaves out or calls ``"auto"`` stays the job's.
-
-    Raises:
-        InputError: not such a configuration.
-    """
-    import json
-
-    from ullage.read.deepspeed_json import parse_deepspeed
-    from ullage.read.jsonfile import read_json_object
-    from ullage.read.training_words import parse_precision
-
-    values = read_json_object(path)
-    config = parse_deepspeed(values, where=str(path))
-    stated = not _leaves_precision(values)
-    usual = parse_precision(None, "deepspeed")[1] if stated else ()
-    said = [_('{key} is "auto": as the flags say').format(key=key) for key in config.auto]
-    if config.unknown:
-        said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(config.unknown)[:400]))
-    zero = config.zero
-    kept = (("optimizer", zero.offload_optimizer), ("params", zero.offload_params))
-    offload = {**dict(job.offload), **{what: where for what, where in kept if where}}
-    return replace(
-        job,
-        parallel=replace(job.parallel, zero_stage=zero.stage),
-        precision=_precision(config.compute) if stated else job.precision,
-        optimizer=config.optimizer or job.optimizer,
-        micro_batch_size=max(1, config.micro_batch_size or job.micro_batch_size),
-        grad_accum=max(1, config.grad_accum or job.grad_accum),
-        offload=tuple(offload.items()),
-        native=json.dumps(values),
-        assumed=(*(one for one in job.assumed if one not in usual), *said),
-    )
-
-
-def _leaves_precision(values: Mapping[str, Any]) -> bool:
-    """Say whether a configuration leaves the number format to the flags: ``"auto"``."""
-    sections = [values.get(key) for key in ("bf16", "bfloat16", "fp16")]
-    return any(one == "auto" or (isinstance(one, dict) and one.get("enabled") == "auto") for one in sections)
-
-
-def _precision(compute: str) -> Precision:
-    """Return DeepSpeed's recipe: gradients as the model, an fp32 master copy beside 16-bit parameters.
-
-    Source: deepspeed@0.17.0:deepspeed/runtime/engine.py:get_data_types.
-    """
-    master = None if compute == "float32" else "float32"
-    return Precision(compute=compute, params=compute, grads=compute, master=master)
 
 
 def job_of_fields(fields: Mapping[str, Any], *, where: str, machine: str | None = None) -> TrainingJob:
