@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ullage.api import fit as fit
     from ullage.api import fit_json as fit_json
+    from ullage.api import fit_train as fit_train
     from ullage.api import validate as validate
     from ullage.engines.serving import EngineStart as EngineStart
     from ullage.errors import InputError as InputError
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from ullage.spec.model import Model as Model
     from ullage.spec.serving import ServingJob as ServingJob
     from ullage.spec.serving import ServingParallel as ServingParallel
+    from ullage.spec.training import Precision as Precision
+    from ullage.spec.training import Recompute as Recompute
+    from ullage.spec.training import TrainingJob as TrainingJob
+    from ullage.spec.training import TrainingParallel as TrainingParallel
+    from ullage.training_fit import TrainingFit as TrainingFit
 
 __version__ = "0.1.0"
 
@@ -39,6 +45,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "fit": "ullage.api",
     "fit_json": "ullage.api",
+    "fit_train": "ullage.api",
     "validate": "ullage.api",
     "EngineStart": "ullage.engines.serving",
     "InputError": "ullage.errors",
@@ -57,6 +64,11 @@ _PUBLIC = {
     "Model": "ullage.spec.model",
     "ServingJob": "ullage.spec.serving",
     "ServingParallel": "ullage.spec.serving",
+    "Precision": "ullage.spec.training",
+    "Recompute": "ullage.spec.training",
+    "TrainingJob": "ullage.spec.training",
+    "TrainingParallel": "ullage.spec.training",
+    "TrainingFit": "ullage.training_fit",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -13,6 +13,8 @@ from ullage.spec.serving import ServingParallel
 
 if TYPE_CHECKING:
     from ullage.records.validate import ValidationReport
+    from ullage.spec.training import TrainingJob
+    from ullage.training_fit import TrainingFit
 
 
 def fit(
@@ -57,6 +59,22 @@ def fit(
         **settings,
     )
     return fit_serving(job, context=context, concurrency=concurrency, reserve=reserve, advise=advise)
+
+
+def fit_train(job: TrainingJob, *, reserve: str = DEFAULT_RESERVE, advise: bool = True) -> TrainingFit:
+    """Judge whether a training job fits: its fullest rank at its worst moment.
+
+    Args:
+        job: model, machine, framework, layout, precision and step (:class:`ullage.TrainingJob`).
+        reserve: memory to keep free on each GPU, such as ``20%`` or ``8GiB``.
+        advise: look for the cheapest change too.
+
+    Raises:
+        InputError: something given cannot be used, or a framework whose rules are not written.
+    """
+    from ullage.training_fit import fit_training
+
+    return fit_training(job, reserve=reserve, advise=advise)
 
 
 def fit_json(result: FitResult) -> dict[str, Any]:
