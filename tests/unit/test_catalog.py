@@ -13,11 +13,14 @@ from ullage.account.parameters import count
 from ullage.catalog import FOLDER, load, models
 from ullage.catalog.gpus import entries as gpu_entries
 from ullage.catalog.gpus import gpu_of
+from ullage.engines.llamacpp.settings import resolve
 from ullage.errors import InputError
 from ullage.read.hf_config import read_config_object
+from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.records.compare import NotComparableError
 from ullage.records.overrides import with_overrides
+from ullage.spec.serving import ServingJob
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,6 +303,45 @@ def _seconds():
     start = time.perf_counter()
     load_model("deepseek-v3")
     return time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------- defaults of llama.cpp and ollama
+
+
+def test_every_default_has_unit_source_and_date_and_what_is_unverified_says_what():
+    facts = load("engines/llamacpp.json")
+    for entry in facts["defaults"]:
+        assert entry["unit"] and entry["source"], entry["name"]
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", entry["date"]) and re.fullmatch(r"20\d\d-\d\d-\d\d", entry["since"])
+        assert (entry.get("certainty") == "unverified") == bool(entry.get("note")), entry
+    for engine in facts["builds"].values():
+        numbers, days = [tag[0] for tag in engine["tags"]], [tag[1] for tag in engine["tags"]]
+        assert numbers == sorted(numbers) and days == sorted(days)
+
+
+def ollama(version, model, gpu="RTX-4090", **fields):
+    machine = parse_machine(gpu)
+    return resolve(
+        ServingJob(model=load_model(model), machine=machine, engine="ollama", engine_version=version, **fields)
+    )
+
+
+def test_the_context_of_ollama_steps_with_the_memory():
+    assert ollama("2025-01-20", "llama-3.1-8b").n_ctx == 2048
+    assert ollama("2025-06-01", "llama-3.1-8b").n_ctx == 4096
+    assert ollama("2026-03-01", "llama-3.1-8b", "T4").n_ctx == 4096
+    assert ollama("2026-03-01", "llama-3.1-8b").n_ctx == 32768
+    assert ollama("2026-03-01", "llama-3.1-8b", "2xRTX-4090").n_ctx == 131072  # 262144, but trained on fewer
+    assert ollama("2026-03-01", "llama-3.1-8b", max_model_len=8192).n_ctx == 8192
+
+
+def test_unverified_defaults_are_told_as_assumed():
+    def said(settings):
+        return any("tried 4, later 2" in sentence for sentence in settings.assumed)
+
+    assert said(ollama("2024-10-01", "llama-3.1-8b"))
+    assert not said(ollama("2024-10-01", "llama-3.1-8b", max_num_seqs=1))
+    assert not said(ollama("2025-09-01", "llama-3.1-8b"))
 
 
 # --------------------------------------------------------------------------------------- records that cut a model down

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from ullage.catalog import load
+from ullage.units import GiB
 
 FILE = "engines/llamacpp.json"
 #: engines of the family, by the names of jobs
@@ -45,13 +46,28 @@ def _interpolated(build: int, tags: list[list[Any]]) -> str:
     return str(tags[0][1] if build < tags[0][0] else tags[-1][1])
 
 
+def default_entry(engine: str, name: str, day: str) -> dict[str, Any]:
+    """Return the fact behind :func:`default`; empty when the engine has no such setting."""
+    found: dict[str, Any] = {}
+    for entry in load(FILE)["defaults"]:
+        if entry["engine"] in (engine, "any") and entry["name"] == name and (not found or entry["since"] <= day):
+            found = entry
+    return found
+
+
 def default(engine: str, name: str, day: str) -> Any:
     """Return the default of ``name`` on ``day``; None when the engine has no such setting."""
-    found = None
-    for entry in load(FILE)["defaults"]:
-        if entry["engine"] in (engine, "any") and entry["name"] == name and (found is None or entry["since"] <= day):
-            found = entry["value"]
-    return found
+    return default_entry(engine, name, day).get("value")
+
+
+def by_memory(value: Any, total_bytes: int) -> Any:
+    """Return a default that steps with the memory of all devices together, or the value as it is.
+
+    Source: ollama/ollama@0334ffa62:server/routes.go (thresholds of 47 and 23 GiB).
+    """
+    if not isinstance(value, dict):
+        return value
+    return next(step for gib, step in value["by_total_gib"] if total_bytes >= gib * GiB)
 
 
 #: days on which a default changed, and the last day read; any build number or day between them is a version

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ullage.account.gguf_types import ggml_type
-from ullage.engines.llamacpp.defaults import default, version_day
+from ullage.engines.llamacpp.defaults import by_memory, default, default_entry, version_day
 from ullage.errors import InputError, LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -117,8 +117,13 @@ class _Request(Frozen):
     typed: bool
 
     def default(self, name: str) -> Any:
-        """Return the engine's default of that day."""
-        return default(self.job.engine, name, self.day)
+        """Return the engine's default of that day; one that could not be verified is noted as assumed."""
+        entry = default_entry(self.job.engine, name, self.day)
+        note = entry.get("note", "") if entry.get("certainty") == "unverified" else ""
+        if note and note not in self.assumed:
+            self.assumed.append(note)
+        machine = self.job.machine
+        return by_memory(entry.get("value"), machine.gpu.total_bytes * machine.num_gpus)
 
     def text(self, name: str, fallback: str = "") -> str:
         """Return the last value of a flag."""
@@ -200,6 +205,8 @@ def _shape(request: _Request) -> dict[str, Any]:
     n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
     parallel = max(1, request.integer("parallel", job.max_num_seqs))
     own = job.engine == "ollama" or _context_is_of_one_sequence(request)
+    if job.engine == "ollama":  # ollama@v0.9.6:llm/server.go: never more than trained
+        n_ctx = min(n_ctx, job.model.max_position_embeddings or n_ctx)
     if own:
         n_ctx *= parallel
     if not 0 < n_ctx <= MAX_COUNT:
@@ -253,7 +260,7 @@ def _caching(request: _Request) -> dict[str, Any]:
         "cache_type_k": cache_k,
         "cache_type_v": _cache_type(request.flags, "cache_type_v", job, cache_k if job.kv_cache_dtype else "f16"),
         "mla": request.integer("mla") if latent and job.engine == "ik_llama.cpp" else 0,
-        "latent_cache": _latent_cache(job, request.day) if latent else "",
+        "latent_cache": _latent_cache(request) if latent else "",
         "window_cache": bool(request.default("window_cache")) and "swa_full" not in request.flags,
     }
 
@@ -303,11 +310,11 @@ def _flash(job: ServingJob, flags: dict[str, list[str]], day: str, assumed: list
     return str(value).lower() not in _OFF
 
 
-def _latent_cache(job: ServingJob, day: str) -> str:
+def _latent_cache(request: _Request) -> str:
     """Return what the cache of latent attention holds; pull request 11446 keeps the latent transposed too."""
-    if job.engine == "llamacpp" and "11446" in job.engine_version:
+    if request.job.engine == "llamacpp" and "11446" in request.job.engine_version:
         return "key_and_value"
-    return str(default(job.engine, "latent_cache", day))
+    return str(request.default("latent_cache"))
 
 
 def _cache_type(flags: dict[str, list[str]], name: str, job: ServingJob, fallback: str) -> str:
