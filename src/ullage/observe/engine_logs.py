@@ -91,6 +91,13 @@ _SETTINGS = {
     "alloc_conf": re.compile(r"(?<!setting )PYTORCH_(?:CUDA_|HIP_|NPU_)?ALLOC_CONF=([\w:.,\[\]>-]+)"),
 }
 
+#: Words of which one stands in every line that names a setting.
+SETTING_WORDS = (
+    "memory_utilization", "memory-utilization", "mem_fraction_static", "mem-fraction-static", "max_model_len",
+    "max-model-len", "max_seq_len", "max-seq-len", "kv_cache_dtype", "kv-cache-dtype", "tensor_parallel_size",
+    "tensor-parallel-size", "tp_size", "tp-size", "ALLOC_CONF",
+)  # fmt: skip
+
 
 class Figure(Frozen):
     """One figure of a log: bytes for amounts (``size``), a plain number otherwise (``value``).
@@ -163,9 +170,11 @@ class Collected:
         """Look at a line."""
         if len(self._figures) > 10_000:
             return
-        for figure in figures_of(text, place, number):
-            self._figures[figure.engine, figure.quantity, figure.place] = figure
-        self.settings.update(settings_of(text))
+        if any(map(text.__contains__, WORDS)):
+            for figure in figures_of(text, place, number):
+                self._figures[figure.engine, figure.quantity, figure.place] = figure
+        if any(map(text.__contains__, SETTING_WORDS)):
+            self.settings.update(settings_of(text))
 
     def engine(self) -> str:
         """Return the engine that printed most of the figures, empty without any."""

@@ -24,6 +24,8 @@ _SIZE = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)\s*([A-Za-z]*)")
 WINDOW_LINES = 16
 WINDOW_CHARACTERS = 16384
 MAX_FACTS = 1000
+#: Speakers whose messages are gathered at the same time.
+MAX_WINDOWS = 4096
 
 
 class Size(Frozen):
@@ -137,19 +139,21 @@ class _Window:
 class Gatherer:
     """Takes lines, gives facts."""
 
-    def __init__(self, trigger: re.Pattern[str], matcher: Matcher) -> None:
-        self._trigger, self._matcher = trigger, matcher
+    def __init__(self, triggers: Iterable[str], matcher: Matcher) -> None:
+        self._triggers, self._matcher = tuple(triggers), matcher
         self._windows: dict[str, _Window] = {}
         self._facts: dict[tuple[object, ...], Fact] = {}
         self.num_dropped = 0
 
-    def take(self, number: int, speaker: str, rank: str, text: str) -> None:
-        """Look at a line."""
-        trigger = self._trigger.search(text) is not None
+    def take(self, number: int, speaker: str, rank: str, text: str, *, marked: bool = True) -> None:
+        """Look at a line; one that is not ``marked`` holds no trigger."""
+        trigger = marked and any(map(text.__contains__, self._triggers))
         window = self._windows.get(speaker)
         if window is None:
             if not trigger:
                 return
+            if len(self._windows) >= MAX_WINDOWS:
+                self._close(next(iter(self._windows)), rank)
             window = self._windows[speaker] = _Window(number)
         if window.add(text, trigger=trigger):
             self._close(speaker, rank)

@@ -10,11 +10,9 @@ from ullage.observe import engine_logs, oom_engines, oom_outside, oom_patterns
 from ullage.observe.oom import Fact, Gatherer
 from ullage.observe.streams import rank_of, read_lines
 
-_TRIGGER = re.compile(
-    "|".join(re.escape(word) for word in sorted({*oom_patterns.WORDS, *oom_engines.WORDS, *oom_outside.WORDS}))
-)
+_TRIGGERS = (*oom_patterns.WORDS, *oom_engines.WORDS, *oom_outside.WORDS, "MPS allocated")
 _TRACEBACK = "Traceback (most recent call last)"
-_WORDS = (*oom_patterns.WORDS, *oom_engines.WORDS, *oom_outside.WORDS, *engine_logs.WORDS, _TRACEBACK, "MPS allocated")
+_WORDS = (*_TRIGGERS, *engine_logs.WORDS, *engine_logs.SETTING_WORDS, _TRACEBACK)
 _FRAME = re.compile(r'File "([^"]{1,400})", line \d+, in (\S{1,80})')
 #: What a frame of a traceback says about the moment, the surest first.
 _PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -53,6 +51,12 @@ _PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("hf_trainer", re.compile(r"[/\\]trl[/\\]|transformers[/\\]trainer|[/\\]llamafactory[/\\]|[/\\]axolotl[/\\]")),
     ("accelerate", re.compile(r"[/\\]accelerate[/\\]")),
 )  # fmt: skip
+#: Words of which one stands in every text that a pattern above finds.
+_PROGRAM_WORDS = (
+    "vllm", "EngineCore", "Worker", "worker_base", "sglang", "Capture cuda graph", "--mem-fraction", "TP", "DP", "EP",
+    "TRT-LLM", "ensor", "Unable to warmup", "text-generation", "text_generation", "eepspeed", "eepSpeed", "egatron",
+    "torchtitan", "torchtune", "litgpt", "lightning", "trl", "trainer", "llamafactory", "axolotl", "accelerate",
+)  # fmt: skip
 SERVING = ("vllm", "sglang", "tensorrt-llm", "text-generation-inference", "llama.cpp", "ollama")
 
 
@@ -87,10 +91,11 @@ class _Hints:
     def take(self, rank: str, text: str, raw: str) -> None:
         if _TRACEBACK in text:
             self.phases.pop(rank, None)
-        for name, pattern in _PROGRAMS:
-            if pattern.search(raw):
-                self.programs[name] = self.programs.get(name, 0) + 1
-                break
+        if any(map(raw.__contains__, _PROGRAM_WORDS)):
+            for name, pattern in _PROGRAMS:
+                if pattern.search(raw):
+                    self.programs[name] = self.programs.get(name, 0) + 1
+                    break
         frame = _FRAME.search(text)
         if frame is None:
             return
@@ -112,13 +117,15 @@ def match_window(window: str) -> list[Fact]:
 
 def scan(stream: BinaryIO) -> Scan:
     """Read a log once, in bounded memory."""
-    gatherer, collected, hints = Gatherer(_TRIGGER, match_window), engine_logs.Collected(), _Hints()
+    gatherer, collected, hints = Gatherer(_TRIGGERS, match_window), engine_logs.Collected(), _Hints()
     number, first_words = 0, ""
     for line in read_lines(stream, _WORDS):
         rank = rank_of(line.speaker)
-        gatherer.take(line.number, line.speaker, rank, line.text)
-        collected.take(line.number, rank, line.text)
-        hints.take(rank, line.text, f"{line.speaker} {line.text}")
+        gatherer.take(line.number, line.speaker, rank, line.text, marked=line.marked)
+        if line.marked:
+            collected.take(line.number, rank, line.text)
+        if line.marked or 'File "' in line.text:
+            hints.take(rank, line.text, f"{line.speaker} {line.text}")
         number = line.number
         first_words = first_words or line.text.strip()[:120]
     facts = gatherer.finish(rank_of)

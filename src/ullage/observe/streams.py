@@ -18,6 +18,8 @@ from ullage.i18n import _
 BLOCK_BYTES = 1 << 20
 #: A line is cut here; what is looked for stands near the beginning of a line.
 MAX_LINE_BYTES = 16384
+#: Lines that are read after one that holds a word: a message has up to 16 lines, of each of many ranks in turn.
+LINES_AFTER = 2000
 #: Colours and cursor movements of terminals (ECMA-48 CSI sequences, and titles set by OSC).
 _CONTROL = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
@@ -41,11 +43,12 @@ _UNDER_SCORED = re.compile(r"(?:Worker|EngineCore)_?((?:(?:DP|PP|TP|EP)\d+_?)+)"
 
 
 class Line(Frozen):
-    """One line of a log: its ``number`` (from 1; 0 when the block was skipped over), who speaks, and the words."""
+    """One line of a log: its ``number`` from 1, who speaks, the words; ``marked``: one of those looked for is in it."""
 
     number: int
     speaker: str = ""
     text: str
+    marked: bool = True
 
 
 def open_source(name: str, stdin: BinaryIO) -> BinaryIO:
@@ -65,35 +68,58 @@ def open_source(name: str, stdin: BinaryIO) -> BinaryIO:
 
 
 def read_lines(stream: BinaryIO, words: Iterable[str] = ()) -> Iterator[Line]:
-    """Yield the lines of ``stream``; blocks without any of ``words`` (all blocks are read where none is given) pass by.
-
-    A block that follows one with a word is read too: messages are longer than a line.
+    """Yield the lines of ``stream`` that hold one of ``words``, and those after them; all lines without words.
 
     Raises:
         InputError: the stream breaks off with an error.
     """
-    needles = [word.encode() for word in words]
-    number, rest, wanted_before, skipping = 0, b"", False, False
-    owner = ""
+    needles = [word.encode() for word in words if not any(other != word and other in word for other in words)]
+    number, left, owner = 0, 0, ""
+    for block in _blocks(stream):
+        marks = _marked_lines(block, needles)
+        if needles and not marks and left <= 0:
+            number += block.count(b"\n")
+            continue
+        start = 0
+        for raw in block.split(b"\n")[:-1]:
+            number += 1
+            marked = not needles or start in marks
+            start += len(raw) + 1
+            left = LINES_AFTER if marked else left - 1
+            if left > 0:
+                line, owner = speak(number, raw, owner, marked=marked)
+                yield line
+
+
+def _marked_lines(block: bytes, needles: list[bytes]) -> set[int]:
+    """Return where the lines begin that hold a needle, by one fast pass over the block per needle."""
+    found: set[int] = set()
+    for needle in needles:
+        place = block.find(needle)
+        while place >= 0:
+            found.add(block.rfind(b"\n", 0, place) + 1)
+            end = block.find(b"\n", place)
+            place = block.find(needle, end) if end >= 0 else -1
+    return found
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield blocks of whole lines; lines that are too long are cut."""
+    rest, skipping = b"", False
     while block := _read(stream):
         if skipping:  # the end of a line that was cut
             _dropped, end, block = block.partition(b"\n")
             skipping = not end
-            if skipping:
-                continue
         joined = rest + block
-        wanted = not needles or any(map(joined.__contains__, needles))
-        *whole, rest = joined.split(b"\n")
-        if len(rest) > MAX_LINE_BYTES:
-            whole, rest, skipping = [*whole, rest[:MAX_LINE_BYTES]], b"", True
-        if wanted or wanted_before:
-            for index, raw in enumerate(whole, 1):
-                line, owner = speak(number + index, raw, owner)
-                yield line
-        number += len(whole)
-        wanted_before = wanted
+        end_of_lines = joined.rfind(b"\n") + 1
+        rest = joined[end_of_lines:]
+        if len(rest) > MAX_LINE_BYTES and not skipping:
+            yield joined[: end_of_lines + MAX_LINE_BYTES] + b"\n"
+            rest, skipping = b"", True
+        elif end_of_lines:
+            yield joined[:end_of_lines]
     if rest:
-        yield speak(number + 1, rest, owner)[0]
+        yield rest + b"\n"
 
 
 def _read(stream: BinaryIO) -> bytes:
@@ -109,7 +135,7 @@ def _read(stream: BinaryIO) -> bytes:
     return block
 
 
-def speak(number: int, raw: bytes, owner: str = "") -> tuple[Line, str]:
+def speak(number: int, raw: bytes, owner: str = "", *, marked: bool = True) -> tuple[Line, str]:
     """Return a line without colours and without the name of who speaks, and who owns lines without a name after it."""
     text = raw[:MAX_LINE_BYTES].decode("utf-8", "replace").lstrip("\ufeff").rstrip()
     if not text.isprintable():
@@ -119,7 +145,7 @@ def speak(number: int, raw: bytes, owner: str = "") -> tuple[Line, str]:
         owner = speaker if any(prefix.match(text) for prefix in _OF_RECORDS) else ""
     elif _FRESH.match(text):
         owner = ""
-    return Line(number=number, speaker=speaker or owner, text=words), owner
+    return Line(number=number, speaker=speaker or owner, text=words, marked=marked), owner
 
 
 def split_speaker(text: str) -> tuple[str, str]:
