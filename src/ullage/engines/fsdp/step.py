@@ -8,6 +8,7 @@ from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
 from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
 from ullage.engines.training import TrainingStep
@@ -25,6 +26,7 @@ CONTEXT_BYTES = 600 * MiB
 
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a job under FSDP."""
+    check_recompute(job, "none", "full")
     assumed: list[str] = []
     parallel = job.parallel
     if parallel.fsdp is None and parallel.zero_stage == 0 and parallel.data_parallel_size > 1:

@@ -8,6 +8,7 @@ from ullage.account.fsdp import Fsdp2, Replicated
 from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.litgpt.plan import plan_of, rules_of
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
 from ullage.engines.training import TrainingStep
@@ -20,6 +21,7 @@ SOURCE = "litgpt@26857050:litgpt/finetune/{script}.py"
 
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a litgpt job."""
+    check_recompute(job, "none", "full", every=False)
     assumed: list[str] = []
     rules = rules_of(job.engine_version)
     ranks = job.parallel.data_parallel_size

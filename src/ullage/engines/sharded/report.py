@@ -78,11 +78,12 @@ def ledger_of(
         )
     allocated = total("allocated", terms)
     if doubt.shift_low_bytes or doubt.shift_high_bytes:
+        uncertain = sum(term.low_bytes for term in terms if term.name not in EXACT)  # no setting takes more away
         terms.append(
             ranged(
                 "unknown_settings",
                 0,
-                low=-doubt.shift_low_bytes,
+                low=-min(doubt.shift_low_bytes, uncertain),
                 high=doubt.shift_high_bytes,
                 formula="settings not given",
             )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ullage.account.fsdp import Fsdp2
 from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
 from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, VERSIONS, Rules, date_of, rules_at
@@ -21,6 +22,7 @@ SOURCE = "torchtitan@{date}; torch@2.13.0:torch/distributed/fsdp/_fully_shard"
 
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtitan job; a version that is not given widens the range to all that are known."""
+    check_recompute(job, "none", "full", "selective")
     assumed: list[str] = []
     date = date_of(job.engine_version)
     known = date is not None

@@ -9,6 +9,7 @@ from ullage.account.fsdp import Fsdp2, Replicated
 from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
@@ -23,6 +24,7 @@ NUM_CHUNKS = 8
 
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtune job."""
+    check_recompute(job, "none", "full")
     assumed: list[str] = []
     parallel = job.parallel
     if parallel.fsdp is None and parallel.data_parallel_size > 1:

@@ -1,0 +1,27 @@
+"""What a framework's walk does not know is refused: a setting left out without a word would be a wrong answer."""
+
+from __future__ import annotations
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.spec.training import TrainingJob
+
+
+def check_recompute(job: TrainingJob, *kinds: str, every: bool = True) -> None:
+    """Refuse a kind of recompute that the walk would leave out.
+
+    Raises:
+        InputError: the job's kind is none of ``kinds``, or it names layers in a way that the framework has not.
+    """
+    if job.recompute.num_layers is not None or (job.recompute.every != 1 and not every):
+        raise InputError(
+            _("{engine} does not choose the layers that it recomputes so").format(engine=job.engine),
+            where="recompute",
+            remedy=_("write {known}").format(known=", ".join(kinds)),
+        )
+    if job.recompute.kind not in kinds:
+        raise InputError(
+            _("{engine} does not recompute {kind}").format(engine=job.engine, kind=job.recompute.kind),
+            where="recompute",
+            remedy=_("write {known}").format(known=", ".join(kinds)),
+        )
