@@ -335,6 +335,12 @@ def test_the_context_of_ollama_steps_with_the_memory():
     assert ollama("2026-03-01", "llama-3.1-8b", max_model_len=8192).n_ctx == 8192
 
 
+def test_automatic_flash_attention_needs_a_kernel_for_the_heads():
+    assert not ollama("2025-06-01", "llama-3.1-8b").flash_attention
+    assert ollama("2026-03-01", "llama-3.1-8b").flash_attention
+    assert not ollama("2026-03-01", "deepseek-v2-lite").flash_attention  # keys of 192, values of 128
+
+
 def test_unverified_defaults_are_told_as_assumed():
     def said(settings):
         return any("tried 4, later 2" in sentence for sentence in settings.assumed)

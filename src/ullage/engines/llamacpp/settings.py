@@ -201,7 +201,7 @@ def _main_gpu(request: _Request, num_devices: int) -> int:
 def _shape(request: _Request) -> dict[str, Any]:
     """Return the settings that shape the graph: context, batches, fusions."""
     job = request.job
-    flash = _flash(job, request.flags, request.day, request.assumed)
+    flash = _flash(request)
     n_ctx = request.integer("n_ctx", job.max_model_len) or job.model.max_position_embeddings or 4096
     parallel = max(1, request.integer("parallel", job.max_num_seqs))
     own = job.engine == "ollama" or _context_is_of_one_sequence(request)
@@ -299,15 +299,30 @@ def _gpu_layers(job: ServingJob, flags: dict[str, list[str]], num_devices: int, 
     return min(_integer("n_gpu_layers", value), every)
 
 
-def _flash(job: ServingJob, flags: dict[str, list[str]], day: str, assumed: list[str]) -> bool:
-    """Return whether flash attention runs. "auto" turns it on wherever a device supports it, which CUDA does."""
-    value: Any = flags.get("flash_attn", [None])[-1]
-    if "no_flash_attn" in flags:
+def _flash(request: _Request) -> bool:
+    """Return whether flash attention runs. "auto" turns it on wherever a device supports it, which CUDA does.
+
+    Source: ollama/ollama@v0.15.0:ml/backend/ggml/ggml/src/ggml-cuda/fattn.cu:ggml_cuda_get_best_fattn_kernel (the
+    vendored llama.cpp): no kernel where keys and values of a head differ in size, but for the latent's 576 and 512.
+    """
+    value: Any = request.flags.get("flash_attn", [None])[-1]
+    if "no_flash_attn" in request.flags:
         return False
     if value is None:
-        value = default(job.engine, "flash_attention", day)
-        assumed.append(_("flash attention {value}, the default of {day}").format(value=value, day=day))
+        value = default(request.job.engine, "flash_attention", request.day)
+        request.assumed.append(_("flash attention {value}, the default of {day}").format(value=value, day=request.day))
+    if str(value).lower() == "auto" and request.job.engine != "ik_llama.cpp" and _unequal_heads(request):
+        request.assumed.append(_("flash attention stays off: keys and values of a head differ in size"))
+        return False
     return str(value).lower() not in _OFF
+
+
+def _unequal_heads(request: _Request) -> bool:
+    """Return whether latent attention is cached expanded to heads whose keys are longer than their values."""
+    mixers = [part for layer in request.job.model.layers for part in layer.mixers]
+    latent = [part for part in mixers if isinstance(part, LatentAttention)]
+    unequal = any(part.qk_nope_head_dim + part.qk_rope_head_dim != part.v_head_dim for part in latent)
+    return unequal and default(request.job.engine, "latent_cache", request.day) == "expanded"
 
 
 def _latent_cache(request: _Request) -> str:
