@@ -17,6 +17,9 @@ from ullage.observe.scan import SERVING
 from ullage.observe.verdict import MATERIAL_SHARE, Finding
 from ullage.units import cdiv, format_bytes
 
+#: Who holds a card, per kind of chip.
+_WHO = {"NPU": "npu-smi info", "HIP": "rocm-smi --showpids"}
+_WHO_CUDA = "nvidia-smi --query-compute-apps=pid,used_memory --format=csv"
 _HUGGING_FACE = ("hf_trainer", "accelerate", "deepspeed")
 #: A request above this share of a card is one tensor worth looking at.
 GREAT_SHARE = 0.25
@@ -80,9 +83,9 @@ def alloc_conf(case: Case) -> Piece | None:
         return None
     chip, versions, pieces = case.fact.detail("chip"), case.fact.versions, case.books.unallocated
     cost = _("none to speed that is known; not together with CUDA IPC of old versions, and not on Windows")
-    if chip in ("XPU", "MPS", "MUSA", "MLU"):
+    if chip in ("XPU", "MPS", "MUSA", "MLU") or versions == "1.0-1.3":  # they have no such setting
         return None
-    old = versions.startswith("1.") or versions == "1.0-1.3"
+    old = versions.startswith("1.")
     if chip == "NPU":
         flags = "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True"
     elif old:
@@ -201,7 +204,10 @@ def _fragmentation(case: Case) -> list[Piece]:
 def _waiting(case: Case) -> list[Piece]:
     return [
         Piece(change=_("retry once, unchanged: a block that waits for an event is free a moment later")),
-        Piece(change=_("look who else is on the GPU at that moment"), flags="nvidia-smi"),
+        Piece(
+            change=_("look who else is on the GPU at that moment"),
+            flags=_WHO.get(case.fact.detail("chip"), "nvidia-smi"),
+        ),
         Piece(change=_("on Windows and WSL the driver gives less than it shows: leave a tenth of the card free")),
         *smaller_step(case)[:1],
     ]
@@ -243,7 +249,7 @@ def _other_process(case: Case) -> list[Piece]:
         found.append(
             Piece(
                 change=_("see who holds the card, and end it or take another GPU (containers share cards, too)"),
-                flags="nvidia-smi --query-compute-apps=pid,used_memory --format=csv",
+                flags=_WHO.get(case.fact.detail("chip"), _WHO_CUDA),
                 gain_bytes=others or 0,
             )
         )

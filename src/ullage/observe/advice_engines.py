@@ -194,6 +194,14 @@ def buffers(case: Case) -> Iterator[Piece]:
     if fact.framework == "tensorrt-llm":
         yield from leave_room(case)
         return
+    if fact.detail("role") == "quantised load":
+        yield _piece(_("weights over more GPUs, or fewer bits"), "device_map=auto load_in_4bit", 0, _("some accuracy"))
+        yield _piece(_("let some modules lie in host memory"), "llm_int8_enable_fp32_cpu_offload=True", 0, _("slow"))
+        return
+    if fact.framework not in ("llama.cpp", "ollama"):
+        yield _piece(_("a smaller batch, or shorter sequences"), "", 0, _("smaller kernels"))
+        yield _piece(_("see who else holds the card"), "nvidia-smi")
+        return
     if fact.detail("role") == "compute":
         yield _piece(_("flash attention, so that no attention scores are kept"), "-fa on", 0, _("none"))
         change = _("smaller batches of prompt tokens: half of 512 halves most of the buffer")

@@ -24,8 +24,10 @@ _ROOTS = (
         "host_kill", "host_oom",
     ),
     ("killed",),
+    ("library_odd",),
     ("timeout",),
-    ("hint",),
+    ("follows",),
+    ("hint", "pressure"),
 )  # fmt: skip
 
 

@@ -39,6 +39,20 @@ WORDS = (
     "MemoryError",
     "running low on memory",
     "collective operation timeout",
+    "Killed process",
+    "xit code",
+    "xitCode",
+    "xit Code",
+    "bad_alloc",
+    "WinError 1455",
+    "insufficient memory",
+    "unhandled cuda error",
+    "NOT_INITIALIZED",
+    "on a different rank",
+    "EngineDeadError",
+    "Engine core initialization failed",
+    "sigquit from a child",
+    "ChildFailedError",
     "NCCL watchdog",
     "Insufficient shared memory",
 )
@@ -52,7 +66,7 @@ _DRIVER = re.compile(
     r"(?:CUDA|HIP) error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
 )
 _KERNEL = re.compile(
-    r"(?P<_cgroup>Memory cgroup )?[Oo]ut of memory: Kill(?:ed)? process (?P<_pid>\d+) \((?P<_name>[^)]{1,64})\)"
+    r"(?P<_cgroup>Memory cgroup )?(?:[Oo]ut of memory: )?Kill(?:ed)? process (?P<_pid>\d+),? \((?P<_name>[^)]{1,64})\)"
     r"(?:[^\n]{0,40}?total-vm:(?P<virtual>\d+)kB, anon-rss:(?P<anonymous>\d+)kB)?"
 )
 _TASK_KILL = re.compile(r"oom-kill:constraint=(?P<constraint>\w+)")
@@ -61,15 +75,24 @@ _RAY = re.compile(r"running low on memory|node memory usage|ray\.exceptions\.Out
 _HOST_PYTHON = re.compile(
     rf"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]{{0,60}}?allocate (?P<requested>\d+ bytes)"
     rf"|Unable to allocate (?P<_numpy>{SIZE}) for an array|\[Errno 12\] Cannot allocate memory|(?:^|\s)MemoryError\b"
+    r"|std::bad_alloc|WinError 1455|ggml_aligned_malloc: insufficient memory"
 )
 _SHARED = re.compile(r"Insufficient shared memory \(shm\)|bus error.{0,80}shared memory", re.IGNORECASE)
 _KILLED = re.compile(
-    r"(?:exit(?:ed)?[- ]?(?:with )?(?:code|status)[:= ]*|exitcode\s*[:=]\s*)(?:137|-9)\b|Signals\.SIGKILL|"
+    r"(?i:exit(?:ed)?[- ]?(?:with )?(?:code|status)\"?\s*[:= ]\s*)(?:137|-9)\b|Signals\.SIGKILL|"
     r"Signal 9 \(SIGKILL\)|killed by signal(?: SIGKILL)?:? ?\(?9|\bSIGKILL\b|(?m:^|: line \d+:\s+\d+ )Killed\b"
 )
 _TIMEOUT = re.compile(
     r"\[Rank (?P<rank>\d+)\] (?:Watchdog caught collective operation timeout|.{0,60}?NCCL watchdog)"
     r"|Watchdog caught collective operation timeout"
+)
+_LIKE_MEMORY = re.compile(
+    r"(?P<_nccl>unhandled cuda error)|(?P<_library>CUBLAS|CUDNN)_STATUS_NOT_INITIALIZED|CUDNN_STATUS_INTERNAL_ERROR"
+)
+#: What a process says when another one failed first.
+_FOLLOWS = re.compile(
+    r"CUDA out of memory encountered on a different rank|EngineDeadError|Engine core initialization failed"
+    r"|Received sigquit from a child process|ChildFailedError"
 )
 _COLLECTIVE = re.compile(r"OpType=(?P<op>\w+).{0,120}?Timeout\(ms\)=(?P<limit>\d+)")
 
@@ -86,6 +109,9 @@ def match_outside(window: str) -> Iterator[Fact]:
         words = excerpt(text[match.start() : match.start() + 200])
         rank = match.group("rank") or ""
         yield Fact(kind="timeout", framework="nccl", counts=counts, details=details, rank=rank, text=words)
+    if follows := _FOLLOWS.search(text):
+        words = excerpt(text[follows.start() : follows.start() + 200])
+        yield Fact(kind="follows", framework="", text=words)
 
 
 def _libraries(text: str) -> Iterator[Fact]:
@@ -99,6 +125,10 @@ def _libraries(text: str) -> Iterator[Fact]:
         library = {"CUBLAS": "cuBLAS", "CUDNN": "cuDNN"}.get(named.group(1), named.group(1).lower())
         words = excerpt(text[max(0, named.start() - 40) : named.end() + 80])
         yield Fact(kind="library_oom", framework="pytorch", details=(("library", library),), text=words)
+    if (match := _LIKE_MEMORY.search(text)) and not found:
+        library = "NCCL" if match.group("_nccl") else {"CUBLAS": "cuBLAS"}.get(match.group("_library") or "", "cuDNN")
+        words = excerpt(text[max(0, match.start() - 40) : match.end() + 80])
+        yield Fact(kind="library_odd", framework="pytorch", details=(("library", library),), text=words)
     if match := _DRIVER.search(text):
         words = excerpt(text[max(0, match.start() - 60) : match.end() + 120])
         yield Fact(kind="library_oom", framework="cuda", details=(("library", "driver"),), text=words)

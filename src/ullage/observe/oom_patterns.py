@@ -61,7 +61,9 @@ def match_torch(window: str) -> Iterator[Fact]:
         yield Fact(
             kind="device_oom",
             framework="torch_npu" if chip == "NPU" else "pytorch",
-            versions=_versions(text[max(0, match.start() - 60) : match.start()], words),
+            versions=""
+            if chip in ("NPU", "MPS")
+            else _versions(text[max(0, match.start() - 60) : match.start()], words),
             sizes=(("requested", read_size(match.group("requested"))), *found),
             counts=_index(words),
             processes=tuple((int(number), read_size(amount)) for number, amount in _PROCESS.findall(words)),

@@ -6,11 +6,17 @@ import re
 from typing import BinaryIO
 
 from ullage.frozen import Frozen
-from ullage.observe import engine_logs, oom_engines, oom_outside, oom_patterns
+from ullage.observe import engine_logs, oom_engines, oom_others, oom_outside, oom_patterns
 from ullage.observe.oom import Fact, Gatherer
 from ullage.observe.streams import rank_of, read_lines
 
-_TRIGGERS = (*oom_patterns.WORDS, *oom_engines.WORDS, *oom_outside.WORDS, "MPS allocated")
+_TRIGGERS = (
+    *oom_patterns.WORDS,
+    *oom_engines.WORDS,
+    *oom_others.WORDS,
+    *oom_outside.WORDS,
+    "MPS allocated",
+)
 _TRACEBACK = "Traceback (most recent call last)"
 _WORDS = (*_TRIGGERS, *engine_logs.WORDS, *engine_logs.SETTING_WORDS, _TRACEBACK)
 _FRAME = re.compile(r'File "([^"]{1,400})", line \d+, in (\S{1,80})')
@@ -109,10 +115,11 @@ def match_window(window: str) -> list[Fact]:
     """Return all facts of a window of lines."""
     torch = list(oom_patterns.match_torch(window))
     engines = list(oom_engines.match_engines(window))
+    others = list(oom_others.match_others(window)) if not torch and not engines else []
     outside = list(oom_outside.match_outside(window))
-    if torch or engines:  # the same death in the words of the layer below
+    if torch or engines or others:  # the same death in the words of the layer below
         outside = [fact for fact in outside if fact.detail("library") != "driver"]
-    return [*torch, *engines, *outside]
+    return [*torch, *engines, *others, *outside]
 
 
 def scan(stream: BinaryIO) -> Scan:

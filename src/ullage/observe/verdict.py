@@ -76,9 +76,11 @@ def _cap(fact: Fact, books: Books) -> Finding | None:
 
 
 def _incomplete(books: Books) -> Finding:
-    why = _("{asked} could not be had; the message does not say what the card held").format(
-        asked=format_bytes(books.requested)
-    )
+    why = _("memory ran out; the text gives no figures")
+    if books.requested:
+        why = _("{asked} could not be had; the message does not say what the card held").format(
+            asked=format_bytes(books.requested)
+        )
     return Finding(cause="capacity", confidence="unsure", why=why)
 
 

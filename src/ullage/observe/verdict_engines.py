@@ -26,6 +26,9 @@ def judge_other(fact: Fact) -> Finding:
         "host_oom": _host_oom,
         "killed": _killed,
         "timeout": _timeout,
+        "follows": _timeout,
+        "library_odd": _library_odd,
+        "pressure": _pressure,
         "hint": _hint,
     }
     return rules[fact.kind](fact)
@@ -123,6 +126,18 @@ def _library(fact: Fact) -> Finding:
     return Finding(cause="outside", confidence="likely", why=why.format(library=library))
 
 
+def _library_odd(fact: Fact) -> Finding:
+    why = _("{library} failed without saying why; a full card is one of the usual reasons")
+    return Finding(cause="outside", confidence="unsure", why=why.format(library=fact.detail("library")))
+
+
+def _pressure(_fact: Fact) -> Finding:
+    why = _(
+        "PyTorch had to empty its cache to go on: the job runs at the edge of the card, and no death is in the text"
+    )
+    return Finding(cause="capacity", confidence="unsure", why=why)
+
+
 def _host_kill(fact: Fact) -> Finding:
     resident = fact.size("anonymous")
     name = fact.detail("process") or _("a process")
@@ -158,7 +173,10 @@ def _killed(_fact: Fact) -> Finding:
     return Finding(cause="host", confidence="unsure", why=why)
 
 
-def _timeout(_fact: Fact) -> Finding:
+def _timeout(fact: Fact) -> Finding:
+    if fact.kind == "follows":
+        why = _("this process says that another one failed; why is not in the text, and it need not be memory")
+        return Finding(cause="cascade", confidence="unsure", why=why)
     why = _(
         "ranks waited in a collective for one that did not come: look for the death or the delay on that other rank"
     )
