@@ -46,7 +46,7 @@ _AMOUNTS: tuple[tuple[str, str, str], ...] = (
     ("sglang", "non_torch", rf"Init torch distributed ends?\..{{0,100}}?mem usage={_G}"),
     ("sglang", "kv_cache", rf"#tokens: \d+, KV size: {_G}"),
     ("sglang", "available_after_pool", rf"Memory pool end\. avail mem={_G}"),
-    ("sglang", "cuda_graphs", rf"Capture .{{0,40}}?cuda graphs? end\..{{0,200}}?mem usage={_G}"),
+    ("sglang", "cuda_graphs", rf"Capture .{{0,40}}?(?i:cuda|npu|xpu|hip) graphs? end\..{{0,200}}?mem usage={_G}"),
     ("sglang", "available_at_end", rf"available_gpu_mem={_G}"),
     ("trtllm", "weights", rf"Loaded engine size: {_G}"),
     ("trtllm", "activation_peak", rf"Allocated {_G} for execution context memory"),

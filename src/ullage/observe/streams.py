@@ -24,6 +24,9 @@ LINES_AFTER = 2000
 _CONTROL = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
+_LOST_COLOUR = re.compile(r"\[\d{1,3}(?:;\d{1,3})*m")
+#: The time that containers and clusters put before every line.
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[\d.]*(?:Z|[+-]\d\d:?\d\d)?\s+(?:std(?:out|err) F )?")
 #: What stands before the words of a process when many write into one log; the group is who speaks. The first ones
 #: stand before every line, the last ones before the first line of a record only.
 _PREFIXES = (
@@ -140,6 +143,9 @@ def speak(number: int, raw: bytes, owner: str = "", *, marked: bool = True) -> t
     text = raw[:MAX_LINE_BYTES].decode("utf-8", "replace").lstrip("\ufeff").rstrip()
     if not text.isprintable():
         text = _CONTROL.sub("", text)
+    if "[0m" in text:  # colours whose escape character got lost
+        text = _LOST_COLOUR.sub("", text)
+    text = _STAMP.sub("", text, count=1)
     speaker, words = split_speaker(text)
     if speaker:
         owner = speaker if any(prefix.match(text) for prefix in _OF_RECORDS) else ""

@@ -40,6 +40,8 @@ def judge(fact: Fact) -> Finding:
 
 def judge_device(fact: Fact, books: Books) -> Finding:
     """Judge a failed allocation of PyTorch."""
+    if books.capacity is not None and books.requested > books.capacity:
+        return _larger_than_the_card(books, books.capacity)
     capped = _cap(fact, books)
     if capped is not None:
         return capped
@@ -63,6 +65,8 @@ def _cap(fact: Fact, books: Books) -> Finding | None:
     held = books.reserved if books.reserved is not None else (books.allocated or 0) + (fact.size("outside") or 0)
     if held + books.requested <= books.limit + STEP_BYTES:
         return None
+    if (books.allocated or 0) + books.requested <= books.limit and books.unallocated >= books.requested:
+        return _pieces(books)
     why = _("the process may take {limit}, holds {reserved} and asked for {asked}").format(
         limit=format_bytes(books.limit), reserved=reserved, asked=asked
     )
@@ -84,12 +88,16 @@ def _incomplete(books: Books) -> Finding:
     return Finding(cause="capacity", confidence="unsure", why=why)
 
 
+def _larger_than_the_card(books: Books, capacity: int) -> Finding:
+    why = _("the one request of {asked} is larger than the card ({total})").format(
+        asked=format_bytes(books.requested), total=format_bytes(capacity)
+    )
+    return Finding(cause="capacity", confidence="certain", why=why, gap_bytes=books.requested - capacity)
+
+
 def _capacity(books: Books, capacity: int, allocated: int) -> Finding | None:
     """Return a finding where even perfect packing would not have helped."""
     asked, total = format_bytes(books.requested), format_bytes(capacity)
-    if books.requested > capacity:
-        why = _("the one request of {asked} is larger than the card ({total})").format(asked=asked, total=total)
-        return Finding(cause="capacity", confidence="certain", why=why, gap_bytes=books.requested - capacity)
     outside = min(books.outside or 0, 2 * ORDINARY_OUTSIDE_BYTES)  # more than that is a cause of its own
     gap = allocated + books.requested + outside - capacity
     if gap <= STEP_BYTES:
