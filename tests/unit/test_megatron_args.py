@@ -208,3 +208,14 @@ def test_vocabulary_of_a_tokenizer_by_name(flags, rows):
 def test_a_tokenizer_that_is_not_known_is_asked_for():
     with pytest.raises(InputError, match="--vocab-size"):
         job({"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "my/own"})
+
+
+def test_a_variable_that_names_itself_takes_its_default_or_what_it_was():
+    text = 'N=${N:-4}\nARGS="--num-layers $N --hidden-size 64"\nARGS="$ARGS --num-attention-heads 4"\nrun.py $ARGS'
+    values = parse_text(text).values
+    assert (values["num-layers"], values["hidden-size"], values["num-attention-heads"]) == ("4", "64", "4")
+
+
+def test_variables_that_double_are_refused():
+    with pytest.raises(InputError, match="longer"):
+        parse_text("A=abcdefgh\n" + "A=$A$A$A$A\n" * 40 + "run.py --num-layers $A")

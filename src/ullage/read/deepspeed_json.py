@@ -40,6 +40,8 @@ _ZERO_KEYS: dict[str, tuple[str, type]] = {
     "zero_quantized_weights": ("quantized_weights", bool),
     "zero_quantized_gradients": ("quantized_gradients", bool),
 }
+#: More elements than any machine holds; "unlimited" is written so.
+MAX_COUNT = 10**18
 _ZERO_HARMLESS = frozenset(
     ("allgather_partitions", "reduce_scatter", "round_robin_gradients", "load_from_fp32_weights", "elastic_checkpoint",
      "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
@@ -142,7 +144,7 @@ def _section(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _whole(value: Any, key: str, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_COUNT or value % 1:
         raise _wrong(key, _("a whole number"), where)
     return int(value)
 

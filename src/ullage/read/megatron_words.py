@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ullage.errors import InputError
 from ullage.frozen import Frozen, field
@@ -122,7 +122,7 @@ def parse_text(text: str) -> Arguments:
     if re.search(r"^\s*-{0,2}[a-z][\w-]*:(\s|$)", text, re.MULTILINE) and "\\\n" not in text:
         return _from_yaml(text)
     lines = re.sub(r"\\\r?\n", " ", text)
-    variables = {name: value.strip("()\"'") for name, value in _ASSIGNMENT.findall(lines)}
+    variables = _variables(lines)
     try:
         words = shlex.split(_expand(lines, variables), comments=True)
     except ValueError as error:
@@ -130,6 +130,30 @@ def parse_text(text: str) -> Arguments:
     return Arguments(
         values=_flags(words), environment={name: value for name, value in variables.items() if name.isupper()}
     )
+
+
+def _variables(text: str) -> dict[str, str]:
+    """Return the script's variables; one that names itself (``N=${N:-4}``, ``ARGS="$ARGS ..."``) takes what it was."""
+    found: dict[str, str] = {}
+    for name, value in _ASSIGNMENT.findall(text):
+
+        def before(match: re.Match[str], name: str = name) -> str:
+            own = (match.group(1) or match.group(3)) == name
+            return found.get(name, match.group(2) or "") if own else match.group(0)
+
+        found[name] = _substituted(before, value.strip("()\"'"))
+    return found
+
+
+def _substituted(value: Callable[[re.Match[str]], str], text: str) -> str:
+    """Put values in.
+
+    Raises:
+        InputError: the text would grow beyond all sense.
+    """
+    if sum(len(value(match)) for match in _VARIABLE.finditer(text)) > 4 * MAX_TEXT:
+        raise InputError(_("the arguments are longer than {limit} characters").format(limit=MAX_TEXT))
+    return _VARIABLE.sub(value, text)
 
 
 def _expand(text: str, variables: Mapping[str, str], depth: int = 4) -> str:
@@ -141,12 +165,12 @@ def _expand(text: str, variables: Mapping[str, str], depth: int = 4) -> str:
 
     kept = _ASSIGNMENT.sub(" ", text)
     for _round in range(depth):
-        expanded = _VARIABLE.sub(value, kept)
+        expanded = _substituted(value, kept)
         if expanded == kept or len(expanded) > 4 * MAX_TEXT:
             break
         kept = expanded
     blocks = " ".join(block for block in variables.values() if "--" in block)
-    return kept if "--" in kept else _VARIABLE.sub(value, blocks)
+    return kept if "--" in kept else _substituted(value, blocks)
 
 
 def _flags(words: list[str]) -> dict[str, str]:

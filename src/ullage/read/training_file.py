@@ -30,7 +30,7 @@ def split_line(text: str) -> tuple[str, str, str]:
     """
     head, colon, rest = text.partition(":")
     engine, _at, version = head.strip().lower().partition("@")
-    if not colon or not rest.strip():
+    if not colon or not rest.strip() or "\0" in rest:
         raise InputError(
             _("{text!r} is no launch file").format(text=text[:60]),
             where="--from",
