@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import pickle
 from pathlib import Path
 
 import jsonschema
@@ -313,3 +315,65 @@ def test_every_case_fits_one_screen(capsys: pytest.CaptureFixture[str], tmp_path
         (tmp_path / "log").write_text(words, encoding="utf-8")
         assert main(["inspect", str(tmp_path / "log")]) == 0
         assert len(capsys.readouterr().out.splitlines()) <= 30, words
+
+
+def test_a_packed_log_is_unpacked_as_it_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = gzip.compress(("filler\n" * 10_000 + PIECES).encode())
+    (tmp_path / "run.log.gz").write_bytes(packed)
+    assert main(["inspect", str(tmp_path / "run.log.gz")]) == 0
+    assert "in pieces" in capsys.readouterr().out
+    (tmp_path / "cut.gz").write_bytes(packed[: len(packed) // 2])
+    assert main(["inspect", str(tmp_path / "cut.gz")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"SQLite format 3\0" + b"\0" * 100, "Nsight Systems"),
+        (b'{"schemaVersion": 1, "traceEvents": []}', "torch.profiler"),
+        (b"PK\x03\x04" + b"\0" * 100, "archive"),
+        (b"\x80\x04\x95", ""),
+    ],
+)
+def test_formats_that_are_not_read_are_named(
+    head: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(head)
+    assert main(["inspect", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def snapshot_with(size: int, pieces: int, refused: int | None) -> bytes:
+    """Return a snapshot of one segment with one block of ``size`` bytes and ``pieces`` free bytes."""
+    frames = [{"name": "step", "filename": "/job/train.py", "line": 7}]
+    block = {"address": 4096, "size": size, "requested_size": size, "state": "active_allocated", "frames": frames}
+    free = {"address": 4096 + size, "size": pieces, "requested_size": 0, "state": "inactive", "frames": []}
+    segment = {
+        "device": 0, "address": 4096, "total_size": size + pieces, "allocated_size": size, "active_size": size,
+        "stream": 0, "segment_type": "large", "frames": frames, "blocks": [block, free],
+    }  # fmt: skip
+    trace = [{"action": "oom", "size": refused, "stream": 0, "device_free": 0, "frames": []}] if refused else []
+    return pickle.dumps({"segments": [segment], "device_traces": [trace]})
+
+
+@pytest.mark.parametrize(
+    ("refused", "cause", "partial"),
+    [(50 * MiB, "fragmentation", False), (900 * MiB, "capacity", False), (None, "none", True)],
+)
+def test_a_snapshot_says_what_holds_the_memory(
+    refused: int | None, cause: str, partial: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(snapshot_with(400 * MiB, 200 * MiB, refused))
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMA)
+    assert (found["kind"], found["cause"], found["partial"]) == ("snapshot", cause, partial)
+    assert found["sizes"]["pinned"] == 200 * MiB
+    assert sum(term["bytes"] for term in found["terms"]) == found["sizes"]["reserved"] == 600 * MiB
+    assert any("step (/job/train.py:7)" in note for note in found["notes"])
+    assert main(["inspect", str(path)]) == 0
+    assert "reserved" in capsys.readouterr().out

@@ -12,18 +12,16 @@ from ullage.i18n import _
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("file", metavar="FILE", help=_("a log, an error message or a snapshot; - reads the pipe"))
+    parser.add_argument("--device", type=int, metavar="N", help=_("of a snapshot (the one with most events)"))
     parser.add_argument("--json", action="store_true", help=_("print JSON"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; 0 when something was recognised."""
     from ullage.cli import print_json
-    from ullage.observe.inspection import inspect_stream
-    from ullage.observe.streams import open_source
+    from ullage.observe.formats import inspect_source
 
-    where = "" if arguments.file == "-" else arguments.file
-    with open_source(arguments.file, sys.stdin.buffer) as stream:
-        found = inspect_stream(stream, where)
+    found = inspect_source(arguments.file, sys.stdin.buffer, arguments.device)
     if arguments.json:
         from ullage.report.inspect_json import inspect_json
 

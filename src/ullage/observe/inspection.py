@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
-
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -14,6 +12,7 @@ from ullage.observe.engine_logs import Figure
 from ullage.observe.engine_terms import engine_terms, figures_sentence
 from ullage.observe.oom import Fact
 from ullage.observe.scan import Scan, scan
+from ullage.observe.streams import Readable
 from ullage.observe.verdict import Finding, judge
 from ullage.units import format_bytes
 
@@ -78,7 +77,7 @@ def looked_for() -> str:
     )
 
 
-def inspect_stream(stream: BinaryIO, where: str = "") -> Inspection:
+def inspect_stream(stream: Readable, where: str = "") -> Inspection:
     """Inspect a log or message.
 
     Raises:

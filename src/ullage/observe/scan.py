@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import BinaryIO
 
 from ullage.frozen import Frozen
 from ullage.observe import engine_logs, oom_engines, oom_others, oom_outside, oom_patterns
 from ullage.observe.oom import Fact, Gatherer
-from ullage.observe.streams import rank_of, read_lines
+from ullage.observe.streams import Readable, rank_of, read_lines
 
 _TRIGGERS = (
     *oom_patterns.WORDS,
@@ -122,7 +121,7 @@ def match_window(window: str) -> list[Fact]:
     return [*torch, *engines, *others, *outside]
 
 
-def scan(stream: BinaryIO) -> Scan:
+def scan(stream: Readable) -> Scan:
     """Read a log once, in bounded memory."""
     gatherer, collected, hints = Gatherer(_TRIGGERS, match_window), engine_logs.Collected(), _Hints()
     number, first_words = 0, ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from ullage.errors import InputError
 from ullage.frozen import Frozen
@@ -45,6 +45,13 @@ _RANK_FIELD = re.compile(r"\brank=(\d+)")
 _UNDER_SCORED = re.compile(r"(?:Worker|EngineCore)_?((?:(?:DP|PP|TP|EP)\d+_?)+)")
 
 
+class Readable(Protocol):
+    """Anything that gives bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes, none at the end."""
+
+
 class Line(Frozen):
     """One line of a log: its ``number`` from 1, who speaks, the words; ``marked``: one of those looked for is in it."""
 
@@ -70,7 +77,7 @@ def open_source(name: str, stdin: BinaryIO) -> BinaryIO:
         ) from None
 
 
-def read_lines(stream: BinaryIO, words: Iterable[str] = ()) -> Iterator[Line]:
+def read_lines(stream: Readable, words: Iterable[str] = ()) -> Iterator[Line]:
     """Yield the lines of ``stream`` that hold one of ``words``, and those after them; all lines without words.
 
     Raises:
@@ -106,7 +113,7 @@ def _marked_lines(block: bytes, needles: list[bytes]) -> set[int]:
     return found
 
 
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+def _blocks(stream: Readable) -> Iterator[bytes]:
     """Yield blocks of whole lines; lines that are too long are cut."""
     rest, skipping = b"", False
     while block := _read(stream):
@@ -125,7 +132,7 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
         yield rest + b"\n"
 
 
-def _read(stream: BinaryIO) -> bytes:
+def _read(stream: Readable) -> bytes:
     r"""Return a block whose line ends are all ``\n``; a bare carriage return (progress bars) ends a line too."""
     try:
         block = stream.read(BLOCK_BYTES)
