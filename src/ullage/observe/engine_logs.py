@@ -15,8 +15,8 @@ from fractions import Fraction
 from ullage.frozen import Frozen
 from ullage.observe.oom import Size, read_size
 
-_N = r"(-?\d[\d,]*(?:\.\d+)?)"
-_G = rf"{_N}\s*(Gi?B|Mi?B)?"
+_N = r"(-?\d[\d,]{0,24}(?:\.\d{1,20})?)"
+_G = rf"{_N}\s{{0,8}}(Gi?B|Mi?B)?"
 #: (engine, quantity, words). Amounts have two groups: number and unit (GiB where it is cut off). Counts have one.
 _AMOUNTS: tuple[tuple[str, str, str], ...] = (
     ("vllm", "weights", rf"(?:Model loading|[Ll]oading model weights) took {_G}"),
@@ -34,17 +34,17 @@ _AMOUNTS: tuple[tuple[str, str, str], ...] = (
     ("vllm", "kv_cache", rf"Available KV cache memory: {_G}"),
     ("vllm", "kv_cache", rf"available KV cache memory \({_G}\)"),
     ("vllm", "cuda_graph_estimate", rf"Estimated CUDA graph memory: {_G}"),
-    ("vllm", "cuda_graphs", rf"Graph capturing finished(?: in [\d.]+ secs?)?,? took {_G}"),
+    ("vllm", "cuda_graphs", rf"Graph capturing finished(?: in [\d.]{{1,20}} secs?)?,? took {_G}"),
     ("vllm", "cuda_graphs", rf"{_G} for CUDAGraph memory"),
     ("vllm", "total", rf"total_gpu_memory \({_G}\)"),
     ("vllm", "total", rf"\btotal_gpu_memory={_G}"),
-    ("vllm", "requested", rf"gpu_memory_utilization \([\d.]+\) = {_G}"),
-    ("vllm", "requested", rf"Desired GPU memory utilization is \([\d.]+, {_G}\)"),
+    ("vllm", "requested", rf"gpu_memory_utilization \([\d.]{{1,20}}\) = {_G}"),
+    ("vllm", "requested", rf"Desired GPU memory utilization is \([\d.]{{1,20}}, {_G}\)"),
     ("sglang", "available_before_weights", rf"Load weight begin\. avail mem={_G}"),
     ("sglang", "available_after_weights", rf"Load weight end\..{{0,300}}?avail mem={_G}"),
     ("sglang", "weights", rf"Load weight end\..{{0,300}}?mem usage={_G}"),
     ("sglang", "non_torch", rf"Init torch distributed ends?\..{{0,100}}?mem usage={_G}"),
-    ("sglang", "kv_cache", rf"#tokens: \d+, KV size: {_G}"),
+    ("sglang", "kv_cache", rf"#tokens: \d{{1,20}}, KV size: {_G}"),
     ("sglang", "available_after_pool", rf"Memory pool end\. avail mem={_G}"),
     ("sglang", "cuda_graphs", rf"Capture .{{0,40}}?(?i:cuda|npu|xpu|hip) graphs? end\..{{0,200}}?mem usage={_G}"),
     ("sglang", "available_at_end", rf"available_gpu_mem={_G}"),
@@ -59,15 +59,17 @@ _AMOUNTS: tuple[tuple[str, str, str], ...] = (
 _COUNTS: tuple[tuple[str, str, str], ...] = (
     ("vllm", "kv_cache_tokens", rf"KV cache size: {_N} tokens"),
     ("vllm", "kv_cache_tokens", rf"maximum number of tokens that can be stored in KV cache \({_N}\)"),
-    ("vllm", "max_concurrency", rf"Maximum concurrency for [\d,]+ tokens per request: {_N}x"),
+    ("vllm", "max_concurrency", rf"Maximum concurrency for [\d,]{{1,24}} tokens per request: {_N}x"),
     ("vllm", "num_gpu_blocks", rf"# (?:GPU|CUDA|cuda|rocm|HPU|NPU) blocks: {_N}"),
     ("sglang", "kv_cache_tokens", rf"#tokens: {_N}, (?:K|KV) size"),
     ("sglang", "kv_cache_tokens", rf"max_total_num_tokens={_N}"),
     ("trtllm", "kv_cache_tokens", rf"Using {_N} tokens in paged KV cache"),
 )
 _K_AND_V = re.compile(rf"K size: {_G}, V size: {_G}")
-_BUFFER = re.compile(rf"\b([A-Za-z]+(?:_[A-Za-z]+)?\d*)\s+(?:(model|KV|compute|RS|output) )?buffer size\s*=\s*{_N} MiB")
-_SELF_SIZE = re.compile(rf"KV self size\s*=\s*{_N} MiB")
+_BUFFER = re.compile(
+    rf"\b([A-Za-z]+(?:_[A-Za-z]+)?\d*)\s{{1,8}}(?:(model|KV|compute|RS|output) )?buffer size\s{{0,8}}=\s{{0,8}}{_N} MiB"
+)
+_SELF_SIZE = re.compile(rf"KV self size\s{{0,8}}=\s{{0,8}}{_N} MiB")
 _HOSTS = ("cpu", "cuda_host", "rocm_host", "vulkan_host", "sycl_host")
 _COMPILED = tuple((engine, name, re.compile(words), True) for engine, name, words in _AMOUNTS) + tuple(
     (engine, name, re.compile(words), False) for engine, name, words in _COUNTS
@@ -82,9 +84,10 @@ WORDS = (
 )  # fmt: skip
 _SETTINGS = {
     "gpu_memory_utilization": re.compile(
-        r"gpu[-_]memory[-_]utilization'?[ =:]+\(?'?(0?\.\d+|1\.0+|1)\b|gpu_memory_utilization \((0?\.\d+|1\.0+)\)"
+        r"gpu[-_]memory[-_]utilization'?[ =:]+\(?'?(0?\.\d{1,20}|1\.0+|1)\b"
+        r"|gpu_memory_utilization \((0?\.\d{1,20}|1\.0+)\)"
     ),
-    "mem_fraction_static": re.compile(r"mem[-_]fraction[-_]static[= ]+(0?\.\d+)\b"),
+    "mem_fraction_static": re.compile(r"mem[-_]fraction[-_]static[= ]+(0?\.\d{1,20})\b"),
     "max_model_len": re.compile(r"max[-_](?:model|seq)[-_]len'?[= :]+(\d{2,9})\b"),
     "kv_cache_dtype": re.compile(r"kv[-_]cache[-_]dtype'?[= :]+'?(\w+)"),
     "tensor_parallel_size": re.compile(r"(?:tensor[-_]parallel[-_]size|\btp[-_]size)'?[= :]+(\d{1,4})\b"),

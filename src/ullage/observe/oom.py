@@ -18,8 +18,8 @@ _UNITS = {
     "k": KiB, "m": MiB, "g": GiB, "t": TiB, "kb": KiB, "mb": MiB, "gb": GiB, "tb": TiB,
 }  # fmt: skip
 #: A size as programs print it. PyTorch, vLLM, SGLang and the kernel mean powers of two, whatever letters they use.
-SIZE = r"-?\d[\d,]*(?:\.\d+)?\s*(?:bytes?|[KMGT]i?B|[KMGT]B?|B)\b"
-_SIZE = re.compile(r"(-?\d[\d,]*(?:\.\d+)?)\s*([A-Za-z]*)")
+SIZE = r"-?\d[\d,]{0,24}(?:\.\d{1,20})?\s{0,8}(?:bytes?|[KMGT]i?B|[KMGT]B?|B)\b"
+_SIZE = re.compile(r"(-?\d[\d,]{0,24}(?:\.\d{1,20})?)\s{0,8}([A-Za-z]*)")
 #: A window ends after this many lines, or characters, since the last line that looked like a message.
 WINDOW_LINES = 16
 WINDOW_CHARACTERS = 16384
@@ -91,7 +91,7 @@ def read_size(text: str, unit: str = "") -> Size:
     if match is None:
         raise ValueError(text)
     digits = match.group(1).replace(",", "")
-    factor = _UNITS[(match.group(2) or unit or "b").lower()]
+    factor = _UNITS.get((match.group(2) or unit or "b").lower(), 1)
     places = len(digits.partition(".")[2])
     value = Fraction(digits) * factor
     half = Fraction(factor, 2 * 10**places) if factor > 1 else Fraction(0)

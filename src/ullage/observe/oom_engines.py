@@ -38,7 +38,8 @@ WORDS = (
     "Requested size was",
     "Insufficient memory",
 )
-_NUMBER = r"-?[\d,]+"
+_NUMBER = r"-?\d[\d,]{0,24}"
+_D = r"\d{1,9}(?:\.\d{1,9})?"
 _VLLM_NONE = re.compile(r"No available memory for the cache blocks")
 _VLLM_LENGTH = re.compile(
     rf"max seq len \((?P<max_model_len>{_NUMBER})\) is larger than the maximum number of tokens that can be stored in "
@@ -50,12 +51,13 @@ _VLLM_NEEDED = re.compile(
     rf"(?:.{{0,80}}?estimated maximum model length is (?P<estimated>{_NUMBER}))?"
 )
 _VLLM_START = re.compile(
-    r"Free memory on device [\w:]*\s*\((?P<free>[\d.]+)/(?P<capacity>[\d.]+) GiB\) on startup is less than (?:the )?"
-    r"(?:desired GPU memory utilization|engine's budget[\w' ]*) \((?P<utilization>[\d.]+), (?P<requested>[\d.]+) GiB\)"
+    rf"Free memory on device [\w:]{{0,40}} ?\((?P<free>{_D})/(?P<capacity>{_D}) GiB\) on startup is less than "
+    r"(?:the )?(?:desired GPU memory utilization|engine's budget[\w' ]{0,80}) "
+    rf"\((?P<utilization>{_D}), (?P<requested>{_D}) GiB\)"
 )
 _VLLM_MOVED = re.compile(
-    rf"Error in memory profiling\. Initial free memory:? (?P<free_before>{SIZE}|\d+),? (?:and )?current free memory:? "
-    rf"(?P<free_after>{SIZE}|\d+)"
+    rf"Error in memory profiling\. Initial free memory:? (?P<free_before>{SIZE}|\d{{1,20}}),? (?:and )?"
+    rf"current free memory:? (?P<free_after>{SIZE}|\d{{1,20}})"
 )
 _VLLM_HINT = re.compile(r"CUDA graphs can take additional (?P<low>\d)~(?P<high>\d) GiB memory per GPU")
 _SGLANG = (
@@ -64,8 +66,8 @@ _SGLANG = (
     (
         "kv_pool",
         re.compile(
-            r"leave no GPU memory for the KV cache under --mem-fraction-static=(?P<fraction>[\d.]+)"
-            r".{0,80}?above (?P<needed_fraction>[\d.]+)"
+            r"leave no GPU memory for the KV cache under --mem-fraction-static=(?P<fraction>\d{1,9}(?:\.\d{1,9})?)"
+            r".{0,80}?above (?P<needed_fraction>\d{1,9}(?:\.\d{1,9})?)"
         ),
     ),
     (
@@ -80,14 +82,16 @@ _SGLANG = (
     ("hint", re.compile(r"KV cache pool is full\. Retract requests")),
 )
 _XLA = re.compile(
-    r"[Oo]ut of memory (?:while trying to allocate|allocating) (?P<requested>[\d.]+ ?(?:[KMGT]i?B|bytes))"
+    r"[Oo]ut of memory (?:while trying to allocate|allocating) "
+    r"(?P<requested>\d{1,20}(?:\.\d{1,9})? ?(?:[KMGT]i?B|bytes))"
 )
 _XLA_PARTS = re.compile(
-    r"(parameter|constant|maybe_live_out|preallocated temp|total) (?:allocation|fragmentation):\s*([\d.]+\s*[KMGT]?i?B)"
+    r"(parameter|constant|maybe_live_out|preallocated temp|total) (?:allocation|fragmentation):"
+    rf"\s{{0,8}}({_D}\s{{0,8}}[KMGT]?i?B)"
 )
 _GGML = re.compile(
-    r"(?:allocating (?P<requested>[\d.]+ MiB) on device (?P<_device>\d+): )?cuda?Malloc\w* failed: out of memory"
-    r"|failed to allocate (?P<_name>[\w ]{1,40}?) ?buffer of size (?P<exact>\d+)"
+    rf"(?:allocating (?P<requested>{_D} MiB) on device (?P<_device>\d{{1,20}}): )?cuda?Malloc\w* failed: out of memory"
+    r"|failed to allocate (?P<_name>[\w ]{1,40}?) ?buffer of size (?P<exact>\d{1,20})"
     r"|(?:failed|unable) to allocate "
     r"(?P<_what>compute (?:pp |tg )?buffers|\w+ (?:backend )?buffer|(?:buffer for )?kv cache)"
 )
@@ -96,7 +100,7 @@ _OLLAMA = re.compile(
 )
 _TRTLLM = re.compile(
     r"CUDA runtime error in (?:::)?cudaMalloc\w*\([^\n]{0,80}\): out of memory"
-    r"|Requested size was (?P<requested>\d+) bytes"
+    r"|Requested size was (?P<requested>\d{1,20}) bytes"
     r"|Insufficient memory\b[^\n]{0,120}"
 )
 
@@ -178,7 +182,7 @@ def _xla(text: str) -> Iterator[Fact]:
         }
         found = [("requested", read_size(match.group("requested")))]
         found += [(name, read_size(parts[name])) for name in parts if name != "total"]
-        total = re.search(r"total allocation:\s*([\d.]+\s*[KMGT]?i?B)", after)
+        total = re.search(r"total allocation:\s{0,8}(\d{1,20}(?:\.\d{1,9})?\s{0,8}[KMGT]?i?B)", after)
         if total:
             found.append(("total", read_size(total.group(1))))
         yield Fact(kind="xla_oom", framework="jax/xla", sizes=tuple(found), text=excerpt(match.group(0) + after, 300))

@@ -27,10 +27,10 @@ WORDS = (
     "memory allocation retries",
     "OutOfMemoryError",
 )
-_G = r"\d[\d.]*\s*[KMGT]i?B?"
+_G = r"\d[\d.]{0,20}\s{0,8}[KMGT]i?B?"
 #: (kind, framework, role, words); the group is the amount asked for.
 _RULES: tuple[tuple[str, str, str, re.Pattern[str]], ...] = (
-    ("xla_oom", "tensorflow", "", re.compile(r"OOM when allocating tensor with shape\[[\d,]*\]")),
+    ("xla_oom", "tensorflow", "", re.compile(r"OOM when allocating tensor with shape\[[\d,]{0,24}\]")),
     ("xla_oom", "tensorflow", "", re.compile(rf"Allocator \(\w+\) ran out of memory trying to allocate ({_G})")),
     ("xla_oom", "jax/xla", "", re.compile(rf"Failed to allocate request for ({_G})")),
     (
@@ -39,15 +39,20 @@ _RULES: tuple[tuple[str, str, str, re.Pattern[str]], ...] = (
         "",
         re.compile(rf"Ran out of memory in memory space \w+\W+Used ({_G}) of {_G} \w+"),
     ),
-    ("buffer_oom", "paddle", "", re.compile(rf"Cannot allocate ({_G}) memory on GPU \d+")),
-    ("buffer_oom", "mlx", "", re.compile(r"Attempting to allocate (\d+ bytes) which is greater")),
+    ("buffer_oom", "paddle", "", re.compile(rf"Cannot allocate ({_G}) memory on GPU \d{{1,20}}")),
+    ("buffer_oom", "mlx", "", re.compile(r"Attempting to allocate (\d{1,20} bytes) which is greater")),
     ("buffer_oom", "bitsandbytes", "quantised load", re.compile(r"Make sure you have enough GPU RAM")),
-    ("buffer_oom", "llama.cpp", "", re.compile(r"Device memory allocation of size (\d+) failed")),
-    ("buffer_oom", "llama.cpp", "", re.compile(rf"failed to allocate buffer, size =\s*({SIZE})")),
+    ("buffer_oom", "llama.cpp", "", re.compile(r"Device memory allocation of size (\d{1,20}) failed")),
+    ("buffer_oom", "llama.cpp", "", re.compile(rf"failed to allocate buffer, size =\s{{0,8}}({SIZE})")),
     ("buffer_oom", "llama.cpp", "", re.compile(r"ErrorOutOfDeviceMemory")),
-    ("device_oom", "vllm", "", re.compile(r"out of memory occurred when warming up sampler with \d+ dummy requests")),
-    ("pressure", "deepspeed", "", re.compile(r"\d+ pytorch allocator cache flushes since last step")),
-    ("pressure", "torchtitan", "", re.compile(r"\d+ CUDA memory allocation retries")),
+    (
+        "device_oom",
+        "vllm",
+        "",
+        re.compile(r"out of memory occurred when warming up sampler with \d{1,20} dummy requests"),
+    ),
+    ("pressure", "deepspeed", "", re.compile(r"\d{1,20} pytorch allocator cache flushes since last step")),
+    ("pressure", "torchtitan", "", re.compile(r"\d{1,20} CUDA memory allocation retries")),
     (
         "device_oom",
         "pytorch",

@@ -57,33 +57,35 @@ WORDS = (
     "Insufficient shared memory",
 )
 _NCCL = re.compile(
-    r"NCCL WARN (?:Cuda failure (?:\d+ )?'?out of memory'?"
-    r"|Failed to CUDA (?:host )?(?:c|m)alloc(?: async)? (?P<requested>\d+) bytes)"
-    r"|ncclUnhandledCudaError[^\n]{0,200}?out of memory|Failed to CUDA calloc(?: async)? (?P<second>\d+) bytes"
+    r"NCCL WARN (?:Cuda failure (?:\d{1,20} )?'?out of memory'?"
+    r"|Failed to CUDA (?:host )?(?:c|m)alloc(?: async)? (?P<requested>\d{1,20}) bytes)"
+    r"|ncclUnhandledCudaError[^\n]{0,200}?out of memory|Failed to CUDA calloc(?: async)? (?P<second>\d{1,20}) bytes"
 )
 _LIBRARY = re.compile(r"\b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT|CURAND)_(?:STATUS_)?ALLOC_FAILED")
 _DRIVER = re.compile(
     r"(?:CUDA|HIP) error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
 )
 _KERNEL = re.compile(
-    r"(?P<_cgroup>Memory cgroup )?(?:[Oo]ut of memory: )?Kill(?:ed)? process (?P<_pid>\d+),? \((?P<_name>[^)]{1,64})\)"
-    r"(?:[^\n]{0,40}?total-vm:(?P<virtual>\d+)kB, anon-rss:(?P<anonymous>\d+)kB)?"
+    r"(?P<_cgroup>Memory cgroup )?(?:[Oo]ut of memory: )?Kill(?:ed)? process "
+    r"(?P<_pid>\d{1,20}),? \((?P<_name>[^)]{1,64})\)"
+    r"(?:[^\n]{0,40}?total-vm:(?P<virtual>\d{1,20})kB, anon-rss:(?P<anonymous>\d{1,20})kB)?"
 )
 _TASK_KILL = re.compile(r"oom-kill:constraint=(?P<constraint>\w+)")
 _CGROUP = re.compile(r"OOMKilled|oom[-_]kill(?:ed)? event|Exceeded (?:job|step) memory limit|oom_kill_process")
 _RAY = re.compile(r"running low on memory|node memory usage|ray\.exceptions\.OutOfMemoryError")
 _HOST_PYTHON = re.compile(
-    rf"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]{{0,60}}?allocate (?P<requested>\d+ bytes)"
+    rf"DefaultCPUAllocator: (?:can't|not enough memory)[^\n]{{0,60}}?allocate (?P<requested>\d{{1,20}} bytes)"
     rf"|Unable to allocate (?P<_numpy>{SIZE}) for an array|\[Errno 12\] Cannot allocate memory|(?:^|\s)MemoryError\b"
     r"|std::bad_alloc|WinError 1455|ggml_aligned_malloc: insufficient memory"
 )
 _SHARED = re.compile(r"Insufficient shared memory \(shm\)|bus error.{0,80}shared memory", re.IGNORECASE)
 _KILLED = re.compile(
-    r"(?i:exit(?:ed)?[- ]?(?:with )?(?:code|status)\"?\s*[:= ]\s*)(?:137|-9)\b|Signals\.SIGKILL|"
-    r"Signal 9 \(SIGKILL\)|killed by signal(?: SIGKILL)?:? ?\(?9|\bSIGKILL\b|(?m:^|: line \d+:\s+\d+ )Killed\b"
+    r"(?i:exit(?:ed)?[- ]?(?:with )?(?:code|status)\"?\s{0,8}[:= ]\s{0,8})(?:137|-9)\b|Signals\.SIGKILL|"
+    r"Signal 9 \(SIGKILL\)|killed by signal(?: SIGKILL)?:? ?\(?9|\bSIGKILL\b|"
+    r"(?m:^|: line \d{1,20}:\s{1,8}\d{1,20} )Killed\b"
 )
 _TIMEOUT = re.compile(
-    r"\[Rank (?P<rank>\d+)\] (?:Watchdog caught collective operation timeout|.{0,60}?NCCL watchdog)"
+    r"\[Rank (?P<rank>\d{1,20})\] (?:Watchdog caught collective operation timeout|.{0,60}?NCCL watchdog)"
     r"|Watchdog caught collective operation timeout"
 )
 _LIKE_MEMORY = re.compile(
@@ -94,7 +96,7 @@ _FOLLOWS = re.compile(
     r"CUDA out of memory encountered on a different rank|EngineDeadError|Engine core initialization failed"
     r"|Received sigquit from a child process|ChildFailedError"
 )
-_COLLECTIVE = re.compile(r"OpType=(?P<op>\w+).{0,120}?Timeout\(ms\)=(?P<limit>\d+)")
+_COLLECTIVE = re.compile(r"OpType=(?P<op>\w+).{0,120}?Timeout\(ms\)=(?P<limit>\d{1,20})")
 
 
 def match_outside(window: str) -> Iterator[Fact]:

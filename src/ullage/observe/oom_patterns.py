@@ -17,17 +17,19 @@ from ullage.observe.oom import SIZE, Fact, Size, excerpt, flatten, read_size, si
 WORDS = ("Tried to allocate", "out of memory. Tried", "would exceed allowed memory")
 
 _TRIED = re.compile(
-    r"(?:\b(?P<_chip>CUDA|HIP|NPU|XPU|MUSA|MLU|GCU|MPS backend|XLA)\s+out of memory[^A-Za-z]*"
-    rf"(?:\(MPS allocated[^)]*\)\W*)?)?Tried to allocate\s+(?P<requested>{SIZE})"
+    r"(?:\b(?P<_chip>CUDA|HIP|NPU|XPU|MUSA|MLU|GCU|MPS backend|XLA)\s{1,8}out of memory[^A-Za-z]*"
+    rf"(?:\(MPS allocated[^)]*\)\W*)?)?Tried to allocate\s{{1,8}}(?P<requested>{SIZE})"
 )
 _MPS = re.compile(
-    rf"MPS allocated:\s*(?P<allocated>{SIZE}), other allocations:\s*(?P<outside>{SIZE})"
-    rf"(?:, max allowed:\s*(?P<limit>{SIZE}))?"
+    rf"MPS allocated:\s{{0,8}}(?P<allocated>{SIZE}), other allocations:\s{{0,8}}(?P<outside>{SIZE})"
+    rf"(?:, max allowed:\s{{0,8}}(?P<limit>{SIZE}))?"
 )
-_OLD_DEVICE = re.compile(rf"\((?:GPU|NPU|XPU|MLU|MUSA)\s+(?P<_index>\d+)\s*;\s*(?P<capacity>{SIZE}) total capacity")
+_OLD_DEVICE = re.compile(
+    rf"\((?:GPU|NPU|XPU|MLU|MUSA)\s{{1,8}}(?P<_index>\d{{1,20}})\s{{0,8}};\s{{0,8}}(?P<capacity>{SIZE}) total capacity"
+)
 _NEW_DEVICE = re.compile(
-    rf"\b(?:GPU|NPU|XPU|MLU|MUSA)\s+(?P<_index>\d+) has a total capaci?ty of\s+(?P<capacity>{SIZE})"
-    rf"(?:\s+of which\s+(?P<free>{SIZE}) is free)?"
+    rf"\b(?:GPU|NPU|XPU|MLU|MUSA)\s{{1,8}}(?P<_index>\d{{1,20}}) has a total capaci?ty of\s{{1,8}}(?P<capacity>{SIZE})"
+    rf"(?:\s{{1,8}}of which\s{{1,8}}(?P<free>{SIZE}) is free)?"
 )
 _FIELDS = {
     "free": re.compile(rf"({SIZE}) free\b"),
@@ -39,14 +41,14 @@ _FIELDS = {
     "process_used": re.compile(rf"this process has ({SIZE}) memory in use"),
     "limit": re.compile(rf"({SIZE}) allowed;"),
 }
-_PROCESS = re.compile(rf"\bProcess (\d+) has ({SIZE}) memory in use")
+_PROCESS = re.compile(rf"\bProcess (\d{{1,20}}) has ({SIZE}) memory in use")
 _REJECTED = re.compile(r"preemptively rejected|would exceed per_process_memory_fraction")
-_CUT = re.compile(r"\(?\b(?:GPU|NPU|XPU)\s+\d+ (?:has a total capac\w* of\s*[\d.]*\s*$|;[^)]*$)")
+_CUT = re.compile(r"\(?\b(?:GPU|NPU|XPU)\s{1,8}\d{1,20} (?:has a total capac\w* of\s{0,8}[\d.]{0,20}\s{0,8}$|;[^)]*$)")
 _ASYNC = re.compile(
-    rf"would exceed allowed memory\. \(out of memory\)\s*Currently allocated\s*:\s*(?P<allocated>{SIZE})\s*"
-    rf"Requested\s*:\s*(?P<requested>{SIZE})\s*Device limit\s*:\s*(?P<capacity>{SIZE})\s*"
-    rf"Free \(according to CUDA\)\s*:\s*(?P<free>{SIZE})\s*"
-    rf"(?:PyTorch limit \(set by user-supplied memory fraction\)\s*:\s*(?P<limit>{SIZE}))?"
+    rf"would exceed allowed memory\. \(out of memory\) ?Currently allocated ?: ?(?P<allocated>{SIZE}) ?"
+    rf"Requested ?: ?(?P<requested>{SIZE}) ?Device limit ?: ?(?P<capacity>{SIZE}) ?"
+    rf"Free \(according to CUDA\) ?: ?(?P<free>{SIZE}) ?"
+    rf"(?:PyTorch limit \(set by user-supplied memory fraction\) ?: ?(?P<limit>{SIZE}))?"
 )
 
 
@@ -83,7 +85,7 @@ def match_torch(window: str) -> Iterator[Fact]:
 
 
 def _chip_of(words: str) -> str:
-    match = re.search(r"\((NPU|XPU|MLU|MUSA) \d|\b(NPU|XPU|MLU|MUSA) \d+ has a total", words)
+    match = re.search(r"\((NPU|XPU|MLU|MUSA) \d|\b(NPU|XPU|MLU|MUSA) \d{1,20} has a total", words)
     return next((name for name in match.groups() if name), "CUDA") if match else "CUDA"
 
 
@@ -91,9 +93,9 @@ def _details(chip: str, before: str, words: str) -> tuple[tuple[str, str], ...]:
     found = [("chip", chip)]
     if _REJECTED.search(before[-400:]) or _REJECTED.search(words):
         found.append(("rejected", "per_process_memory_fraction"))
-    if re.search(r"Capture cuda ?graphs? failed:\W*(?:CUDA|HIP)?[^.]{0,40}\.?\s*$", before, re.IGNORECASE):
+    if re.search(r"Capture cuda ?graphs? failed:\W*(?:CUDA|HIP)?[^.]{0,40}\.?\s{0,8}$", before, re.IGNORECASE):
         found.append(("phase", "graph capture"))
-    if re.search(r"\[RANK \d+\]", before):
+    if re.search(r"\[RANK \d{1,20}\]", before):
         found.append(("ranks", "several"))
     return tuple(found)
 

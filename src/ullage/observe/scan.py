@@ -39,11 +39,11 @@ _PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
 _PROGRAMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "vllm",
-        re.compile(r"[/\\]vllm[/\\]|EngineCore|VllmWorker|RayWorkerWrapper|worker_base\.py:\d|\bvllm-\d+\b|vllm serve"),
+        re.compile(r"[/\\]vllm[/\\]|EngineCore|VllmWorker|RayWorkerWrapper|worker_base\.py:\d|\bvllm-\d|vllm serve"),
     ),
     (
         "sglang",
-        re.compile(r"[/\\]sglang[/\\]|Capture cuda graph failed|--mem-fraction-static|^(?:[DPTE]P\d+ )+|sglang\.la"),
+        re.compile(r"[/\\]sglang[/\\]|Capture cuda graph failed|--mem-fraction-static|^(?:[DPTE]P\d{1,6} )|sglang\.l"),
     ),
     ("tensorrt-llm", re.compile(r"\bTRT-LLM\b|TensorRT-LLM|[/\\]tensorrt_llm[/\\]")),
     ("text-generation-inference", re.compile(r"Unable to warmup model|text[-_]generation[-_](?:server|launch)")),

@@ -26,23 +26,23 @@ _CONTROL = re.compile(
 )
 _LOST_COLOUR = re.compile(r"\[\d{1,3}(?:;\d{1,3})*m")
 #: The time that containers and clusters put before every line.
-_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[\d.]*(?:Z|[+-]\d\d:?\d\d)?\s+(?:std(?:out|err) F )?")
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[\d.]{0,20}(?:Z|[+-]\d\d:?\d\d)?\s{1,8}(?:std(?:out|err) F )?")
 #: What stands before the words of a process when many write into one log; the group is who speaks. The first ones
 #: stand before every line, the last ones before the first line of a record only.
 _PREFIXES = (
-    re.compile(r"\s*([\w.-]{1,64}-\d+)\s+\|\s"),  # docker compose: "vllm-1  | "
-    re.compile(r"\s*\[(?:default|rank)(\d{1,6})\]:\s?", re.IGNORECASE),  # torchrun, torch's own logging
-    re.compile(r"\s*\(((?:[A-Za-z]\w{0,40})[^()\n]{0,40}\bpid=\d+[^()\n]{0,60})\)\s?"),  # vLLM, Ray
-    re.compile(r"\s*([\w.-]{1,64}:\d+:\d+ \[\d+\])\s"),  # NCCL: host:pid:tid [device]
-    re.compile(r"\s*\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d((?: (?:DP|PP|TP|EP|CP|ATTN_TP)\d+)+)\]\s?"),  # SGLang
-    re.compile(r"\s*\[[\d/:-]{15,24}\] \[(TRT-LLM\] \[RANK \d+)\]\s?"),  # TensorRT-LLM
+    re.compile(r"\s{0,8}([\w.-]{1,64}-\d{1,20})\s{1,8}\|\s"),  # docker compose: "vllm-1  | "
+    re.compile(r"\s{0,8}\[(?:default|rank)(\d{1,6})\]:\s?", re.IGNORECASE),  # torchrun, torch's own logging
+    re.compile(r"\s{0,8}\(((?:[A-Za-z]\w{0,40})[^()\n]{0,40}\bpid=\d{1,20}[^()\n]{0,60})\)\s?"),  # vLLM, Ray
+    re.compile(r"\s{0,8}([\w.-]{1,64}:\d{1,20}:\d{1,20} \[\d{1,20}\])\s"),  # NCCL: host:pid:tid [device]
+    re.compile(r"\s{0,8}\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d((?: (?:DP|PP|TP|EP|CP|ATTN_TP)\d{1,20})+)\]\s?"),  # SGLang
+    re.compile(r"\s{0,8}\[[\d/:-]{15,24}\] \[(TRT-LLM\] \[RANK \d{1,20})\]\s?"),  # TensorRT-LLM
 )
 _OF_RECORDS = _PREFIXES[-2:]
 #: A line that begins a record of its own.
-_FRESH = re.compile(r"\s*\[?(?:\d{4}-\d\d-\d\d|\d\d/\d\d/\d{4}|(?:INFO|WARNING|ERROR|DEBUG|CRITICAL)\b)")
-_RANK_WORDS = re.compile(r"\[?Rank (\d+)\]?", re.IGNORECASE)
-_RANK_FIELD = re.compile(r"\brank=(\d+)")
-_UNDER_SCORED = re.compile(r"(?:Worker|EngineCore)_?((?:(?:DP|PP|TP|EP)\d+_?)+)")
+_FRESH = re.compile(r"\s{0,8}\[?(?:\d{4}-\d\d-\d\d|\d\d/\d\d/\d{4}|(?:INFO|WARNING|ERROR|DEBUG|CRITICAL)\b)")
+_RANK_WORDS = re.compile(r"\[?Rank (\d{1,20})\]?", re.IGNORECASE)
+_RANK_FIELD = re.compile(r"\brank=(\d{1,20})")
+_UNDER_SCORED = re.compile(r"(?:Worker|EngineCore)_?((?:(?:DP|PP|TP|EP)\d{1,20}_?)+)")
 
 
 class Readable(Protocol):
@@ -191,11 +191,11 @@ def _by(pattern: re.Pattern[str]) -> Callable[[str], str]:
 
 
 _RANK_FINDERS: tuple[tuple[Callable[[str], str], str], ...] = (
-    (_by(re.compile(r"\brank(\d+)\b")), "speaker"),
+    (_by(re.compile(r"\brank(\d{1,20})\b")), "speaker"),
     (_by(_RANK_WORDS), "speaker"),
     (_by(_RANK_FIELD), "speaker"),
     (_by(_UNDER_SCORED), "speaker"),
-    (_by(re.compile(r"\b((?:(?:DP|PP|TP|EP|CP)\d+ ?)+)(?:$| )")), "speaker"),
-    (_by(re.compile(r":\d+:\d+ \[(\d+)\]")), "speaker"),
+    (_by(re.compile(r"\b((?:(?:DP|PP|TP|EP|CP)\d{1,20} ?)+)(?:$| )")), "speaker"),
+    (_by(re.compile(r":\d{1,20}:\d{1,20} \[(\d{1,20})\]")), "speaker"),
     (_by(_RANK_WORDS), "text"),
 )
