@@ -206,6 +206,11 @@ def test_the_terms_add_up_to_the_card() -> None:
         assert all(term.low_bytes <= term.bytes <= term.high_bytes for term in found.terms)
 
 
+def test_what_is_taken_for_granted_is_said() -> None:
+    assert any("taken to be this one" in note for note in inspect(CONTAINER).notes)
+    assert not any("taken to be this one" in note for note in inspect(OTHERS).notes)
+
+
 def test_the_versions_follow_from_the_words() -> None:
     assert inspect(OLDEST).versions == "1.0-1.3"
     assert inspect(OLD.format("20.00 GiB", "2.00 GiB", "12.00 GiB", "3.00 GiB")).versions == "1.4-2.0"

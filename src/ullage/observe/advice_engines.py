@@ -176,7 +176,7 @@ def _lowered(case: Case, share: float | None, otherwise: float) -> str:
     """Return a share that is lower by what was missing, and a hundredth; without figures a usual lower one."""
     total, gap = case.fact.size("capacity"), case.finding.gap_bytes
     if share is None:
-        return f"{otherwise:.2f}"
+        return f"{otherwise:.2f}"  # the log does not show the share: a usual one below the defaults
     step = 0.05 if not total or gap is None else gap / total + 0.02
     return f"{max(0.1, share - step):.2f}"
 

@@ -173,6 +173,10 @@ def _notes(found: Scan, root: Fact, finding: Finding, rest: str) -> tuple[str, .
     notes = []
     if _is_partial(root):
         notes.append(_("the message is cut: this is a partial answer"))
+    if root.kind == "device_oom" and root.size("process_used") is None and books_of(root).own is not None:
+        notes.append(
+            _("one of the processes listed is taken to be this one: the smallest that holds what PyTorch has reserved")
+        )
     ranks = sorted({fact.rank for fact in found.facts if fact.kind == root.kind and fact.rank})
     if len(ranks) > 1:
         notes.append(
