@@ -121,6 +121,49 @@ def test_command_lines(argv: list[str]) -> None:
     check_command(argv)
 
 
+FLAGS = {
+    "--tp": ["1", "2", "3", "8"],
+    "--pp": ["1", "2", "3"],
+    "--cp": ["1", "2"],
+    "--ep": ["1", "2", "4"],
+    "--etp": ["1", "2"],
+    "--vpp": ["1", "2"],
+    "--zero": ["0", "1", "2", "3"],
+    "--fsdp": ["full_shard", "shard_grad_op", "hybrid"],
+    "--schedule": ["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev"],
+    "--micro-batch": ["1", "2", "16"],
+    "--seq": ["1", "512", "1000", "4k"],
+    "--grad-accum": ["1", "2", "64"],
+    "--precision": ["bf16-mixed", "bf16-master", "amp", "bf16", "fp32", "fp8", "fp8-deepseek", "fp16-mixed"],
+    "--optimizer": ["adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw_8bit", "paged_adamw_8bit"],
+    "--optimizer-impl": ["fused", "foreach", "for_loop"],
+    "--recompute": ["none", "full", "selective", "every=2", "mlp", "core_attn,moe_act"],
+    "--attention": ["flash", "sdpa", "eager", "unfused"],
+    "--loss": ["plain", "fused", "chunked", "liger"],
+    "--lora": ["r=8", "r=16,targets=q_proj+v_proj", "r=64,dropout=0.1"],
+    "--base-quantization": ["nf4", "int8", "gptq"],
+    "--offload": ["optimizer=cpu", "params=cpu", "activations=cpu"],
+    "--reserve": ["0%", "10%", "8GiB", "200GiB"],
+}
+
+
+@st.composite
+def composed(draw: st.DrawFn) -> list[str]:
+    """Draw a command line of flags that are right one by one."""
+    model = draw(st.sampled_from(["llama-3.2-1b", "qwen3-0.6b", "deepseek-v2-lite", "gpt2", "gemma-3-1b-it"]))
+    machine = draw(st.sampled_from(["1xH100", "8xH100", "2x8xA100-80GB", "3xT4-16GB"]))
+    argv = ["fit", "train", model, "--on", machine, "--engine", draw(st.sampled_from(sorted(TRAINING_ENGINES)))]
+    for flag in draw(st.lists(st.sampled_from(sorted(FLAGS)), max_size=5, unique=True)):
+        argv += [flag, draw(st.sampled_from(FLAGS[flag]))]
+    return [*argv, *draw(st.sampled_from([[], ["--sp"], ["--compile"], ["--metrics"]])), "--no-advice", "--json"]
+
+
+@budget(60)
+@given(argv=composed())
+def test_composed_lines(argv: list[str]) -> None:
+    check_command(argv)
+
+
 @budget(60)
 @given(config=spoilt_configs(CONFIGS), engine=st.sampled_from(sorted(TRAINING_ENGINES)), data=st.data())
 def test_fit_of_spoilt_configs(
@@ -146,7 +189,7 @@ def models() -> tuple[Model, ...]:
     return tuple(found)
 
 
-SIZES = st.sampled_from([1, 1, 1, 2, 3, 4, 8])
+SIZES = st.sampled_from([1, 1, 1, 1, 1, 1, 2, 3, 4, 8])
 DTYPES = st.sampled_from(["bfloat16", "float16", "float32", "float8_e4m3", "int8"])
 
 
@@ -161,15 +204,16 @@ def jobs(draw: st.DrawFn) -> TrainingJob:
         pipeline_parallel_size=pipeline,
         virtual_pipeline_parallel_size=draw(st.sampled_from([1, 1, 2, 3])),
         schedule=draw(st.sampled_from([None, "gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev"])),
-        pipeline_layout=draw(st.sampled_from([None, None, (1,), (2, 2), (0, 4), (4, 0, 0)])),
+        pipeline_layout=draw(st.sampled_from([None] * 9 + [(1,), (2, 2), (0, 4), (4, 0, 0)])),
         expert_parallel_size=draw(SIZES),
         expert_tensor_parallel_size=draw(st.sampled_from([None, 1, 2, 3])),
-        zero_stage=draw(st.integers(0, 3)),
-        fsdp=draw(st.sampled_from([None, "full_shard", "shard_grad_op", "hybrid"])),
+        zero_stage=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
+        fsdp=draw(st.sampled_from([None, None, "full_shard", "shard_grad_op", "hybrid"])),
         shard_group_size=draw(st.sampled_from([None, None, 1, 2, 3])),
     )
     lora = draw(
         st.none()
+        | st.none()
         | st.builds(
             Lora,
             rank=st.sampled_from([1, 8, 100000]),
@@ -178,9 +222,10 @@ def jobs(draw: st.DrawFn) -> TrainingJob:
             dora=st.booleans(),
         )
     )
+    world = tensor * pipeline * context * data
     return TrainingJob(
         model=draw(st.sampled_from(models())),
-        machine=parse_machine(f"{draw(st.sampled_from([tensor * pipeline * context * data, 1, 8]))}xH100"),
+        machine=parse_machine(f"{draw(st.sampled_from([world] * 5 + [1, 8]))}xH100"),
         engine=draw(st.sampled_from(sorted(TRAINING_ENGINES))),
         engine_version=draw(
             st.sampled_from(["", "", "0.1", "99", "nonsense", "2.4.1, transformers 4.45", "core_r0.14"])
@@ -207,9 +252,9 @@ def jobs(draw: st.DrawFn) -> TrainingJob:
         recompute=draw(
             st.builds(
                 Recompute,
-                kind=st.sampled_from(["none", "full", "selective", "modules"]),
-                every=st.sampled_from([1, 2, 100]),
-                num_layers=st.sampled_from([None, None, 0, 1, 100]),
+                kind=st.sampled_from(["none", "none", "full", "full", "selective", "modules"]),
+                every=st.sampled_from([1, 1, 1, 2, 100]),
+                num_layers=st.sampled_from([None] * 9 + [0, 1, 100]),
                 method=st.sampled_from([None, "block", "uniform"]),
                 modules=st.sampled_from([(), ("mlp",), ("core_attn", "moe_act"), ("nonsense",)]),
             )
@@ -219,8 +264,10 @@ def jobs(draw: st.DrawFn) -> TrainingJob:
         loss=draw(st.sampled_from([None, "plain", "fused", "chunked", "liger"])),
         method=draw(st.sampled_from(["full", "lora", "qlora", "dora", "nonsense"])),
         lora=lora,
-        base_quantization=draw(st.sampled_from([None, None, "nf4", "int8", "gptq", "nonsense"])),
-        offload=draw(st.sampled_from([(), (("optimizer", "cpu"),), (("params", "nvme"),), (("activations", "cpu"),)])),
+        base_quantization=draw(st.sampled_from([None] * 6 + ["nf4", "int8", "gptq", "nonsense"])),
+        offload=draw(
+            st.sampled_from([(), (), (), (("optimizer", "cpu"),), (("params", "nvme"),), (("activations", "cpu"),)])
+        ),
         alloc_conf=draw(st.sampled_from(["", "expandable_segments:True", "nonsense:1"])),
         native=draw(st.sampled_from(["", "", "{}", "{", '{"zero_optimization": {"stage": 7}}', "[1]"])),
     )
