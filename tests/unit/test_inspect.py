@@ -142,7 +142,7 @@ CASES = [
     ("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9000.00 MiB on device 1: cudaMalloc failed: out of memory"
      "\nggml_gallocr_reserve_n: failed to allocate CUDA1 buffer of size 9437184000", "capacity", "likely", "-fa on"),
     ("alloc_tensor_range: failed to allocate CUDA0 buffer of size 400000000000\nllama_model_load: error loading model",
-     "capacity", "certain", "-ngl"),
+     "capacity", "likely", "-ngl"),
     ("Error: model requires more system memory (12.0 GiB) than is available (7.5 GiB)", "host", "certain",
      "smaller model"),
     ("h:1:2 [3] include/alloc.h:178 NCCL WARN Cuda failure 'out of memory'\n"

@@ -7,10 +7,6 @@ from ullage.observe.oom import Fact
 from ullage.observe.verdict import Finding
 from ullage.units import format_bytes
 
-#: A card of this size is not sold to one process: nothing but splitting the buffer helps.
-#: Source: the largest memory of one GPU in the catalog is below it (MI355X, B300: 288 GB).
-LARGEST_CARD_BYTES = 288 * 10**9
-
 
 def judge_other(fact: Fact) -> Finding:
     """Judge a fact that is not a failed allocation of PyTorch."""
@@ -113,8 +109,7 @@ def _buffer(fact: Fact) -> Finding:
     why = _("{what} of {size} in one piece could not be allocated on {where}").format(
         what=role, size=format_bytes(requested), where=fact.detail("buffer") or _("the GPU")
     )
-    sure = requested > LARGEST_CARD_BYTES
-    return Finding(cause="capacity", confidence="certain" if sure else "likely", why=why, gap_bytes=None)
+    return Finding(cause="capacity", confidence="likely", why=why)
 
 
 def _library(fact: Fact) -> Finding:
