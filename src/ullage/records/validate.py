@@ -94,7 +94,25 @@ def judge(
     return rows, _verdict(record, prediction)
 
 
+def _known_to_fit(record: Record, prediction: Prediction, size: float) -> Verdict | None:
+    """Judge a job only known to run on a card of ``size`` bytes: surely too large is wrong, straddling tight."""
+    used = prediction.figures.get("device_used")
+    if used is None:
+        return None
+    return Verdict(
+        record_id=record.record_id,
+        group=record.group,
+        engine=prediction.engine,
+        measured=True,
+        predicted=used.value <= size,
+        tight=used.low <= size < used.high,
+        reason=_("{used:.1f} GiB of {size:.1f} GiB").format(used=used.value / 2**30, size=size / 2**30),
+    )
+
+
 def _verdict(record: Record, prediction: Prediction) -> Verdict | None:
+    if record.fits_in_gib is not None:
+        return _known_to_fit(record, prediction, record.fits_in_gib * 2**30)
     measured = started(record)
     if measured is None:
         return None
