@@ -47,7 +47,7 @@ def touched_share(top_k: int, num_experts: int, num_tokens: int) -> float:
     Source: k of E experts per token, drawn evenly and independently (DeepSeekMoE's balanced case, arXiv:2401.06066).
     Known error: real routing is skewed, so fewer experts are reached.
     """
-    return 1.0 - (1.0 - top_k / num_experts) ** num_tokens
+    return 1.0 - max(0.0, 1.0 - top_k / num_experts) ** num_tokens
 
 
 def count_pass(model: spec.Model, *, num_tokens: int, context: int, kv_dtype: str, num_sequences: int) -> Pass:

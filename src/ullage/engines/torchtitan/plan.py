@@ -16,6 +16,9 @@ from ullage.spec import model as spec
 from ullage.spec.training import TrainingJob
 from ullage.units import cdiv, dtype_bytes
 
+#: Receive buffers laid out one by one; beyond that they are one block: the same bytes in bounded time.
+MAX_BUFFERS_APART = 1024
+
 
 def every_second_matmul(op: Op, count: int) -> bool:
     """Op-wise selective checkpointing: every second matmul is made again, attention and reduce-scatters are kept.
@@ -168,7 +171,10 @@ def _received(job: TrainingJob, embeds: bool, has_head: bool, hidden_bytes: int)
     """
     if job.parallel.pipeline_parallel_size == 1:
         return []
-    return [("pipeline_buffers", hidden_bytes)] * (job.grad_accum * (int(not embeds) + int(not has_head)))
+    number = job.grad_accum * (int(not embeds) + int(not has_head))
+    apart = min(number, MAX_BUFFERS_APART)
+    rest = [("pipeline_buffers", (number - apart) * hidden_bytes)] if number > apart else []
+    return [("pipeline_buffers", hidden_bytes)] * apart + rest
 
 
 def _expert_group(job: TrainingJob, index: int, spread: Spread, formats: Formats, reshard: bool) -> tuple[Group, ...]:
