@@ -13,11 +13,15 @@ from ullage.engines.sharded.walk import Walk
 from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, VERSIONS, Rules, date_of, rules_at
 from ullage.engines.torchtitan.plan import plan_of
 from ullage.engines.training import TrainingRank, TrainingStep
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.spec.training import TrainingJob
 from ullage.units import cdiv
 
 SOURCE = "torchtitan@{date}; torch@2.13.0:torch/distributed/fsdp/_fully_shard"
+
+#: Passes in flight that are walked one by one: every one is a whole forward pass of allocations.
+MAX_IN_FLIGHT = 256
 
 
 def step(job: TrainingJob) -> TrainingStep:
@@ -96,6 +100,11 @@ def _in_flight(job: TrainingJob, index: int) -> int:
         passes = cdiv((chunks - 1) * pipeline + 2 * (pipeline - 1 - index) + 1, chunks)
     elif parallel.schedule == "gpipe":
         passes = job.grad_accum
+        if passes > MAX_IN_FLIGHT:
+            raise InputError(
+                _("GPipe holds all {count:,} passes of a step, more than are walked").format(count=passes),
+                remedy=_("write at most {limit:,}").format(limit=MAX_IN_FLIGHT),
+            )
     return max(1, min(passes, job.grad_accum))
 
 
