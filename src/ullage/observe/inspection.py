@@ -10,6 +10,7 @@ from ullage.observe.advice import Case, Piece, advise
 from ullage.observe.books import books_of, terms_of
 from ullage.observe.engine_logs import Figure
 from ullage.observe.engine_terms import engine_terms, figures_sentence
+from ullage.observe.measured import Listing, Series
 from ullage.observe.oom import Fact
 from ullage.observe.scan import Scan, scan
 from ullage.observe.streams import Readable
@@ -41,6 +42,8 @@ class Inspection(Frozen):
         terms: where the card's memory was; ``total_bytes`` is what they add up to, 0 when it is not known.
         facts: all messages; the first is the root. ``figures``: what the engine printed about its start.
         partial: the text is cut, or leaves open what a verdict needs; ``notes`` say what.
+        total_name: what ``total_bytes`` is, where it is not the card; ``metrics``, ``series``, ``listings``: what
+            recordings hold (see :mod:`ullage.observe.measured`).
     """
 
     kind: str
@@ -66,6 +69,10 @@ class Inspection(Frozen):
     partial: bool = False
     notes: tuple[str, ...] = ()
     num_lines: int = 0
+    total_name: str = ""
+    metrics: tuple[tuple[str, float], ...] = ()
+    series: tuple[Series, ...] = ()
+    listings: tuple[Listing, ...] = ()
 
 
 def looked_for() -> str:

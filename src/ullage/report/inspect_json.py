@@ -8,6 +8,7 @@ from ullage.observe.engine_logs import Figure
 from ullage.observe.inspection import Inspection
 from ullage.observe.oom import Fact
 from ullage.report.json import term_json
+from ullage.report.measured import measured_json
 
 SCHEMA_VERSION = 1
 MAX_EVENTS = 100
@@ -44,6 +45,8 @@ def inspect_json(found: Inspection) -> dict[str, Any]:
             "terms": [term_json(term) for term in found.engine_terms],
         },
         "notes": list(found.notes),
+        "total_name": found.total_name,
+        **measured_json(found),
         "num_lines": found.num_lines,
     }
 

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from ullage.i18n import _
 from ullage.ledger import Term
 from ullage.observe.inspection import Inspection
+from ullage.report.measured import print_measured
 from ullage.units import format_bytes
 
 MAX_ADVICE = 5
@@ -25,7 +26,9 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         sure = {"certain": _("certain"), "likely": _("likely"), "unsure": _("unsure")}[found.confidence]
         _line(out, f"{found.why} ({sure})")
     _line(out, _who(found), style="dim")
-    _print_terms(out, found.terms, found.total_bytes, snapshot=found.kind == "snapshot")
+    whole = found.total_name or (_("reserved") if found.kind == "snapshot" else _("the card"))
+    _print_terms(out, found.terms, found.total_bytes, whole=whole)
+    print_measured(found, out)
     if found.cause != "none" and found.engine_terms and found.terms != found.engine_terms:
         out.print("\n" + _("At its start the engine said"), style="bold")
         _print_terms(out, found.engine_terms, 0, gap=False)
@@ -54,7 +57,7 @@ def _line(out: Console, text: str, style: str = "") -> None:
         out.print(Padding(Text(text, style=style), (0, 0, 0, 2), expand=False))
 
 
-def _print_terms(out: Console, terms: Sequence[Term], total: int, *, gap: bool = True, snapshot: bool = False) -> None:
+def _print_terms(out: Console, terms: Sequence[Term], total: int, *, gap: bool = True, whole: str = "") -> None:
     if gap and terms:
         out.print()
     for term in terms:
@@ -63,7 +66,6 @@ def _print_terms(out: Console, terms: Sequence[Term], total: int, *, gap: bool =
             f"  {term.name:<22} {format_bytes(term.bytes):>12}  {share:>8}  {term.formula}".rstrip(), markup=False
         )
     if total and terms:
-        whole = _("reserved") if snapshot else _("the card")
         out.print(f"  {whole:<22} {format_bytes(total):>12}", markup=False)
 
 
