@@ -1,0 +1,154 @@
+"""What ended an attempt, told apart: memory of the device, of the host, of an engine's pool, a launcher's cascade,
+silence, or an ordinary error.
+
+The words of messages are read by :mod:`ullage.observe`; here they are weighed against the exit code, the kernel's
+counters and the plan store.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+from dataclasses import dataclass
+
+from ullage.errors import InputError
+from ullage.guard import CANNOT_FIT_EXIT_CODE, RESTART_EXIT_CODE
+from ullage.guard.run.child import Ended
+from ullage.i18n import _
+from ullage.observe.inspection import Inspection, inspect_stream
+
+#: Kinds of death that a smaller plan may mend, those that come and go, and those that a restart repeats.
+OF_MEMORY = ("device_oom", "library_oom", "kv_pool", "start_budget", "host_oom")
+TRANSIENT = ("killed", "host_killed", "cascade", "stall")
+ORDINARY = ("crash", "disk_full")
+#: Facts of ``observe`` → kinds here.
+_KINDS = {
+    "device_oom": "device_oom", "xla_oom": "device_oom", "buffer_oom": "device_oom", "kv_pool": "kv_pool",
+    "pool_full": "kv_pool", "start_budget": "start_budget", "profile_moved": "start_budget",
+    "library_oom": "library_oom", "host_kill": "host_killed", "host_oom": "host_oom", "killed": "killed",
+    "timeout": "cascade",
+}  # fmt: skip
+_EXIT_CODES = re.compile(rb"exitcode\s*:\s*(-?\d{1,6})\s*\(pid:?\s*(\d{1,9})\)|exitcode: (-?\d{1,6})\) local_rank")
+_ROOT_CAUSE = b"Root Cause (first observed failure)"
+_DISK_FULL = re.compile(rb"No space left on device|Disk quota exceeded|File too large|ENOSPC|EDQUOT|the disk is full")
+_LAST_ERROR = re.compile(rb"^(?:\[[^\]\n]{1,40}\]:\s?)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b[^\n]{0,400})", re.MULTILINE)  # noqa: E501
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
+_OWN_KILL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """What ended an attempt.
+
+    Attributes:
+        kind: ``none`` (it succeeded), ``restart`` (the job saved a smaller plan and asks to be started again),
+            ``cannot_fit`` (the job says so), ``device_oom``, ``library_oom``, ``kv_pool``, ``start_budget``,
+            ``host_oom`` (an allocation on the host failed), ``host_killed`` (by the kernel), ``killed`` (by nobody
+            known), ``cascade`` (ranks waited), ``stall``, ``disk_full``, ``crash``, ``not_started``, ``signal``.
+        sentence: for people. ``signature`` is equal for failures that are the same.
+        found: the inspection of the log, where it says something. ``worker_code``: of the first worker that failed.
+    """
+
+    kind: str
+    sentence: str
+    signature: str = ""
+    found: Inspection | None = None
+    worker_code: int | None = None
+
+
+def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = (), plan_is_newer: bool = False) -> Death:
+    """Return what ended an attempt.
+
+    Args:
+        ended: the attempt.
+        num_kills: what the cgroup counted meanwhile. ``killed_pids``: what the kernel's log names.
+        plan_is_newer: the store holds a plan that this attempt saved.
+    """
+    if ended.errno:
+        return Death(kind="not_started", sentence=_("the command could not be started"), signature="not_started")
+    if ended.exit_code == 0 and ended.by == "command":
+        return Death(kind="none", sentence=_("it ended well"))
+    if ended.by == "signal":
+        name = signal.Signals(ended.asked_to_end).name
+        return Death(kind="signal", sentence=_("ended on request ({name})").format(name=name))
+    words = ended.tail.last_words()
+    worker = worker_exit_code(words)
+    asked = _asked(ended, worker, plan_is_newer=plan_is_newer)
+    return asked or _failed(ended, words, worker, num_kills, killed_pids)
+
+
+def worker_exit_code(words: bytes) -> int | None:
+    """Return the exit code of the first worker that failed, as torchrun lists it; -9 means signal 9."""
+    place = words.rfind(_ROOT_CAUSE)
+    match = _EXIT_CODES.search(words, place) if place >= 0 else None
+    if match is None:
+        match = _EXIT_CODES.search(words)
+    return int(match.group(1) or match.group(3)) if match else None
+
+
+def _asked(ended: Ended, worker: int | None, *, plan_is_newer: bool) -> Death | None:
+    """Return what the guard in the job asks for."""
+    codes = (ended.exit_code, worker)
+    if plan_is_newer and (RESTART_EXIT_CODE in codes or ended.by != "stall"):
+        return Death(kind="restart", sentence=_("the job saved a smaller plan"), worker_code=worker)
+    if RESTART_EXIT_CODE in codes:
+        words = _("the job asks to be started again (exit code {code}), and saved no new plan")
+        return Death(
+            kind="restart", sentence=words.format(code=RESTART_EXIT_CODE), signature="restart", worker_code=worker
+        )
+    if CANNOT_FIT_EXIT_CODE in codes and b"cannot fit" in ended.tail.text():
+        words = _("the job says that its smallest plan does not fit")
+        return Death(kind="cannot_fit", sentence=words, signature="cannot_fit", worker_code=worker)
+    return None
+
+
+def _failed(
+    ended: Ended, words: bytes, worker: int | None, num_kills: int, killed_pids: tuple[int, ...]
+) -> Death:
+    try:
+        found = inspect_stream(io.BytesIO(words)) if words else None
+    except InputError:
+        found = None
+    root = found.facts[0] if found is not None and found.facts else None
+    kind = _KINDS.get(root.kind, "") if root is not None else ""
+    if found is not None and kind in OF_MEMORY:
+        size = next((size for name, size in found.sizes if name == "requested"), 0)
+        same = f"{kind} {found.framework} {found.phase} {size}"
+        sentence = _("{verdict}: {why}").format(verdict=found.verdict, why=found.why)
+        return Death(kind=kind, sentence=sentence, signature=same, found=found, worker_code=worker)
+    if num_kills > 0 or killed_pids or kind == "host_killed":
+        which = ", ".join(map(str, killed_pids[:8]))
+        sentence = _("the kernel killed for the host's memory (processes {which})").format(which=which or "?")
+        return Death(kind="host_killed", sentence=sentence, signature="host_killed", found=found, worker_code=worker)
+    if ended.by == "stall":
+        sentence = _("no output and no heartbeat for too long")
+        return Death(kind="stall", sentence=sentence, signature="stall", found=found, worker_code=worker)
+    if ended.signal == signal.SIGKILL or worker == -signal.SIGKILL or (ended.exit_code == 137 and kind == "killed"):
+        sentence = _("killed by SIGKILL, and the kernel does not say that memory was the reason")
+        return Death(kind="killed", sentence=sentence, signature="killed", found=found, worker_code=worker)
+    if kind == "cascade":
+        assert found is not None
+        return Death(kind=kind, sentence=found.why, signature=kind, found=found, worker_code=worker)
+    return _ordinary(ended, words, worker, found)
+
+
+def _ordinary(ended: Ended, words: bytes, worker: int | None, found: Inspection | None) -> Death:
+    error = _first_error(words)
+    if match := _DISK_FULL.search(words):
+        sentence = _("the disk is full: {words}").format(words=match.group(0).decode())
+        return Death(kind="disk_full", sentence=sentence, signature="disk_full", found=found, worker_code=worker)
+    if ended.signal:
+        error = error or signal.Signals(ended.signal).name
+    sentence = _("an ordinary error (exit code {code}): {error}").format(
+        code=ended.exit_code, error=error or _("the log names none")
+    )
+    same = f"crash {ended.exit_code} {_NUMBERS.sub('#', error)}"
+    return Death(kind="crash", sentence=sentence, signature=same, found=found, worker_code=worker)
+
+
+def _first_error(words: bytes) -> str:
+    """Return the error that the log names: the last before a launcher reports, else the last."""
+    end = words.find(b"ChildFailedError")
+    matches = list(_LAST_ERROR.finditer(words, 0, end if end >= 0 else len(words))) or list(_LAST_ERROR.finditer(words))
+    return " ".join(matches[-1].group(1).decode("utf-8", "replace").split())[:200] if matches else ""
