@@ -309,7 +309,7 @@ def test_the_layout_of_torch_2_0_is_read():
     }  # fmt: skip
     memory = parse_snapshot(old).devices[0]
     assert memory.segments[0].blocks[0].requested_bytes == 100
-    assert memory.stacks[4096] == history[0]["frames"]
+    assert memory.stacks[4096] == (("f", "a.py", 3),)
 
 
 def test_states_and_oom_of_other_versions_are_read():

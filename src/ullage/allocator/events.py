@@ -8,7 +8,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+
+from ullage.allocator.stacks import NO_STACK, Stacks
 
 #: Kinds of recorded events, by the names of a memory snapshot (pytorch@2.14:torch/cuda/memory.py:_snapshot).
 ACTIONS = (
@@ -51,25 +52,37 @@ class Places:
 
 @dataclass(kw_only=True)
 class Recording:
-    """What one device recorded, in order. ``stacks`` holds what the file holds, and is empty without stacks."""
+    """What one device recorded, in order, 37 bytes per event.
+
+    Attributes:
+        kinds: one of ``ACTIONS`` each.
+        addresses: where; of a refused request what the driver had left.
+        sizes: bytes asked for, of segments their own.
+        places: numbers of ``known_places``.
+        stacks: numbers of ``known_stacks``: each distinct stack is kept once, for all devices of a file together.
+        times_us: microseconds since the epoch, 0 where not recorded.
+    """
 
     kinds: bytearray = field(default_factory=bytearray)
     addresses: array[int] = field(default_factory=lambda: array("Q"))
     sizes: array[int] = field(default_factory=lambda: array("Q"))
     places: array[int] = field(default_factory=lambda: array("L"))
-    stacks: list[Any] = field(default_factory=list)
+    stacks: array[int] = field(default_factory=lambda: array("I"))
+    times_us: array[int] = field(default_factory=lambda: array("Q"))
     known_places: Places = field(default_factory=Places)
+    known_stacks: Stacks = field(default_factory=Stacks)
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def append(self, kind: int, address: int, size: int, place: int, stack: Any = None) -> None:
+    def append(self, kind: int, address: int, size: int, place: int, stack: int = NO_STACK, time_us: int = 0) -> None:
         """Add one event."""
         self.kinds.append(kind)
         self.addresses.append(address)
         self.sizes.append(size)
         self.places.append(place)
         self.stacks.append(stack)
+        self.times_us.append(time_us)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield (kind, address, bytes, place)."""
@@ -109,6 +122,8 @@ class Workload:
         requests: request class -> (bytes asked for, place).
         initial: what was there when the recording began; its blocks own the first numbers.
         num_events: events of the recording that these steps stand for.
+        stacks: the number of the stack of each step in ``known_stacks``; empty when nobody gave any.
+        times_us: microseconds of each step since any moment; empty when nobody gave any.
     """
 
     codes: bytearray = field(default_factory=bytearray)
@@ -118,14 +133,24 @@ class Workload:
     initial: list[SegmentLayout] = field(default_factory=list)
     num_initial: int = 0
     num_events: int = 0
-    stacks: list[Any] = field(default_factory=list)
+    stacks: array[int] = field(default_factory=lambda: array("I"))
+    times_us: array[int] = field(default_factory=lambda: array("Q"))
+    known_stacks: Stacks = field(default_factory=Stacks)
 
 
 class WorkloadBuilder:
-    """Build a :class:`Workload` step by step; the way for traces that never had addresses."""
+    """Build a :class:`Workload` step by step; the way for traces that never had addresses.
 
-    def __init__(self, places: Places | None = None) -> None:
+    Attributes:
+        stack: the number of the stack of the steps that follow, from ``known_stacks.number(frames)``.
+        time_us: the time of the steps that follow.
+        annotated: keep stack and time of each step, for a snapshot to be written; from before the first step on.
+    """
+
+    def __init__(self, places: Places | None = None, *, annotated: bool = False) -> None:
         self.work = Workload()
+        self.annotated = annotated
+        self.stack, self.time_us = NO_STACK, 0
         self._places = places or Places()
         self.work.places = self._places.places
         self._classes: dict[tuple[int, int], int] = {}
@@ -172,3 +197,11 @@ class WorkloadBuilder:
         self.work.codes.append(code)
         self.work.values.append(value)
         self.work.num_events += 1
+        if self.annotated:
+            self.work.stacks.append(self.stack)
+            self.work.times_us.append(self.time_us)
+
+    @property
+    def known_stacks(self) -> Stacks:
+        """Return the table that numbers the stacks."""
+        return self.work.known_stacks

@@ -13,7 +13,7 @@ from ullage.allocator.constants import (
     EXPANDABLE_RESERVE_NUMERATOR,
     SMALL_SEGMENT_BYTES,
 )
-from ullage.allocator.events import SegmentLayout
+from ullage.allocator.events import SEGMENT_MAP, SEGMENT_UNMAP, SegmentLayout
 from ullage.allocator.state import FREE, UNMAPPED, Block, FreeSet
 from ullage.units import TiB, cdiv
 
@@ -112,8 +112,8 @@ def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
     if not allocator.take(mapped):
         return None
     allocator.counters.num_maps += 1
-    if allocator.on_map is not None:
-        allocator.on_map(block.address, mapped)
+    if allocator.on_driver is not None:
+        allocator.on_driver(SEGMENT_MAP, block.address, mapped, free_set)
     free_set.remove_unmapped(block)
     if mapped < block.size:
         rest = Block(block.address + mapped, block.size - mapped, free_set, UNMAPPED, True)
@@ -138,6 +138,8 @@ def unmap(allocator: Allocator, block: Block) -> None:
     free_set.remove(block)
     allocator.reserved -= end - start
     allocator.counters.num_unmaps += 1
+    if allocator.on_driver is not None:
+        allocator.on_driver(SEGMENT_UNMAP, start, end - start, free_set)
     if block.address + block.size > end:
         rest = Block(end, block.address + block.size - end, free_set, FREE, True)
         rest.insert_after(block)

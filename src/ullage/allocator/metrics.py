@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ullage.allocator.constants import DEFAULT_LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
-from ullage.allocator.events import BlockLayout, SegmentLayout
+from ullage.allocator.events import BlockLayout, Places, SegmentLayout
 from ullage.allocator.simulate import Allocator
+from ullage.allocator.stacks import Stack
 from ullage.allocator.state import AWAITING, FREE, Block
 from ullage.units import cdiv
 
@@ -129,17 +129,17 @@ def pins(segments: Iterable[SegmentLayout], *, limit: int = 10) -> list[Pin]:
     return sorted(found, key=lambda pin: (-pin.pinned_bytes, pin.address))[:limit]
 
 
-def layout_of(allocator: Allocator) -> list[SegmentLayout]:
-    """Return the segments of a simulated allocator as a snapshot would list them."""
-    return [_layout(blocks) for blocks in allocator.mapped_ranges()]
+def layout_of(allocator: Allocator, places: Places | None = None) -> list[SegmentLayout]:
+    """Return the segments of a simulated allocator as a snapshot would list them; ``places`` number whose they are."""
+    return [_layout(blocks, places or Places()) for blocks in allocator.mapped_ranges()]
 
 
-def _layout(blocks: list[Block]) -> SegmentLayout:
+def _layout(blocks: list[Block], places: Places) -> SegmentLayout:
     first = blocks[0]
     return SegmentLayout(
         address=first.address,
         size_bytes=sum(block.size for block in blocks),
-        place=0,
+        place=places.index(first.free_set.stream, first.free_set.pool.pool_id),
         small=first.free_set.small,
         expandable=first.expandable,
         blocks=[
@@ -155,6 +155,6 @@ def _layout(blocks: list[Block]) -> SegmentLayout:
     )
 
 
-def stack_of(pin: Pin, stacks: Mapping[int, Any]) -> Any:
+def stack_of(pin: Pin, stacks: Mapping[int, Stack]) -> Stack | None:
     """Return the recorded stack of the block that pins."""
     return stacks.get(pin.block.address)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ullage.allocator import expandable
 from ullage.allocator.constants import UNLIMITED_BYTES
-from ullage.allocator.events import DEFAULT_POOL
+from ullage.allocator.events import DEFAULT_POOL, SEGMENT_FREE
 from ullage.allocator.state import Block, Pool
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def release_block(allocator: Allocator, block: Block) -> None:
     del allocator.segments[block.address]
     allocator.reserved -= block.size
     allocator.counters.num_segments_freed += 1
+    if allocator.on_driver is not None:
+        allocator.on_driver(SEGMENT_FREE, block.address, block.size, block.free_set)
 
 
 def release_pool(allocator: Allocator, pool: Pool) -> None:

@@ -31,7 +31,7 @@ from ullage.allocator.release import release_block
 from ullage.allocator.rounding import round_size
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.simulate import Allocator, Request
-from ullage.allocator.state import FREE, IN_USE, Block
+from ullage.allocator.state import FREE, IN_USE, Block, FreeSet
 from ullage.i18n import _
 
 #: Events of ``empty_cache``, one for each segment or run of pages.
@@ -246,7 +246,7 @@ class Replayer:
         self.placement = Placement()
         self._pending: deque[tuple[int, int]] = deque()
         self.allocator = Allocator(settings, addresses=self._recorded_address)
-        self.allocator.on_map = self._check_map
+        self.allocator.on_driver = self._check_map
         self._unlike_maps = self._num_looked_at = 0
         self._requests: dict[tuple[int, int], Request] = {}
         places = recording.known_places.places
@@ -262,8 +262,10 @@ class Replayer:
             return self._pending[0][0]
         return self._pending.popleft()[0] if self._pending[0][1] == size else -1
 
-    def _check_map(self, address: int, size: int) -> None:
+    def _check_map(self, kind: int, address: int, size: int, _free_set: FreeSet) -> None:
         """Compare a mapping with the recorded one; the first of a new segment says where that lies."""
+        if kind != SEGMENT_MAP:
+            return
         recorded = self._pending.popleft() if self._pending else (-1, 0)
         self._unlike_maps += recorded != (address, size)
 

@@ -79,28 +79,20 @@ def run_workload(
         afresh: allocate the blocks of the beginning anew instead of keeping their layout.
         stop_after: do no more steps than this.
     """
+    check_backend(settings)
+    allocator = Allocator(settings, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
+    runner = Runner(allocator, work)
+    death = runner.start(afresh=afresh) or runner.run(stop_after)
+    return runner.outcome(afresh=afresh, death=death)
+
+
+def check_backend(settings: AllocatorSettings) -> None:
+    """Refuse an allocator that is not PyTorch's own."""
     if settings.backend != "native":
         raise InputError(_("only the native allocator is simulated, not {backend}").format(backend=settings.backend))
-    allocator = Allocator(settings, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
-    runner = _Runner(allocator, work)
-    death = runner.start(afresh=afresh) or runner.run(stop_after)
-    return Outcome(
-        settings=settings,
-        started_afresh=afresh,
-        peak_allocated_bytes=allocator.peak_allocated,
-        peak_active_bytes=allocator.peak_active,
-        peak_reserved_bytes=allocator.peak_reserved,
-        peak_step=runner.peak_step,
-        final_allocated_bytes=allocator.allocated,
-        final_requested_bytes=allocator.requested,
-        final_reserved_bytes=allocator.reserved,
-        counters=allocator.counters,
-        death=death,
-        allocator=allocator,
-    )
 
 
-class _Runner:
+class Runner:
     """Keeps which block belongs to which allocation."""
 
     def __init__(self, allocator: Allocator, work: Workload) -> None:
@@ -135,7 +127,7 @@ class _Runner:
             request = self.allocator.request(used.requested_bytes, self.work.places[segment.place])
             block = self.allocator.malloc(request)
             if block is None:
-                return self._death(-1, request)
+                return self.death(-1, request)
             self.live[used.owner] = block
             if used.awaiting:
                 self.allocator.request_free(block)
@@ -150,7 +142,7 @@ class _Runner:
             if code == WORK_ALLOC:
                 new = malloc(requests[value])
                 if new is None:
-                    return self._death(len(live), requests[value])
+                    return self.death(len(live), requests[value])
                 append(new)
             elif code == WORK_FREE:
                 block = live[value]
@@ -163,6 +155,35 @@ class _Runner:
             else:
                 self._delayed_free(code, value)
         return None
+
+    def free(self, code: int, value: int) -> None:
+        """Do one step that frees."""
+        block = self.live[value]
+        if code != WORK_FREE:
+            self._delayed_free(code, value)
+        elif block is None or block.state != IN_USE:
+            self._refuse(value)
+        else:
+            self.allocator.free(block)
+            self.live[value] = None
+
+    def outcome(self, *, afresh: bool, death: Death | None) -> Outcome:
+        """Return what it took up to here."""
+        allocator = self.allocator
+        return Outcome(
+            settings=allocator.settings,
+            started_afresh=afresh,
+            peak_allocated_bytes=allocator.peak_allocated,
+            peak_active_bytes=allocator.peak_active,
+            peak_reserved_bytes=allocator.peak_reserved,
+            peak_step=self.peak_step,
+            final_allocated_bytes=allocator.allocated,
+            final_requested_bytes=allocator.requested,
+            final_reserved_bytes=allocator.reserved,
+            counters=allocator.counters,
+            death=death,
+            allocator=allocator,
+        )
 
     def _delayed_free(self, code: int, value: int) -> None:
         block = self.live[value]
@@ -180,7 +201,8 @@ class _Runner:
     def _refuse(self, value: int) -> None:
         raise InputError(_("allocation {number} is freed twice").format(number=value))
 
-    def _death(self, step: int, request: Request) -> Death:
+    def death(self, step: int, request: Request) -> Death:
+        """Return that memory had run out."""
         allocator = self.allocator
         limits = [limit for limit in (allocator.capacity, allocator.cap) if limit is not None]
         return Death(

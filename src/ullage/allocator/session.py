@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ullage.allocator.events import SegmentLayout, Workload
 from ullage.allocator.keys import DEFAULT_VERSION
@@ -13,6 +13,7 @@ from ullage.allocator.recorded import recorded_peaks, recorded_settings
 from ullage.allocator.replay import Placement, Replayer, recover_beginning, to_workload
 from ullage.allocator.run import Death, Outcome, run_workload
 from ullage.allocator.settings import AllocatorSettings
+from ullage.allocator.stacks import Stack
 from ullage.allocator.what_if import Comparison, compare
 from ullage.i18n import _
 
@@ -46,7 +47,7 @@ class Replay:
     final: Fragmentation
     at_peak: Fragmentation | None
     pinned_by: list[Pin]
-    stacks: Mapping[int, Any]
+    stacks: Mapping[int, Stack]
     death: Death | None = None
     outcome: Outcome | None = None
     comparison: Comparison | None = None

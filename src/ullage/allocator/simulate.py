@@ -13,7 +13,7 @@ from ullage.allocator.constants import (
     SMALL_BYTES,
     UNLIMITED_BYTES,
 )
-from ullage.allocator.events import Place, SegmentLayout
+from ullage.allocator.events import SEGMENT_ALLOC, Place, SegmentLayout
 from ullage.allocator.rounding import is_small, round_size, segment_bytes
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.state import ADDRESS_BITS, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
@@ -91,7 +91,7 @@ class Allocator:
         self._spare: list[Block] = []  # blocks that were merged away, to be used again
         self.peak_reserved = self.peak_allocated = self.peak_active = 0
         self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
-        self.on_map: Callable[[int, int], None] | None = None  # called with what an expandable segment maps
+        self.on_driver: Callable[[int, int, int, FreeSet], None] | None = None  # (SEGMENT_..., address, bytes, whose)
         self._top = FIRST_ADDRESS
         self._has_expandable = settings.expandable_segments
         self._alignment = settings.alignment_bytes if settings.expandable_segments else 0
@@ -295,6 +295,8 @@ class Allocator:
         address = self.addresses(request.segment)
         block = Block(address, request.segment, request.free_set, IN_USE)
         self.segments[address] = block
+        if self.on_driver is not None:
+            self.on_driver(SEGMENT_ALLOC, address, request.segment, request.free_set)
         return block
 
     def take(self, size: int) -> bool:

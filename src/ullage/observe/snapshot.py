@@ -6,8 +6,8 @@ versions, so what is not known is named, not refused; what is needed and wrong i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ullage.allocator.events import (
     Recording,
     SegmentLayout,
 )
+from ullage.allocator.stacks import NO_STACK, Frame, Stack, Stacks
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.observe import safe_pickle
@@ -46,6 +47,8 @@ STATES = {
 }
 MAX_INTEGER = 2**64 - 1
 MAX_DEVICES = 1024
+#: Frames of a stack, and characters of a name in it, that are kept.
+MAX_FRAMES, MAX_NAME = 400, 200
 
 
 @dataclass(kw_only=True)
@@ -56,7 +59,7 @@ class DeviceMemory:
         segments: the segments with the blocks in use.
         free_blocks: (segment address, block address, bytes) of the others.
         recording: the events, oldest first; empty when the history was not recorded.
-        stacks: block address -> stack, of the blocks in use.
+        stacks: block address -> stack, of the blocks in use; the same tuple for equal stacks.
         num_events: entries of the trace, those that change nothing counted too.
         ooms: (number of the event, bytes) of the requests that were refused.
     """
@@ -65,7 +68,7 @@ class DeviceMemory:
     segments: list[SegmentLayout] = field(default_factory=list)
     free_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     recording: Recording = field(default_factory=Recording)
-    stacks: dict[int, Any] = field(default_factory=dict)
+    stacks: dict[int, Stack] = field(default_factory=dict)
     num_events: int = 0
     ooms: list[tuple[int, int]] = field(default_factory=list)
 
@@ -125,6 +128,8 @@ class _Reader:
         self._places: dict[int, Places] = {}
         self._strange: dict[str, set[str]] = {}
         self._seen: set[int] = set()
+        self.stacks = Stacks()
+        self._stack_numbers: dict[int, int] = {}  # of the lists met so far; the tree keeps them alive
 
     def unknown(self, where: str, keys: set[Any]) -> None:
         """Note keys that are not known."""
@@ -145,7 +150,7 @@ class _Reader:
         if number not in self.devices:
             if len(self.devices) >= MAX_DEVICES:
                 raise InputError(_("more than {count} devices").format(count=MAX_DEVICES))
-            self.devices[number] = DeviceMemory(device=number)
+            self.devices[number] = DeviceMemory(device=number, recording=Recording(known_stacks=self.stacks))
         return self.devices[number]
 
     def segment(self, segment: Any) -> None:
@@ -196,11 +201,11 @@ class _Reader:
         if STATES[state] is None:
             memory.free_blocks.append((layout.address, address, size))
             return address + size
-        requested, stack = _requested(entry, where, size)
+        requested, frames = _requested(entry, where, size)
         layout.blocks.append(
             BlockLayout(address=address, size_bytes=size, requested_bytes=requested, awaiting=bool(STATES[state]))
         )
-        memory.stacks[address] = stack
+        memory.stacks[address] = self.stacks.stack(self._stack(frames))
         return address + size
 
     def trace(self, device: int, events: Any) -> None:
@@ -230,7 +235,18 @@ class _Reader:
             place = places.index(_integer(entry, "stream", where, default=0), _pool(entry, "pool_id", where))
             if code == OOM:
                 memory.ooms.append((len(recording), size))
-            recording.append(code, address, size, place, entry.get("frames"))
+            time_us = entry.get("time_us")
+            known_time = time_us if type(time_us) is int and 0 <= time_us <= MAX_INTEGER else 0
+            recording.append(code, address, size, place, self._stack(entry.get("frames")), known_time)
+
+    def _stack(self, frames: Any) -> int:
+        """Return the number of a stack; what is no list of frames is no stack."""
+        if not isinstance(frames, list) or not frames:
+            return NO_STACK
+        found = self._stack_numbers.get(id(frames))
+        if found is None:
+            found = self._stack_numbers[id(frames)] = self.stacks.number(map(_frame, frames[:MAX_FRAMES]))
+        return found
 
     def _entry(self, value: Any, where: str) -> dict[Any, Any]:
         """Return a dict that was not read before: real snapshots write each entry once."""
@@ -280,19 +296,18 @@ def _requested(entry: dict[Any, Any], where: str, size: int) -> tuple[int, Any]:
     return requested, stack
 
 
-def python_frames(stack: Any, *, limit: int = 8) -> list[str]:
+def _frame(frame: Any) -> Frame:
+    if not isinstance(frame, dict):
+        return "?", "?", 0
+    name, file = (str(frame.get(key, "?"))[:MAX_NAME] for key in ("name", "filename"))
+    line = frame.get("line")
+    return name, file, line if type(line) is int and 0 <= line <= MAX_INTEGER else 0
+
+
+def python_frames(stack: Stack | None, *, limit: int = 8) -> list[str]:
     """Return the Python frames of a stack, the innermost first, as ``function (file:line)``."""
-    return list(_frames(stack, limit))
-
-
-def _frames(stack: Any, limit: int) -> Iterator[str]:
-    if not isinstance(stack, list):
-        return
-    for frame in stack[:400]:
-        if limit and isinstance(frame, dict) and str(frame.get("filename", "")).endswith(".py"):
-            limit -= 1
-            name, file, line = (str(frame.get(key, "?"))[:200] for key in ("name", "filename", "line"))
-            yield f"{name} ({file}:{line})"
+    python = (f"{name} ({file}:{line})" for name, file, line in stack or () if file.endswith(".py"))
+    return list(islice(python, limit))
 
 
 def _short(value: Any) -> str:
