@@ -21,6 +21,11 @@ EXIT_TIGHT = 4
 EXIT_UNKNOWN_ARCHITECTURE = 5
 
 
+def _one_line(text: str) -> str:
+    """Return a sentence that stays one, whatever names from outside it quotes."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
+
+
 class UllageError(Exception):
     """Base of every error that ullage raises on purpose. ``str(error)`` is one sentence for the user."""
 
@@ -34,7 +39,7 @@ class InputError(UllageError):
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         self.what, self.where, self.remedy = what, where, remedy
-        super().__init__("".join((f"{where}: " if where else "", what, f"; {remedy}" if remedy else "")))
+        super().__init__(_one_line("".join((f"{where}: " if where else "", what, f"; {remedy}" if remedy else ""))))
 
 
 class LayoutError(InputError):
@@ -59,4 +64,4 @@ class UnknownArchitectureError(UllageError):
     def __init__(self, what: str, *, where: str = "", keys: Iterable[str] = ()) -> None:
         self.what, self.where, self.keys = what, where, tuple(keys)
         named = _("; keys not understood: {keys}").format(keys=", ".join(self.keys)) if self.keys else ""
-        super().__init__("".join((f"{where}: " if where else "", what, named)))
+        super().__init__(_one_line("".join((f"{where}: " if where else "", what, named))))

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH100, 256x8xH800 (256 nodes of 8)"))
     parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, torchtitan, deepspeed, hf_trainer ..."))
     parser.add_argument(
-        "--from", dest="line", metavar="ENGINE:FILE", help=_("megatron, deepspeed, torchtitan or accelerate")
+        "--from",
+        dest="line",
+        metavar="ENGINE:FILE",
+        help=_("megatron, deepspeed, torchtitan, accelerate, trainer, trl, llamafactory or axolotl"),
     )
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
@@ -117,10 +120,25 @@ def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
     if engine == "megatron":
         _refuse(arguments, arguments.line, except_for=("model",))
         return megatron_job(rest, version, machine=arguments.on, model=arguments.model, assume=arguments.assume)
+    if engine not in OVERLAYS:
+        return _from_recipe(arguments, engine, version, rest)
     _refuse(arguments, arguments.line, only=STATED[engine])
     engine_of_file = "fsdp2" if engine == "accelerate" else engine
     arguments.engine = f"{engine_of_file}@{version}" if version else engine_of_file
     return OVERLAYS[engine](_from_flags(arguments), Path(rest))
+
+
+def _from_recipe(arguments: argparse.Namespace, kind: str, version: str, rest: str) -> TrainingJob:
+    """Build the job of a fine-tuning recipe; MODEL wins over the one that it names."""
+    from ullage.read.recipes import STATED, model_of, read_fields, with_recipe
+
+    _refuse(arguments, arguments.line, only=STATED)
+    fields = read_fields(rest)
+    arguments.model = arguments.model or model_of(fields)
+    if arguments.model is None:
+        raise InputError(_("the file names no model"), where=fields.where, remedy=_("name one before --from"))
+    arguments.engine = f"hf_trainer@{version}" if version else "hf_trainer"
+    return with_recipe(kind, fields, _from_flags(arguments))
 
 
 def _refuse(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from ullage.errors import InputError, MissingExtraError
+from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.yamlfile import read_yaml
 
-MAX_BYTES = 1 << 20
 _KNOWN = frozenset(
     ("compute_environment", "debug", "distributed_type", "downcast_bf16", "dynamo_config", "enable_cpu_affinity",
      "fsdp_config", "deepspeed_config", "gpu_ids", "machine_rank", "main_training_function", "main_process_ip",
@@ -61,23 +60,7 @@ def read_accelerate(path: Path) -> AccelerateConfig:
         MissingExtraError: PyYAML is not installed.
         InputError: unreadable, too large, not YAML, or a value of the wrong kind.
     """
-    try:
-        yaml = import_module("yaml")
-    except ModuleNotFoundError:
-        raise MissingExtraError("PyYAML", "train") from None
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(_("cannot be read ({reason})").format(reason=error.strerror), where=str(path)) from None
-    if len(data) > MAX_BYTES:
-        raise InputError(_("the file has {size:,} bytes").format(size=len(data)), where=str(path))
-    if b"&" in data and b"*" in data:
-        raise InputError(_("YAML anchors are not read"), where=str(path), remedy=_("write the values out"))
-    try:
-        config = yaml.safe_load(data.decode("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise InputError(_("is not YAML ({reason})").format(reason=type(error).__name__), where=str(path)) from None
-    return parse_accelerate(config, where=str(path))
+    return parse_accelerate(read_yaml(path), where=str(path))
 
 
 def parse_accelerate(config: Any, *, where: str) -> AccelerateConfig:

@@ -28,10 +28,11 @@ def with_deepspeed(job: TrainingJob, path: Path) -> TrainingJob:
     """
     from ullage.read.jsonfile import read_json_object
 
-    return _with_zero(job, read_json_object(path), where=str(path))
+    return with_deepspeed_values(job, read_json_object(path), where=str(path))
 
 
-def _with_zero(job: TrainingJob, values: dict[str, Any], *, where: str) -> TrainingJob:
+def with_deepspeed_values(job: TrainingJob, values: dict[str, Any], *, where: str) -> TrainingJob:
+    """Lay the values of a DeepSpeed configuration over a job."""
     import json
 
     from ullage.read.deepspeed_json import parse_deepspeed
@@ -169,7 +170,7 @@ def _with_plugin(job: TrainingJob, section: dict[str, Any], compute: str, path: 
         values["bf16" if compute == "bfloat16" else "fp16"] = {"enabled": True}
     if section.get("gradient_accumulation_steps") is not None:
         values["gradient_accumulation_steps"] = section["gradient_accumulation_steps"]
-    return _with_zero(job, values, where=f"{path}: deepspeed_config")
+    return with_deepspeed_values(job, values, where=f"{path}: deepspeed_config")
 
 
 OVERLAYS: dict[str, Callable[[TrainingJob, Path], TrainingJob]] = {
