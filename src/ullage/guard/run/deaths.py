@@ -1,5 +1,4 @@
-"""What ended an attempt, told apart: memory of the device, of the host, of an engine's pool, a launcher's cascade,
-silence, or an ordinary error.
+"""What ended an attempt: memory of the device, of the host or of an engine's pool, a cascade, silence, or an error.
 
 The words of messages are read by :mod:`ullage.observe`; here they are weighed against the exit code, the kernel's
 counters and the plan store.
@@ -30,11 +29,14 @@ _KINDS = {
     "timeout": "cascade",
 }  # fmt: skip
 _EXIT_CODES = re.compile(rb"exitcode\s*:\s*(-?\d{1,6})\s*\(pid:?\s*(\d{1,9})\)|exitcode: (-?\d{1,6})\) local_rank")
+_PIDS = re.compile(rb"\bpid:?\s*(\d{1,9})\)")
 _ROOT_CAUSE = b"Root Cause (first observed failure)"
 _DISK_FULL = re.compile(rb"No space left on device|Disk quota exceeded|File too large|ENOSPC|EDQUOT|the disk is full")
-_LAST_ERROR = re.compile(rb"^(?:\[[^\]\n]{1,40}\]:\s?)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b[^\n]{0,400})", re.MULTILINE)  # noqa: E501
+_LAST_ERROR = re.compile(
+    rb"^(?:\[[^\]\n]{1,40}\]:\s?)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b[^\n]{0,400})",
+    re.MULTILINE,
+)
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
-_OWN_KILL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = ()
 
     Args:
         ended: the attempt.
-        num_kills: what the cgroup counted meanwhile. ``killed_pids``: what the kernel's log names.
+        num_kills: what the cgroup counted meanwhile.
+        killed_pids: what the kernel's log names; it counts where the command or a worker is among them.
         plan_is_newer: the store holds a plan that this attempt saved.
     """
     if ended.errno:
@@ -75,7 +78,9 @@ def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = ()
     words = ended.tail.last_words()
     worker = worker_exit_code(words)
     asked = _asked(ended, worker, plan_is_newer=plan_is_newer)
-    return asked or _failed(ended, words, worker, num_kills, killed_pids)
+    own = {ended.pid, *(int(pid) for pid in _PIDS.findall(words))}
+    ours = tuple(pid for pid in killed_pids if pid in own)
+    return asked or _failed(ended, words, worker, num_kills, ours)
 
 
 def worker_exit_code(words: bytes) -> int | None:
@@ -103,9 +108,7 @@ def _asked(ended: Ended, worker: int | None, *, plan_is_newer: bool) -> Death | 
     return None
 
 
-def _failed(
-    ended: Ended, words: bytes, worker: int | None, num_kills: int, killed_pids: tuple[int, ...]
-) -> Death:
+def _failed(ended: Ended, words: bytes, worker: int | None, num_kills: int, killed_pids: tuple[int, ...]) -> Death:
     try:
         found = inspect_stream(io.BytesIO(words)) if words else None
     except InputError:

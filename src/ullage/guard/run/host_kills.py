@@ -1,4 +1,4 @@
-"""Whether the kernel killed for the host's memory: the counters of the cgroup, and the kernel's log where it is readable.
+"""Whether the kernel killed for the host's memory: the counters of the cgroup, and the kernel's log if it is readable.
 
 Source: Linux Documentation/admin-guide/cgroup-v2.rst (memory.events: oom_kill), cgroup-v1/memory.rst
 (memory.oom_control: oom_kill), mm/oom_kill.c (the words of the log).
@@ -39,13 +39,12 @@ def own_cgroups(text: str | None = None, root: Path = _ROOT) -> list[Path]:
 
 
 def count_kills(files: list[Path]) -> int:
-    """Return how often the kernel has killed in these cgroups: the largest count (a parent counts its children's)."""
-    counts = [0]
+    """Return how often the kernel has killed in the innermost cgroup that tells; those above it hold other jobs too."""
     for path in files:
         with suppress(OSError):
             match = _COUNT.search(path.read_text())
-            counts.append(int(match.group(1)) if match else 0)
-    return max(counts)
+            return int(match.group(1)) if match else 0
+    return 0
 
 
 @dataclass
@@ -72,14 +71,18 @@ class KillWatch:
 
     def _read_log(self) -> list[str]:
         lines: list[str] = []
-        for _turn in range(_MAX_MESSAGES if self._log >= 0 else 0):
-            try:
-                lines.append(os.read(self._log, 8192).decode("utf-8", "replace"))
-            except BrokenPipeError:  # messages were overwritten before they were read
-                continue
-            except OSError:
-                break
+        while self._log >= 0 and len(lines) < _MAX_MESSAGES and (line := self._next()) is not None:
+            lines.append(line)
         return lines
+
+    def _next(self) -> str | None:
+        """Return the next message, empty for some that were overwritten before they were read, None at the end."""
+        try:
+            return os.read(self._log, 8192).decode("utf-8", "replace")
+        except BrokenPipeError:
+            return ""
+        except OSError:
+            return None
 
 
 def _matches(lines: list[str]) -> list[re.Match[str]]:

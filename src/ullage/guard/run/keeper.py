@@ -13,6 +13,7 @@ Control lines read: ``signal NUMBER group|command``, ``end SECONDS``. Reports wr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -90,10 +91,8 @@ def descendants(root: int, *, but: frozenset[int] = frozenset()) -> list[int]:
 
 def send(pid: int, number: int) -> None:
     """Signal a process that may be gone."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def reap() -> dict[int, int]:
@@ -143,10 +142,8 @@ class Keeper:
 
     def report(self, **values: object) -> None:
         """Tell ``ullage run``; it may be gone."""
-        try:
+        with contextlib.suppress(OSError):
             os.write(self.status, json.dumps(values).encode() + b"\n")
-        except OSError:
-            pass
 
     def start(self) -> bool:
         """Start the command in a session of its own."""
@@ -215,10 +212,8 @@ class Keeper:
                 self._hand_on(int(words[1]), group=words[2] == "group")
 
     def _hand_on(self, number: int, *, group: bool) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             (os.killpg if group else os.kill)(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
     def _end(self, seconds: float) -> None:
         """Ask the command to end, and set when it is killed with all below it; a later call only shortens the time."""
