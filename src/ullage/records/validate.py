@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +19,10 @@ from ullage.records.store import read_records
 
 #: kind of job -> module with ``predict(record) -> Prediction``; imported only when a record of the kind comes.
 PREDICTORS = {"serve": "ullage.records.serving", "train": "ullage.records.training", "kernel": "ullage.records.kernels"}
+#: Fewer records than this do not pay for a process; so many go to one at a time.
+RECORDS_PER_PROCESS, CHUNK = 100, 8
+#: Rows, the verdict on the start, and what broke inside.
+Judged = tuple[list[Comparison], Verdict | None, list[str]]
 #: Published runs that come with the program: facts, each with the address where it was published.
 SHIPPED = Path(__file__).parent / "data" / "serving.jsonl"
 
@@ -45,18 +52,16 @@ def validate_files(
     """
     rows: list[Comparison] = []
     verdicts: list[Verdict] = []
-    unknown: Counter[str] = Counter()
     broken: list[str] = []
-    done = 0
-    for path in paths:
-        for record in read_records(path):
-            unknown.update(set(record.unknown_keys))
-            found, verdict = judge(record, include_partial=include_partial, broken=broken)
-            rows += found
-            verdicts += [verdict] if verdict else []
-            done += 1
-            if progress:
-                progress(done)
+    records = [record for path in paths for record in read_records(path)]
+    unknown = Counter(key for record in records for key in set(record.unknown_keys))
+    judged = _judge_all(records, include_partial)
+    for done, (found, verdict, failures) in enumerate(judged, start=1):
+        rows += found
+        verdicts += [verdict] if verdict else []
+        broken += failures
+        if progress:
+            progress(done)
     warnings = tuple(
         _("unknown key {key} in {count} records, not used").format(key=key, count=count)
         for key, count in sorted(unknown.items())
@@ -65,9 +70,26 @@ def validate_files(
         comparisons=tuple(rows),
         verdicts=tuple(verdicts),
         warnings=warnings,
-        num_records=done,
+        num_records=len(records),
         internal_errors=tuple(broken),
     )
+
+
+def _judge_all(records: list[Record], include_partial: bool) -> Iterator[Judged]:
+    """Judge records in order, on all processors where there are enough of them to pay for the processes."""
+    work = partial(_judge_one, include_partial=include_partial)
+    processes = min(len(records) // RECORDS_PER_PROCESS, os.cpu_count() or 1)
+    if processes < 2:
+        yield from map(work, records)
+        return
+    with ProcessPoolExecutor(max_workers=processes) as pool:
+        yield from pool.map(work, records, chunksize=CHUNK)
+
+
+def _judge_one(record: Record, *, include_partial: bool) -> Judged:
+    broken: list[str] = []
+    rows, verdict = judge(record, include_partial=include_partial, broken=broken)
+    return rows, verdict, broken
 
 
 def judge(
