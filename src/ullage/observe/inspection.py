@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -44,6 +46,7 @@ class Inspection(Frozen):
         partial: the text is cut, or leaves open what a verdict needs; ``notes`` say what.
         total_name: what ``total_bytes`` is, where it is not the card; ``metrics``, ``series``, ``listings``: what
             recordings hold (see :mod:`ullage.observe.measured`).
+        detail: of a snapshot, all that is known (:class:`ullage.observe.snapshot_answer.Answer`).
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Inspection(Frozen):
     metrics: tuple[tuple[str, float], ...] = ()
     series: tuple[Series, ...] = ()
     listings: tuple[Listing, ...] = ()
+    detail: Any = None
 
 
 def looked_for() -> str:
