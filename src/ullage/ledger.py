@@ -10,6 +10,7 @@ from dataclasses import field
 from enum import Enum
 
 from ullage.frozen import Frozen
+from ullage.numeric import larger, smaller, some
 
 
 class Certainty(str, Enum):
@@ -48,7 +49,7 @@ class Term(Frozen):
     children: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.low_bytes <= self.bytes <= self.high_bytes:
+        if isinstance(self.bytes, int) and not self.low_bytes <= self.bytes <= self.high_bytes:
             raise ValueError(f"term {self.name}: {self.low_bytes} <= {self.bytes} <= {self.high_bytes} does not hold")
 
     def walk(self) -> Iterator[Term]:
@@ -85,8 +86,8 @@ def ranged(
     return Term(
         name=name,
         bytes=num_bytes,
-        low_bytes=min(low, num_bytes),
-        high_bytes=max(high, num_bytes),
+        low_bytes=smaller(low, num_bytes),
+        high_bytes=larger(high, num_bytes),
         certainty=certainty,
         formula=formula,
         source=source,
@@ -97,7 +98,7 @@ def total(name: str, children: Iterable[Term], *, formula: str = "", source: str
     """Return the sum of ``children``. Ranges add end to end (no independence assumed), certainty is the weakest."""
     parts = tuple(child for child in children)
     weakest = max(
-        (child.certainty for child in parts if child.bytes or child.high_bytes),
+        (child.certainty for child in parts if some(child.bytes) or some(child.high_bytes)),
         key=_RANK_OF.__getitem__,
         default=Certainty.EXACT,
     )

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from ullage.engines.megatron import layout
 from ullage.engines.megatron.defaults import VERSIONS, resolve
-from ullage.engines.megatron.moments import rank_of
+from ullage.engines.megatron.moments import RankParts, composition, rank_of, rank_parts
 from ullage.engines.megatron.shape import sizes_of
+from ullage.engines.megatron.tables import Tables
 from ullage.engines.training import TrainingStep
 from ullage.i18n import _
 from ullage.spec.model import LatentAttention, MoEFFN
@@ -35,6 +36,8 @@ def step(job: TrainingJob) -> TrainingStep:
     settings, assumed = resolve(job)
     groups, sizes = layout.groups(job), sizes_of(job, settings)
     stages = layout.chunks(job, settings)
+    tables = Tables(job, settings, sizes, groups)
+    shared: dict[tuple[object, ...], RankParts] = {}
     per_stage = job.parallel.tensor_parallel_size * groups.data
     last_order = settings.on("use-tp-pp-dp-mapping")
     ranks = []
@@ -42,7 +45,10 @@ def step(job: TrainingJob) -> TrainingStep:
         first = index * (
             job.parallel.tensor_parallel_size * job.parallel.context_parallel_size if last_order else per_stage
         )
-        ranks.append(rank_of(job, settings, parts, groups, sizes, first_rank=first))
+        key = composition(job, parts)
+        if key not in shared:
+            shared[key] = rank_parts(tables, parts)
+        ranks.append(rank_of(tables, parts, shared[key], first_rank=first))
     ranks.sort(key=lambda rank: -rank.peak.device_used.bytes)
     filled = replace(job, assumed=(*job.assumed, *assumed_tensor, *padded, *assumed))
     return TrainingStep(job=filled, ranks=tuple(ranks), warnings=_warnings(job))

@@ -14,6 +14,7 @@ from ullage.engines.megatron.shape import Sizes
 from ullage.engines.megatron.state_space import gated_delta_saved, mamba_saved
 from ullage.errors import UnknownArchitectureError
 from ullage.i18n import _
+from ullage.numeric import larger, some, where
 from ullage.spec.model import Attention, DenseFFN, GatedDeltaNet, LatentAttention, Layer, Mamba2, MoEFFN
 from ullage.spec.training import TrainingJob
 
@@ -135,7 +136,7 @@ def _attention(job: TrainingJob, settings: Settings, sizes: Sizes, part: Attenti
     """
     n, tokens, h, t = sizes.stream_tokens, sizes.tokens, job.model.hidden_size, sizes.tensor
     dtype = job.precision.compute
-    heads, groups, dim = part.num_heads // t or 1, max(1, part.num_kv_heads // t), part.head_dim
+    heads, groups, dim = larger(1, part.num_heads // t), larger(1, part.num_kv_heads // t), part.head_dim
     found = _norm(job, sizes, "input_layernorm")
     found.append(saved("qkv.input", "qkv_linear", n * h, linear_dtype(job), "n*h", TE + "module/layernorm_linear.py"))
     projected = (tokens * heads + 2 * (sizes.encoder_tokens if part.cross else tokens) * groups) * dim
@@ -169,8 +170,9 @@ def _core(
     found = [saved("core_attention.output", "attn_proj", output, dtype, "T*a*d/t", source)]
     if settings.attention in ("flash", "fused"):
         found.append(saved("log_sum_exp", "core_attn", tokens * local, "float32", "T*a/t", source))
-        if settings.attention == "flash" or sizes.context > 1:
-            found.append(saved("flash.output", "core_attn", output, dtype, "T*a*d/t", source))
+        copied = output if settings.attention == "flash" else where(sizes.context > 1, output, 0)
+        if some(copied):
+            found.append(saved("flash.output", "core_attn", copied, dtype, "T*a*d/t", source))
         return found
     scores = sizes.scores(heads, cross=cross)
     plain = settings.attention == "local" and settings.on("no-masked-softmax-fusion")

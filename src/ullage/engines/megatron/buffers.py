@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ullage.engines.megatron.defaults import Settings
+from ullage.engines.megatron.holdings import distinct_shapes
 from ullage.engines.megatron.layout import Chunk
-from ullage.engines.megatron.params import RankTensor
 from ullage.engines.megatron.shape import Sizes
+from ullage.engines.megatron.states import Held
 from ullage.ledger import Certainty, Term, exact, ranged
+from ullage.numeric import larger, shown, some, where
 from ullage.spec.model import Attention, LatentAttention, MoEFFN
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, tensor_bytes
@@ -17,7 +19,7 @@ TE_STREAMS, USERBUFFER_STREAMS = 4, 3
 
 
 def buffers(
-    job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes, tensors: tuple[RankTensor, ...]
+    job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes, held: tuple[Held, ...]
 ) -> tuple[Term, ...]:
     """Return the persistent buffers of a rank."""
     return (
@@ -27,7 +29,7 @@ def buffers(
         _stage_inputs(job, parts, sizes),
         _userbuffers(job, settings, sizes),
         _rotary(job, settings, sizes),
-        _dummy_gradients(job, settings, tensors),
+        _dummy_gradients(job, settings, held),
     )
 
 
@@ -84,19 +86,17 @@ def _global_buffer(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...
     """
     elements, formula = 0, ""
     if settings.attention == "local":
-        for chunk in parts:
-            for index in chunk.layers:
-                for part in job.model.layers[index].mixers:
-                    if isinstance(part, Attention):
-                        scores = sizes.scores(part.num_heads, cross=part.cross)
-                        if scores > elements:
-                            elements, formula = scores, "b*a/t*s^2"
-    gathers = any(chunk.head for chunk in parts) or not settings.transformer_engine
-    gathered = _gathered_for_experts(job, settings, parts, sizes)
-    if gathered > elements:
-        elements, formula = gathered, "n*h*t_e*EP"
-    if job.parallel.sequence_parallel and gathers and sizes.tokens * job.model.hidden_size > elements:
-        elements, formula = sizes.tokens * job.model.hidden_size, "b*s*h"
+        kinds = {id(job.model.layers[index]): job.model.layers[index] for chunk in parts for index in chunk.layers}
+        for part in (part for layer in kinds.values() for part in layer.mixers):
+            if isinstance(part, Attention):
+                elements, formula = _fuller(
+                    elements, formula, sizes.scores(part.num_heads, cross=part.cross), "b*a/t*s^2"
+                )
+    rows = _gathered_for_experts(job, settings, parts, sizes)
+    elements, formula = _fuller(elements, formula, rows, "n*h*t_e*EP")
+    if any(chunk.head for chunk in parts) or not settings.transformer_engine:
+        whole_stream = where(sizes.sequence, sizes.tokens * job.model.hidden_size, 0)
+        elements, formula = _fuller(elements, formula, whole_stream, "b*s*h")
     return exact(
         "global_memory_buffer",
         tensor_bytes(elements, job.precision.compute),
@@ -105,15 +105,20 @@ def _global_buffer(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...
     )
 
 
+def _fuller(elements: int, formula: str, other: int, words: str) -> tuple[int, str]:
+    """Return the larger use of the buffer, with its formula."""
+    return larger(elements, other), words if some(other > elements) else formula
+
+
 def _gathered_for_experts(job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], sizes: Sizes) -> int:
     """Elements that the allgather dispatcher gathers from all ranks of the expert group.
 
     Source: Megatron-LM@adc69db:megatron/core/transformer/moe/token_dispatcher.py:MoEAllGatherTokenDispatcher.
     """
-    ranks = job.parallel.expert_parallel_size * (job.parallel.expert_tensor_parallel_size or sizes.tensor)
-    if settings.dispatcher != "allgather" or ranks == 1 or not has_moe(job, parts):
+    ranks = sizes.expert * sizes.expert_tensor
+    if settings.dispatcher != "allgather" or not has_moe(job, parts):
         return 0
-    return sizes.stream_tokens * job.model.hidden_size * ranks
+    return where(ranks == 1, 0, sizes.stream_tokens * job.model.hidden_size * ranks)
 
 
 def _stage_inputs(job: TrainingJob, parts: tuple[Chunk, ...], sizes: Sizes) -> Term:
@@ -161,7 +166,7 @@ def _rotary(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
     return exact("rotary_tables", 4 * width * job.seq_len, formula="4*s*d")
 
 
-def _dummy_gradients(job: TrainingJob, settings: Settings, tensors: tuple[RankTensor, ...]) -> Term:
+def _dummy_gradients(job: TrainingJob, settings: Settings, held: tuple[Held, ...]) -> Term:
     """Transformer Engine's dummy weight gradients under fused accumulation: one per distinct weight shape.
 
     Formula: sum over distinct shapes (rows, columns) of rows * columns in the parameter format.
@@ -169,14 +174,14 @@ def _dummy_gradients(job: TrainingJob, settings: Settings, tensors: tuple[RankTe
     """
     if not (settings.transformer_engine and settings.wgrad_fusion):
         return exact("dummy_weight_gradients", 0)
-    shapes = {tensor.shape for tensor in tensors if tensor.linear and not tensor.name.endswith((".gate.weight",))}
-    elements = sum(shape[0] * shape[1] for shape in shapes)
+    kinds = {id(kind): kind for chunk in held for kind, _times in chunk}
+    elements, number = distinct_shapes(list(kinds.values()))
     return Term(
         name="dummy_weight_gradients",
         bytes=tensor_bytes(elements, job.precision.params),
         low_bytes=0,
         high_bytes=tensor_bytes(elements, job.precision.params),
         certainty=Certainty.MODELLED,
-        formula=f"{len(shapes)} shapes, {elements} elements",
+        formula=f"{shown(number)} shapes, {shown(elements)} elements",
         source="TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py:get_dummy_wgrad",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.shape import Sizes
 from ullage.ledger import Term, exact, ranged
+from ullage.numeric import smaller
 from ullage.spec.training import TrainingJob
 from ullage.units import tensor_bytes
 
@@ -29,7 +30,7 @@ def head_saved_bytes(job: TrainingJob, sizes: Sizes) -> int:
 
 def logits_elements(job: TrainingJob, sizes: Sizes) -> int:
     """Logits of one micro-batch on one rank: T * V/t."""
-    return sizes.decoder().tokens * -(-job.model.vocab_size // sizes.tensor)
+    return sizes.decoder().tokens * -(-sizes.vocab_size // sizes.tensor)
 
 
 def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
@@ -75,7 +76,7 @@ def head_backward(job: TrainingJob, sizes: Sizes) -> Term:
         LinearWithGradAccumulationAndAsyncCommunication.backward.
     """
     hidden = job.model.hidden_size
-    rows = -(-job.model.vocab_size // sizes.tensor)
+    rows = -(-sizes.vocab_size // sizes.tensor)
     weight = 0 if job.lora is not None else rows * hidden
     elements = logits_elements(job, sizes) + weight + sizes.decoder().tokens * hidden
     return exact(
@@ -94,7 +95,7 @@ def deferred_bytes(job: TrainingJob, settings: Settings, sizes: Sizes) -> int:
     """
     if not settings.on("defer-embedding-wgrad-compute"):
         return 0
-    number = min(settings.count("wgrad-deferral-limit", 0) or job.grad_accum, job.grad_accum)
+    number = smaller(settings.count("wgrad-deferral-limit", 0) or job.grad_accum, job.grad_accum)
     elements = logits_elements(job, sizes) + sizes.stream_tokens * job.model.hidden_size
     return number * tensor_bytes(elements, job.precision.compute)
 

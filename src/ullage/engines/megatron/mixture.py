@@ -9,6 +9,7 @@ from __future__ import annotations
 from ullage.account.activations.saved import SavedTensor
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.shape import Sizes
+from ullage.numeric import both, where, whole
 from ullage.spec.model import MoEFFN
 from ullage.spec.training import TrainingJob
 
@@ -22,12 +23,11 @@ def rows(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) -> in
         tensor parallelism gathers the rows of its ranks.
     Source: Megatron-LM@adc69db:megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher.
     """
-    expert_tensor = job.parallel.expert_tensor_parallel_size or sizes.tensor
-    tokens = sizes.stream_tokens * part.top_k * expert_tensor
-    if not sizes.sequence and sizes.tensor > 1:
-        tokens = sizes.tokens * part.top_k
+    gathered = sizes.stream_tokens * part.top_k * sizes.expert_tensor
+    whole_stream = both(sizes.tensor > 1, sizes.sequence == False)  # noqa: E712 (an array has no ``not``)
+    tokens = where(whole_stream, sizes.tokens * part.top_k, gathered)
     if settings.capacity_factor is not None and settings.on("moe-pad-expert-input-to-capacity"):
-        return int(tokens * settings.capacity_factor)
+        return whole(tokens * settings.capacity_factor)
     return tokens
 
 
@@ -70,7 +70,7 @@ def _experts(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) -
     """
     m, h, dtype = rows(job, settings, sizes, part), part.latent_size or job.model.hidden_size, job.precision.compute
     quantised = "float8_e4m3" if job.precision.fp8_recipe else dtype
-    inner = m * part.intermediate_size // (job.parallel.expert_tensor_parallel_size or sizes.tensor)
+    inner = m * part.intermediate_size // sizes.expert_tensor
     source = SOURCE + "experts.py:TEGroupedMLP.forward"
     found = [
         _saved("experts.fc1.input", "moe", m * h, quantised, "m*h", source),

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.engines.megatron import schedule
-from ullage.engines.megatron.activations import kept, layer_saved, offloaded_bytes
 from ullage.engines.megatron.buffers import buffers
 from ullage.engines.megatron.costs import CHECKPOINT, ChunkCost, chunk_cost
 from ullage.engines.megatron.defaults import Settings
-from ullage.engines.megatron.layout import Chunk, Groups
+from ullage.engines.megatron.layout import Chunk
 from ullage.engines.megatron.loss import batch_bytes, deferred_bytes, head_backward, loss_peak
-from ullage.engines.megatron.outside import fragmentation, outside
+from ullage.engines.megatron.outside import fragmentation
 from ullage.engines.megatron.shape import Sizes
 from ullage.engines.megatron.states import States, gathered, states
+from ullage.engines.megatron.tables import Tables, layer_runs
 from ullage.engines.training import TrainingRank
 from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
+from ullage.numeric import larger, some
 from ullage.spec.training import TrainingJob
 from ullage.units import tensor_bytes
 
@@ -32,27 +33,58 @@ class Peak(Frozen):
     moment: str
 
 
-def rank_of(
-    job: TrainingJob, settings: Settings, parts: tuple[Chunk, ...], groups: Groups, sizes: Sizes, *, first_rank: int
-) -> TrainingRank:
+class RankParts(Frozen):
+    """What equal ranks share, whatever their place in the pipeline: states, buffers, and costs chunk by chunk."""
+
+    held: States
+    persistent: tuple[Term, ...]
+    resident: tuple[Term, ...]
+    costs: tuple[ChunkCost, ...]
+
+
+def rank_parts(tables: Tables, parts: tuple[Chunk, ...]) -> RankParts:
+    """Work out the states, buffers and costs of a rank that holds ``parts``."""
+    job, settings, sizes = tables.job, tables.settings, tables.sizes
+    kinds = tuple(tables.held(chunk) for chunk in parts)
+    persistent = (*buffers(job, settings, parts, sizes, kinds), _pools(tables, parts))
+    return RankParts(
+        held=states(job, settings, parts, kinds, tables.groups),
+        persistent=persistent,
+        resident=(*_resident(job, settings, sizes, parts, persistent), gathered(job, kinds)),
+        costs=tuple(chunk_cost(tables, chunk) for chunk in parts),
+    )
+
+
+def composition(job: TrainingJob, parts: tuple[Chunk, ...]) -> tuple[object, ...]:
+    """What decides :class:`RankParts`: equal for ranks that hold the same kinds of layers in the same order."""
+    return tuple(
+        (
+            chunk.pp_rank == 0,
+            chunk.embedding,
+            chunk.head,
+            chunk.mtp,
+            *((id(layer), times) for layer, times in layer_runs(job, chunk.layers)),
+        )
+        for chunk in parts
+    )
+
+
+def rank_of(tables: Tables, parts: tuple[Chunk, ...], shared: RankParts, *, first_rank: int) -> TrainingRank:
     """Walk a step of one class of ranks."""
-    held = states(job, settings, parts, groups)
-    persistent = buffers(job, settings, parts, sizes, held.tensors)
-    persistent += (_pools(job, settings, sizes, parts),)
-    after = _ledger(job, first_rank, "after step", (*held.terms, *persistent))
-    resident = (*_resident(job, settings, sizes, parts, persistent), gathered(job, parts, groups))
-    costs = tuple(chunk_cost(job, settings, sizes, chunk) for chunk in parts)
+    job, held = tables.job, shared.held
+    after = _ledger(tables, first_rank, "after step", (*held.terms, *shared.persistent))
+    between = (*_between(held), *shared.resident)
     found = [
         _ledger(
-            job,
+            tables,
             first_rank,
             peak.moment,
-            (*_between(held), *resident, *_activations(costs, peak), *peak.extra),
+            (*between, *_activations(tables, shared.costs, peak), *peak.extra),
         )
-        for peak in _peaks(job, settings, sizes, parts, costs)
+        for peak in _peaks(tables, parts, shared.costs)
     ]
-    found.append(_ledger(job, first_rank, "optimizer step", (*held.terms, *persistent)))
-    stage = job.parallel.tensor_parallel_size * groups.data
+    found.append(replace(after, moment="optimizer step"))
+    stage = job.parallel.tensor_parallel_size * tables.groups.data
     return TrainingRank(
         rank=first_rank,
         num_ranks=stage,
@@ -63,33 +95,36 @@ def rank_of(
     )
 
 
-def _pools(job: TrainingJob, settings: Settings, sizes: Sizes, parts: tuple[Chunk, ...]) -> Term:
+def _pools(tables: Tables, parts: tuple[Chunk, ...]) -> Term:
     """Pools that CUDA graphs and fine-grained offload keep: from nothing to one micro-batch of what passes through.
 
     Known error: neither is followed tensor by tensor.
     Source: Megatron-LM@d98e8a6:megatron/core/transformer/cuda_graphs.py,
     megatron/core/pipeline_parallel/fine_grained_activation_offload.py.
     """
+    settings = tables.settings
     if settings.flags.get("cuda-graph-impl", "none") == "none" and not settings.on(
         "fine-grained-activation-offloading"
     ):
         return exact("graph_and_offload_pools", 0)
-    kinds = [job.model.layers[index] for chunk in parts for index in chunk.layers]
-    most = sum(tensor.bytes for layer in kinds for tensor in kept(job, layer_saved(job, settings, sizes, layer)))
-    away = max((offloaded_bytes(job, layer_saved(job, settings, sizes, layer)) for layer in kinds), default=0)
-    return ranged("graph_and_offload_pools", 0, low=0, high=max(most, away), formula="0 .. one micro-batch")
+    most = away = 0
+    for layer, times in (run for chunk in parts for run in layer_runs(tables.job, chunk.layers)):
+        cost = tables.layer(layer)
+        most, away = most + times * cost.bytes, larger(away, cost.away_bytes)
+    return ranged("graph_and_offload_pools", 0, low=0, high=larger(most, away), formula="0 .. one micro-batch")
 
 
 def _between(held: States) -> tuple[Term, ...]:
     """States while passes run: the optimizer's own copies of gradients were dropped before the first."""
-    if not held.step_only_bytes:
+    dropped = held.step_only_bytes
+    if not some(dropped):
         return held.terms
     return tuple(
         replace(
             term,
-            bytes=term.bytes - held.step_only_bytes,
-            low_bytes=term.low_bytes - held.step_only_bytes,
-            high_bytes=term.high_bytes - held.step_only_bytes,
+            bytes=term.bytes - dropped,
+            low_bytes=term.low_bytes - dropped,
+            high_bytes=term.high_bytes - dropped,
         )
         if term.name == "gradients"
         else term
@@ -112,44 +147,40 @@ def _resident(
     return tuple(kept_terms)
 
 
-def _peaks(
-    job: TrainingJob, settings: Settings, sizes: Sizes, parts: tuple[Chunk, ...], costs: tuple[ChunkCost, ...]
-) -> list[Peak]:
-    """The fullest forward, loss and backward of the rank's schedule."""
-    parallel = job.parallel
-    virtual = len(parts)
-    order = schedule.passes(
-        schedule=_schedule(job),
-        pipeline=parallel.pipeline_parallel_size,
+def loads_of(job: TrainingJob, settings: Settings, rank: int, virtual: int) -> tuple[schedule.Load, ...]:
+    """The moments of the job's schedule that can be the fullest of a pipeline rank with ``virtual`` chunks."""
+    pipeline = job.parallel.pipeline_parallel_size
+    return schedule.loads(
+        schedule=job.parallel.schedule or "1f1b",
+        pipeline=pipeline,
         virtual=virtual,
-        rank=parts[0].pp_rank,
+        rank=rank,
         num_micro_batches=job.grad_accum,
-        group=max(
-            1, settings.count("microbatch-group-size-per-virtual-pipeline-stage", parallel.pipeline_parallel_size)
-        ),
+        group=max(1, settings.count("microbatch-group-size-per-virtual-pipeline-stage", pipeline)),
     )
-    live = [0] * virtual
+
+
+def _peaks(tables: Tables, parts: tuple[Chunk, ...], costs: tuple[ChunkCost, ...]) -> list[Peak]:
+    """The fullest forward, loss and backward of the rank's schedule."""
+    job, settings = tables.job, tables.settings
+    work = {
+        (forward, at): moments_of(tables, cost, forward=forward)
+        for forward in (True, False)
+        for at, cost in enumerate(costs)
+    }
     best: dict[str, Peak] = {}
-    for one in order:
-        cost = costs[one.virtual]
-        if one.forward:
-            live[one.virtual] += 1
-        for moment, extra in _moments(job, settings, sizes, cost, forward=one.forward):
-            size = sum(n * c.saved.bytes for n, c in zip(live, costs, strict=True)) + sum(term.bytes for term in extra)
+    for load in loads_of(job, settings, parts[0].pp_rank, len(parts)):
+        kept_bytes = sum(n * c.saved.bytes for n, c in zip(load.live, costs, strict=True))
+        for moment, extra in work[load.forward, load.virtual]:
+            size = kept_bytes + sum(term.bytes for term in extra)
             if moment not in best or size > best[moment].bytes:
-                best[moment] = Peak(in_flight=tuple(live), extra=extra, bytes=size, moment=moment)
-        if not one.forward:
-            live[one.virtual] -= 1
+                best[moment] = Peak(in_flight=load.live, extra=extra, bytes=size, moment=moment)
     return list(best.values())
 
 
-def _schedule(job: TrainingJob) -> str:
-    return job.parallel.schedule or "1f1b"
-
-
-def _moments(
-    job: TrainingJob, settings: Settings, sizes: Sizes, cost: ChunkCost, *, forward: bool
-) -> list[tuple[str, tuple[Term, ...]]]:
+def moments_of(tables: Tables, cost: ChunkCost, *, forward: bool) -> list[tuple[str, tuple[Term, ...]]]:
+    """What a pass of a chunk needs on top of what is kept, moment by moment."""
+    job, settings, sizes = tables.job, tables.settings, tables.sizes
     if forward:
         found: list[tuple[str, tuple[Term, ...]]] = [("forward", (_modelled("forward_transient", cost.forward_bytes),))]
         if cost.head:
@@ -157,7 +188,7 @@ def _moments(
             found.append(("head backward", (head_backward(job, sizes),)))
         return found
     terms = [_modelled("backward_transient", cost.backward_bytes)]
-    if cost.rebuilt_bytes:
+    if some(cost.rebuilt_bytes):
         terms.append(exact("recomputed_layer", cost.rebuilt_bytes, formula="one checkpointed group", source=CHECKPOINT))
     return [("backward", tuple(terms))]
 
@@ -166,35 +197,39 @@ def _modelled(name: str, num_bytes: int) -> Term:
     return ranged(name, num_bytes, low=num_bytes // 2, high=num_bytes * 2)
 
 
-def _activations(costs: tuple[ChunkCost, ...], peak: Peak) -> tuple[Term, ...]:
+def _activations(tables: Tables, costs: tuple[ChunkCost, ...], peak: Peak) -> tuple[Term, ...]:
     """Kept activations of all micro-batches in flight."""
     found = []
     for number, cost in zip(peak.in_flight, costs, strict=True):
         if number:
-            found.append(_scaled(cost.saved, number))
+            key = (id(cost), number)
+            if key not in tables.scaled:
+                tables.scaled[key] = _scaled(cost.saved, number)
+            found.append(tables.scaled[key])
     return tuple(found)
 
 
 def _scaled(term: Term, number: int) -> Term:
     if number == 1:
         return term
-    return replace(
-        term,
+    return Term(
+        name=term.name,
         bytes=term.bytes * number,
         low_bytes=term.low_bytes * number,
         high_bytes=term.high_bytes * number,
+        certainty=term.certainty,
         formula=f"{number} micro-batches in flight",
         source=SCHEDULES,
         children=tuple(_scaled(child, number) for child in term.children),
     )
 
 
-def _ledger(job: TrainingJob, rank: int, moment: str, terms: tuple[Term, ...]) -> Ledger:
-    allocated = total("allocated", tuple(term for term in terms if term.bytes or term.high_bytes))
+def _ledger(tables: Tables, rank: int, moment: str, terms: tuple[Term, ...]) -> Ledger:
+    allocated = total("allocated", tuple(term for term in terms if some(term.bytes) or some(term.high_bytes)))
     return Ledger(
         rank=rank,
         moment=moment,
         allocated=allocated,
-        reserved_overhead=fragmentation(job, allocated),
-        outside=outside(job),
+        reserved_overhead=fragmentation(tables.job, allocated),
+        outside=tables.outside,
     )

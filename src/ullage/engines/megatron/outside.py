@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ullage.ledger import Certainty, Term, ranged, total
+from ullage.numeric import shown, whole
 from ullage.spec.training import TrainingJob
 from ullage.units import GiB
 
@@ -39,7 +40,7 @@ def outside(job: TrainingJob) -> Term:
     """
     parallel = job.parallel
     dims = sum(
-        size > 1
+        1 * (size > 1)
         for size in (
             parallel.data_parallel_size,
             parallel.tensor_parallel_size,
@@ -48,7 +49,7 @@ def outside(job: TrainingJob) -> Term:
             parallel.expert_parallel_size,
         )
     )
-    expected = int(0.52 * GiB + 0.39 * GiB * (1 + dims)) if job.machine.num_gpus > 1 else int(0.52 * GiB)
+    expected = whole(0.52 * GiB + 0.39 * GiB * (1 + dims)) if job.machine.num_gpus > 1 else int(0.52 * GiB)
     return total(
         "outside",
         (
@@ -57,7 +58,7 @@ def outside(job: TrainingJob) -> Term:
                 expected,
                 low=expected // 2,
                 high=expected + 4 * GiB,
-                formula=f"0.52 + 0.39 x {1 + dims} GiB",
+                formula=f"0.52 + 0.39 x {shown(1 + dims)} GiB",
                 source="Pith-Train@23db182:tools/memory_estimator",
                 certainty=Certainty.MODELLED,
             ),

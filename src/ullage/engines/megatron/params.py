@@ -39,8 +39,8 @@ class RankTensor(Frozen):
         return math.prod(self.shape) * self.copies
 
 
-def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups) -> list[RankTensor]:
-    """Parameters of a chunk in module order: embedding, layers, final norm, multi-token prediction, head.
+def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups, *, layers: bool = True) -> list[RankTensor]:
+    """Parameters of a chunk in module order: layers (unless left out), multi-token prediction, embedding, norm, head.
 
     A tied head on another stage than the embedding is a second copy of it; so is the embedding beside MTP layers.
     Source: Megatron-LM@adc69db:megatron/core/models/gpt/gpt_model.py:GPTModel.__init__,
@@ -59,7 +59,7 @@ def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups) -> list[RankTen
     if tied_copy and not chunk.mtp:
         found.append(_share(job, word, sizes, shared=True))
     body: list[RankTensor] = []
-    for index in chunk.layers:
+    for index in chunk.layers if layers else ():
         body += layer_tensors(job, model.layers[index], sizes)
     if chunk.mtp:
         for placed in model_parameters(_without_layers(model), mtp=True, towers=False):

@@ -6,6 +6,7 @@ forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/D
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -32,6 +33,50 @@ def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_b
         return _interleaved(pipeline, virtual, rank, number, group)
     warmup = min(pipeline - rank - 1, number)
     return _one_forward_one_backward([0] * number, [0] * number, warmup)
+
+
+class Load(NamedTuple):
+    """A fullest moment of the passes: a forward or backward of chunk ``virtual`` with ``live`` micro-batches held."""
+
+    forward: bool
+    virtual: int
+    live: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def loads(
+    *, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int
+) -> tuple[Load, ...]:
+    """Return the moments of a rank's passes that can be the fullest, in the order in which they come.
+
+    A moment that holds no more of any chunk than another of its kind is left out.
+    """
+    held = [0] * virtual
+    seen: dict[Load, None] = {}
+    for one in passes(
+        schedule=schedule,
+        pipeline=pipeline,
+        virtual=virtual,
+        rank=rank,
+        num_micro_batches=num_micro_batches,
+        group=group,
+    ):
+        if one.forward:
+            held[one.virtual] += 1
+        seen.setdefault(Load(one.forward, one.virtual, tuple(held)))
+        if not one.forward:
+            held[one.virtual] -= 1
+    return fullest(tuple(seen))
+
+
+def fullest(found: tuple[Load, ...]) -> tuple[Load, ...]:
+    """Leave out every load that another of its kind is at least as full as, chunk by chunk."""
+    by_kind: dict[tuple[bool, int], list[tuple[int, ...]]] = {}
+    for load in sorted(found, key=lambda load: -sum(load.live)):
+        kept = by_kind.setdefault((load.forward, load.virtual), [])
+        if not any(all(map(int.__ge__, other, load.live)) for other in kept):
+            kept.append(load.live)
+    return tuple(load for load in found if load.live in by_kind[load.forward, load.virtual])
 
 
 def _one_forward_one_backward(forward: list[int], backward: list[int], warmup: int) -> list[Pass]:

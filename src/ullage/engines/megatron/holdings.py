@@ -1,0 +1,187 @@
+"""Parameters of a rank added up once for every kind of layer, so that a chunk is a sum over kinds times their numbers.
+
+A :class:`Holding` is the dense or the expert side of one kind of layer, or of what stands outside layers. Its figures
+are whole numbers, or arrays with one element a layout; ``choices`` are then the holdings the elements were taken from.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ullage.engines.megatron.layout import Chunk, Groups
+from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors, layer_tensors
+from ullage.frozen import Frozen
+from ullage.numeric import lcm
+from ullage.spec.model import Layer
+from ullage.spec.training import TrainingJob
+from ullage.units import round_up
+
+#: Every parameter starts at a multiple of so many elements in the distributed optimizer's buffers.
+ALIGNMENT = 64
+
+
+class Holding(Frozen):
+    """Tensors of one side, added up.
+
+    Attributes:
+        elements: trained ones; frozen: of the base beside adapters.
+        aligned: elements when each tensor starts at a multiple of 64, those of ``closed`` left out.
+        closed: aligned elements of buckets that a tied embedding closes or fills.
+        linear: elements of weights of GEMMs; quantised: of these, all but routers'.
+        largest: elements of the largest tensor; num_tensors: copies counted once.
+        tensors: the trained ones; choices, index: of an array.
+    """
+
+    elements: int
+    frozen: int
+    aligned: int
+    closed: tuple[int, ...]
+    linear: int
+    quantised: int
+    largest: int
+    num_tensors: int
+    tensors: tuple[RankTensor, ...] = ()
+    choices: tuple[Holding, ...] = ()
+    index: Any = None
+
+
+#: Holdings in module order, with how often each comes in a row.
+Runs = tuple[tuple[Holding, int], ...]
+
+
+class Kind(Frozen):
+    """A kind of layer, or what a chunk holds outside layers: its dense and its expert side, and all elements."""
+
+    dense: Holding
+    expert: Holding
+    elements: int
+    shapes: frozenset[tuple[int, ...]] = frozenset()
+    choices: tuple[Kind, ...] = ()
+    index: Any = None
+
+
+def distinct_shapes(kinds: list[Kind]) -> tuple[int, int]:
+    """Elements of the distinct shapes of linear weights among ``kinds``, and how many shapes they are."""
+    if not kinds[0].choices:
+        shapes = frozenset().union(*(kind.shapes for kind in kinds))
+        return sum(shape[0] * shape[1] for shape in shapes), len(shapes)
+    numpy = sys.modules["numpy"]
+    found = [distinct_shapes([kind.choices[at] for kind in kinds]) for at in range(len(kinds[0].choices))]
+    both = numpy.array(found, dtype="int64")[kinds[0].index]
+    return both[:, 0], both[:, 1]
+
+
+def layer_kind(job: TrainingJob, layer: Layer, sizes: Groups) -> Kind:
+    """Add up one layer."""
+    return _kind(job, layer_tensors(job, layer, sizes))
+
+
+def root_kind(job: TrainingJob, chunk: Chunk, sizes: Groups) -> Kind:
+    """Add up what a chunk holds outside layers: multi-token prediction, embedding, final norms, head."""
+    return _kind(job, chunk_tensors(job, chunk, sizes, layers=False))
+
+
+def _kind(job: TrainingJob, tensors: list[RankTensor]) -> Kind:
+    sides = [_holding(job, [tensor for tensor in tensors if tensor.expert is expert]) for expert in (False, True)]
+    shapes = {
+        tensor.shape
+        for side in sides
+        for tensor in side.tensors
+        if tensor.linear and not tensor.name.endswith(".gate.weight")
+    }
+    elements = sum(tensor.num_elements for tensor in tensors)
+    return Kind(dense=sides[0], expert=sides[1], elements=elements, shapes=frozenset(shapes))
+
+
+def _holding(job: TrainingJob, tensors: list[RankTensor]) -> Holding:
+    frozen = 0
+    if job.lora is not None:
+        frozen, tensors = sum(tensor.num_elements for tensor in tensors), adapters(job, tensors)
+    sums = [tensor.num_elements for tensor in tensors]
+    linear = [(tensor, size) for tensor, size in zip(tensors, sums, strict=True) if tensor.linear]
+    aligned, closed = _buckets(tensors)
+    return Holding(
+        elements=sum(sums),
+        frozen=frozen,
+        aligned=aligned,
+        closed=closed,
+        linear=sum(size for _tensor, size in linear),
+        quantised=sum(size for tensor, size in linear if ".gate." not in tensor.name),
+        largest=max((size // tensor.copies for tensor, size in zip(tensors, sums, strict=True)), default=0),
+        num_tensors=len(tensors),
+        tensors=tuple(tensors),
+    )
+
+
+def _buckets(tensors: list[RankTensor]) -> tuple[int, tuple[int, ...]]:
+    """Return aligned elements of the bucket that stays open, and of those that tied embeddings close.
+
+    Buffers fill from the last parameter to the first; what comes before in module order joins the open bucket.
+    """
+    closed: list[int] = []
+    at = 0
+    for tensor in reversed(tensors):
+        size = round_up(tensor.num_elements // tensor.copies, ALIGNMENT) * tensor.copies
+        if tensor.shared_embedding:
+            closed += [at, size]
+            at = 0
+        else:
+            at += size
+    return at, tuple(closed)
+
+
+def buffered(runs: Runs, *, data: int, distributed: bool, bucket: int | None) -> int:
+    """Elements of a parameter or gradient buffer of ``(holding, times)``, padding included.
+
+    Formula: without the distributed optimizer the sum. With it every parameter starts at a multiple of 64 elements and
+        every bucket ends at a multiple of m = lcm(N, 128): sum over buckets of ceil(aligned / m) * m, N data-parallel
+        ranks. A tied embedding is a bucket of its own, all else one bucket; of buckets of a size see ``by_buckets``.
+    Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__.
+    """
+    if not distributed:
+        return sum(holding.elements * times for holding, times in runs)
+    if bucket is not None:
+        return _by_buckets(runs, data, bucket)
+    multiple = lcm(data, 128)
+    found = round_up(sum(holding.aligned * times for holding, times in runs), multiple)
+    for holding, times in runs:
+        found = found + sum(round_up(size, multiple) * times for size in holding.closed)
+    return found
+
+
+def _by_buckets(runs: Runs, data: Any, bucket: Any) -> int:
+    """Buckets of a size, closed one after the other: layout by layout."""
+    choices, index = runs[0][0].choices, runs[0][0].index
+    if not choices:
+        return buffer_elements(_tensors(runs), data=data, distributed=True, bucket=bucket)
+    known: dict[tuple[int, int], int] = {}
+    rows = list(zip(index.tolist(), data.tolist(), strict=True))
+    for at, (choice, ranks) in enumerate(rows):
+        if (choice, ranks) not in known:
+            one = tuple((holding.choices[choice], times) for holding, times in runs)
+            limit = bucket if isinstance(bucket, int) else int(bucket[at])
+            known[choice, ranks] = buffer_elements(_tensors(one), data=ranks, distributed=True, bucket=limit)
+    found: int = sys.modules["numpy"].array([known[row] for row in rows], dtype="int64")
+    return found
+
+
+def _tensors(runs: Runs) -> list[RankTensor]:
+    return [tensor for holding, times in runs for _time in range(times) for tensor in holding.tensors]
+
+
+class Side(Frozen):
+    """Dense or expert parameters of one chunk.
+
+    Attributes:
+        runs: holdings in module order, with how often each comes in a row.
+        buffered: elements of the buffer; shard: whose optimizer states this rank holds.
+    """
+
+    runs: Runs
+    buffered: int
+    shard: int
+
+    def sum(self, name: str) -> int:
+        """Add up an attribute of the holdings."""
+        return sum(getattr(holding, name) * times for holding, times in self.runs)
