@@ -11,6 +11,7 @@ from dataclasses import field, replace
 from typing import Any
 
 from ullage.account.parameters import Counts, count
+from ullage.catalog.calibration import with_calibration
 from ullage.engines.serving import Amount, EngineStart, RankClass, start
 from ullage.errors import EXIT_DOES_NOT_FIT, EXIT_OK, EXIT_TIGHT, InputError
 from ullage.frozen import Frozen
@@ -135,6 +136,7 @@ def fit_serving(
     concurrency: int | None = None,
     reserve: str = DEFAULT_RESERVE,
     advise: bool = True,
+    calibrated: bool = True,
     starter: Callable[[ServingJob], EngineStart] = start,
 ) -> FitResult:
     """Judge a serving job.
@@ -145,12 +147,14 @@ def fit_serving(
         concurrency: requests of that length at a time that are asked for; one when not given.
         reserve: memory to keep free, ``20%`` of the device or ``8GiB``.
         advise: also look for the cheapest changes, by running the engine's start again.
+        calibrated: use what ``ullage calibrate`` measured on this kind of GPU, if anything.
         starter: the engine's start arithmetic (tests put a small one here).
 
     Raises:
         InputError: impossible settings.
     """
     _check_asked(context, concurrency)
+    job = with_calibration(job) if calibrated else job
     engine = starter(job)
     if concurrency and engine.job.max_num_seqs and cdiv(concurrency, replicas(engine.job)) > engine.job.max_num_seqs:
         per_replica = cdiv(concurrency, replicas(engine.job))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from ullage.account.calibrated import calibrated_ledger
 from ullage.account.parameters import Counts, count
+from ullage.catalog.calibration import with_calibration
 from ullage.engines.serving import Amount
 from ullage.engines.training import TrainingRank, TrainingStep, step
 from ullage.errors import UllageError
@@ -58,13 +60,21 @@ class TrainingFit(Frozen):
 
 
 def fit_training(
-    job: TrainingJob, *, reserve: str = DEFAULT_RESERVE, advise: bool = True, walker: Walker = step
+    job: TrainingJob,
+    *,
+    reserve: str = DEFAULT_RESERVE,
+    advise: bool = True,
+    calibrated: bool = True,
+    walker: Walker = step,
 ) -> TrainingFit:
     """Judge a training job by the device used of its fullest rank.
+
+    ``calibrated``: use what ``ullage calibrate`` measured on this kind of GPU, if anything.
 
     Raises:
         InputError: impossible settings, or a framework whose rules are not written.
     """
+    job = with_calibration(job) if calibrated else job
     result = judge(walker(job), reserve)
     if advise:
         result = replace(result, advice=tuple(_advice(result, job, reserve, walker)))
@@ -74,6 +84,7 @@ def fit_training(
 def judge(answer: TrainingStep, reserve: str) -> TrainingFit:
     """Return the verdict: device used against what the runtime reports, the reserve kept free."""
     gpu = answer.job.machine.gpu
+    answer = _calibrated(answer) if gpu.calibration is not None else answer
     total = Amount(value=gpu.total_bytes, low=gpu.total_low_bytes, high=gpu.total_high_bytes)
     reserve_bytes = parse_reserve(reserve, gpu.total_bytes)
     worst = max(answer.ranks, key=lambda rank: rank.peak.device_used.bytes)
@@ -95,6 +106,20 @@ def judge(answer: TrainingStep, reserve: str) -> TrainingFit:
         reserve_bytes=reserve_bytes,
         worst=worst,
     )
+
+
+def _calibrated(answer: TrainingStep) -> TrainingStep:
+    """Return the step with measured amounts in the place of modelled ones."""
+    machine, engine = answer.job.machine, answer.job.engine
+    ranks = tuple(
+        replace(
+            rank,
+            moments=tuple(calibrated_ledger(moment, machine, engine) for moment in rank.moments),
+            after_step=calibrated_ledger(rank.after_step, machine, engine),
+        )
+        for rank in answer.ranks
+    )
+    return replace(answer, ranks=ranks)
 
 
 def _advice(result: TrainingFit, job: TrainingJob, reserve: str, walker: Walker) -> Iterator[TrainingAdvice]:

@@ -126,7 +126,7 @@ def parse_event(data: str) -> tuple[dict[str, Any], str]:
         return {}, ""
     choices = found.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
+    delta: dict[str, Any] = choice["delta"] if isinstance(choice.get("delta"), dict) else {}
     pieces = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
     return found, "".join(piece for piece in pieces if isinstance(piece, str))
 

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_load(parser.add_argument_group(_("load and settings")))
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
     parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
+    parser.add_argument("--no-calibration", action="store_true", help=_("do not use what ullage calibrate measured"))
     parser.add_argument("--no-advice", action="store_true", help=_("do not look for the cheapest change"))
     parser.add_argument("--metrics", action="store_true", help=_("also print ratios"))
     parser.add_argument("--json", action="store_true", help=_("print JSON (see ullage schema fit)"))
@@ -120,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         concurrency=arguments.concurrency,
         reserve=arguments.reserve,
         advise=not arguments.no_advice,
+        calibrated=not arguments.no_calibration,
     )
     if arguments.json:
         from ullage.cli import print_json
@@ -160,7 +162,7 @@ def job_of(arguments: argparse.Namespace) -> ServingJob | TrainingJob:
 
 def _only_training(job: TrainingJob, arguments: argparse.Namespace) -> TrainingJob:
     """Refuse options of serving beside a training job: they would be left out without a word."""
-    allowed = {"what", "on", "reserve", "assume", "no_advice", "metrics", "json"}
+    allowed = {"what", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json"}
     given = [name for name, value in vars(arguments).items() if name not in allowed and value not in (None, False)]
     if given:
         raise InputError(

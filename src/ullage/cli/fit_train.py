@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_step(parser.add_argument_group(_("step")))
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
     parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
+    parser.add_argument("--no-calibration", action="store_true", help=_("do not use what ullage calibrate measured"))
     parser.add_argument("--no-advice", action="store_true", help=_("do not look for the cheapest change"))
     parser.add_argument("--metrics", action="store_true", help=_("also print ratios"))
     parser.add_argument("--json", action="store_true", help=_("print JSON (see ullage schema fit)"))
@@ -88,7 +89,9 @@ def answer(job: TrainingJob, arguments: argparse.Namespace) -> int:
     """Fit the job and print it."""
     from ullage.training_fit import fit_training
 
-    result = fit_training(job, reserve=arguments.reserve, advise=not arguments.no_advice)
+    result = fit_training(
+        job, reserve=arguments.reserve, advise=not arguments.no_advice, calibrated=not arguments.no_calibration
+    )
     if arguments.json:
         from ullage.cli import print_json
         from ullage.report.train_json import training_json
@@ -145,7 +148,7 @@ def _refuse(
     arguments: argparse.Namespace, line: str, *, except_for: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> None:
     """Refuse options that the launch file states: one of the two would be left out without a word."""
-    own = {*except_for, "line", "on", "reserve", "assume", "no_advice", "metrics", "json"}
+    own = {*except_for, "line", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json"}
     given = [
         name
         for name, value in vars(arguments).items()

@@ -5,6 +5,36 @@ from __future__ import annotations
 from ullage.frozen import Frozen
 
 
+class Figure(Frozen):
+    """One calibrated amount in bytes: the median of its samples, the least and the most."""
+
+    name: str
+    value: int
+    low: int
+    high: int
+
+
+class Calibration(Frozen):
+    """What was measured on this kind of GPU (``ullage calibrate``).
+
+    Attributes:
+        name, measured: of the profile, and when it was made.
+        software: driver, CUDA and torch, in words.
+        num_ranks: GPUs that spoke with each other while NCCL was measured.
+        figures: the amounts.
+    """
+
+    name: str
+    measured: str
+    software: str = ""
+    num_ranks: int = 1
+    figures: tuple[Figure, ...] = ()
+
+    def figure(self, name: str) -> Figure | None:
+        """Return the amount of that name, None when it was not measured."""
+        return next((figure for figure in self.figures if figure.name == name), None)
+
+
 class Gpu(Frozen):
     """One kind of accelerator.
 
@@ -19,6 +49,7 @@ class Gpu(Frozen):
         compute_capability: NVIDIA's, such as (9, 0).
         unified: memory shared with the host (GB10, Apple).
         source: where the figures are from.
+        calibration: what was measured on this kind of card, laid on by a fit (:mod:`ullage.catalog.calibration`).
     """
 
     name: str
@@ -33,6 +64,7 @@ class Gpu(Frozen):
     compute_capability: tuple[int, int] | None = None
     unified: bool = False
     source: str = ""
+    calibration: Calibration | None = None
 
 
 class Machine(Frozen):

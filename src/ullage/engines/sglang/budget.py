@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ullage.account.calibrated import serving_context
 from ullage.engines.sglang import graphs
 from ullage.engines.sglang import pool as pools
 from ullage.engines.sglang.defaults import Settings
@@ -49,7 +50,8 @@ class Budget(Frozen):
 
 def cases(settings: Settings, loaded: Loaded) -> tuple[Case, Case, Case]:
     """Return the expected case, the one with the least memory left and the one with the most."""
-    context, distributed = graphs.runtime("cuda_context"), distributed_bytes(settings)
+    context = serving_context(settings.job.machine.gpu) or graphs.runtime("cuda_context")
+    distributed = distributed_bytes(settings)
     if settings.job.device_free_bytes is not None:
         return _stated_free(settings, loaded, settings.job.device_free_bytes, context[0] + distributed[0])
     usage = _usage(settings, loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ullage.account.calibrated import calibrated, serving_context
 from ullage.engines.serving import Amount
 from ullage.engines.sglang.budget import Budget
 from ullage.engines.sglang.defaults import Settings
@@ -73,17 +74,20 @@ def ledger_of(start: StageStart, settings: Settings, rank: int) -> Ledger:
         rank=rank,
         allocated=total("allocated", allocated),
         reserved_overhead=total("reserved_overhead", (loaded.rounding, rounding)),
-        outside=total("outside", _outside(start)),
+        outside=total("outside", _outside(start, settings)),
     )
 
 
-def _outside(start: StageStart) -> list[Term]:
+def _outside(start: StageStart, settings: Settings) -> list[Term]:
     source = "catalog/engines/sglang.json:runtime"
     contexts = [case.case.context for case in (start.expected, start.low, start.high)]
     wires = [case.case.distributed for case in (start.expected, start.low, start.high)]
     value, low, high = start.graphs
+    context = ranged("cuda_context", contexts[0], low=min(contexts), high=max(contexts), source=source)
+    gpu = settings.job.machine.gpu
+    measured = serving_context(gpu) if settings.job.device_free_bytes is None else None
     return [
-        ranged("cuda_context", contexts[0], low=min(contexts), high=max(contexts), source=source),
+        calibrated(context, gpu, measured),
         ranged("nccl", wires[0], low=min(wires), high=max(wires), source=source),
         start.loaded.modules,
         ranged("cuda_graphs", value, low=low, high=high, formula="layers x sizes x nodes + tables", source=source),

@@ -7,6 +7,7 @@ buffers do too, and only what grows later is left.
 
 from __future__ import annotations
 
+from ullage.account.calibrated import calibrated, serving_context
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import expert_parallel_size, num_experts
 from ullage.ledger import Term, exact, ranged
@@ -20,7 +21,7 @@ def context(setup: Setup) -> Term:
         an H100, 0.41 GiB on an A100; NVIDIA CUDA C programming guide, lazy loading.
     Known error: the driver's version and the number of multiprocessors decide; half as much on small cards.
     """
-    return ranged(
+    modelled = ranged(
         "cuda_context",
         (620 if _data_centre(setup) else 420) * MiB,
         low=200 * MiB,
@@ -28,6 +29,8 @@ def context(setup: Setup) -> Term:
         formula="driver context and kernels",
         source="difference of nvidia-smi and torch in public reports",
     )
+    gpu = setup.job.machine.gpu
+    return calibrated(modelled, gpu, serving_context(gpu))
 
 
 def _ranks(setup: Setup) -> int:
