@@ -70,7 +70,9 @@ def _is_shown(listing: Listing, column: str) -> bool:
 
 
 def _bare(name: str) -> str:
-    for unit in ("_bytes", "_us", "_share", "_flops", "_per_s"):
+    if name.endswith("_per_s"):
+        return _("speed")
+    for unit in ("_bytes", "_us", "_flops"):
         name = name.removesuffix(unit)
     return name.replace("_", " ")
 
@@ -89,7 +91,7 @@ def format_cell(column: str, value: Cell) -> str:
         return f"{value / 1e12:,.2f} TFLOP/s"
     if column.endswith("_us"):
         return f"{value / 1e3:,.2f} ms"
-    if column.endswith("_share"):
+    if column.endswith(("_share", "_rate", "_utilisation")):
         return f"{100 * value:.1f} %"
     if column.endswith("_flops"):
         return f"{value / 1e9:,.2f} GFLOP"
