@@ -47,6 +47,7 @@ class Inspection(Frozen):
         total_name: what ``total_bytes`` is, where it is not the card; ``metrics``, ``series``, ``listings``: what
             recordings hold (see :mod:`ullage.observe.measured`).
         detail: of a snapshot, all that is known (:class:`ullage.observe.snapshot_answer.Answer`).
+        next_command: what to type next.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Inspection(Frozen):
     series: tuple[Series, ...] = ()
     listings: tuple[Listing, ...] = ()
     detail: Any = None
+    next_command: str = ""
 
 
 def looked_for() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ullage.allocator.session import choose_device, how_to_record
@@ -12,8 +13,9 @@ from ullage.observe.attribution_views import Share
 from ullage.observe.inspection import Inspection
 from ullage.observe.measured import Listing, Series
 from ullage.observe.snapshot import DeviceMemory, python_frames, read_snapshot
-from ullage.observe.snapshot_answer import Answer, Notify, _nobody, answer
+from ullage.observe.snapshot_answer import Answer, answer
 from ullage.observe.snapshot_words import advice_of, judge, verdict_of
+from ullage.observe.stages import Stages
 from ullage.units import format_bytes
 
 MAX_HOLDERS = 5
@@ -21,21 +23,20 @@ MAX_FRAMES = 12
 _SOURCE = "snapshot, its events and stacks"
 
 
-def inspect_snapshot(path: Path, device: int | None = None, notify: Notify = _nobody) -> Inspection:
+def inspect_snapshot(path: Path, device: int | None = None) -> Inspection:
     """Inspect a snapshot file.
 
     Args:
         path: the file.
         device: one of its devices; the one with most events when not given.
-        notify: told each stage of the work.
 
     Raises:
         InputError: it is not one, or it holds nothing.
     """
-    notify(_("reading"))
-    snapshot = read_snapshot(path)
-    device, notes = choose_device(snapshot, device)
-    found = answer(snapshot, device, notify)
+    with Stages() as stages:
+        snapshot = read_snapshot(path, progress=stages.reading)
+        device, notes = choose_device(snapshot, device)
+        found = answer(snapshot, device, stages)
     return inspection_of(found, str(path), (*notes, *found.notes, *snapshot.warnings))
 
 
@@ -63,6 +64,7 @@ def inspection_of(found: Answer, path: str, notes: tuple[str, ...] = ()) -> Insp
         series=_series(found),
         listings=_listings(found),
         detail=found,
+        next_command=f"ullage inspect {shlex.quote(path)} --html report.html",
     )
 
 
@@ -135,8 +137,9 @@ def _notes(found: Answer) -> list[str]:
     notes = []
     if not found.memory.num_events:
         notes.append(_("there is no history in it: a partial answer; {how}").format(how=how_to_record()))
-    elif found.lives.num_older and found.sums:
-        older = sum(found.lives.sizes[: found.lives.num_older])
+    lives = found.lives
+    older = sum(lives.sizes[each] for each in range(lives.num_older) if not lives.stacks[each])
+    if older and found.recorded:
         notes.append(
             _("{size} are older than the recording: what they are for is told by their sizes and lives alone").format(
                 size=format_bytes(older)

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from ullage.i18n import _
 from ullage.ledger import Term
 from ullage.observe.inspection import Inspection
+from ullage.report.inspect_snapshot import print_snapshot, short_path
 from ullage.report.measured import print_measured
 from ullage.units import format_bytes
 
@@ -24,17 +25,22 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     out.print(f"{mark} {found.verdict}", markup=False, style=style, soft_wrap=True)
     if found.why:
         sure = {"certain": _("certain"), "likely": _("likely"), "unsure": _("unsure")}[found.confidence]
-        _line(out, f"{found.why} ({sure})")
+        _line(out, f"{short_path(found.why)} ({sure})")
     _line(out, _who(found), style="dim")
     whole = found.total_name or (_("reserved") if found.kind == "snapshot" else _("the card"))
-    _print_terms(out, found.terms, found.total_bytes, whole=whole)
-    print_measured(found, out)
+    if found.detail is not None:
+        print_snapshot(found, out)
+    else:
+        _print_terms(out, found.terms, found.total_bytes, whole=whole)
+        print_measured(found, out)
     if found.cause != "none" and found.engine_terms and found.terms != found.engine_terms:
         out.print("\n" + _("At its start the engine said"), style="bold")
         _print_terms(out, found.engine_terms, 0, gap=False)
     _print_advice(out, found)
     for note in found.notes:
         out.print(f"! {note}", markup=False, style="yellow", soft_wrap=True)
+    if found.next_command:
+        out.print("\n" + _("Next: {command}").format(command=found.next_command), markup=False, soft_wrap=True)
 
 
 def _who(found: Inspection) -> str:
@@ -77,6 +83,6 @@ def _print_advice(out: Console, found: Inspection) -> None:
         gain = _("up to {size}").format(size=format_bytes(piece.gain_bytes)) if piece.gain_bytes else ""
         cost = _("cost: {cost}").format(cost=piece.cost) if piece.cost else ""
         remark = "; ".join(part for part in (gain, cost) if part)
-        _line(out, f"{number}. {piece.change}" + (f"  ({remark})" if remark else ""))
+        _line(out, f"{number}. {short_path(piece.change)}" + (f"  ({remark})" if remark else ""))
         if piece.flags:
             out.print(f"     {piece.flags}", markup=False, style="bold", soft_wrap=True)
