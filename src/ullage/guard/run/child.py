@@ -25,6 +25,8 @@ _PASSED = (signal.SIGUSR1, signal.SIGUSR2)
 _TO_GROUP = (*ENDING, signal.SIGWINCH, signal.SIGCONT)
 _BLOCK_BYTES = 1 << 16
 _DRAIN_SECONDS = 2.0
+#: What a stuck process has for writing where it is, before it is asked to end.
+_DUMP_SECONDS = 1.0
 #: So many requests to end mean: now.
 _IMPATIENT = 3
 
@@ -107,6 +109,7 @@ class Child:
         self._report: dict[str, int] | None = None
         self._rest = b""
         self._kill_at: float | None = None
+        self._end_at: float | None = None
         self._outputs: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
 
@@ -223,12 +226,15 @@ class Child:
                 self.tell("end 0")
                 self._kill_at = now + 60
             return
+        if self._end_at is not None and now >= self._end_at:
+            self.tell(f"end {self.limits.grace_seconds}")
+            self._end_at = None
         if self.limits.stall_seconds <= 0 or self.by != "command" or not self.pid:
             return
         if now - self.last_sign >= self.limits.stall_seconds and self._silent_for() >= self.limits.stall_seconds:
             self.by = "stall"
             self.dump = self.on_stall(self)
-            self.tell(f"end {self.limits.grace_seconds}")
+            self._end_at = now + _DUMP_SECONDS
 
     def _silent_for(self) -> float:
         """Return the seconds since the last output or heartbeat."""

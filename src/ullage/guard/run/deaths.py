@@ -32,6 +32,12 @@ _EXIT_CODES = re.compile(rb"exitcode\s*:\s*(-?\d{1,6})\s*\(pid:?\s*(\d{1,9})\)|e
 _PIDS = re.compile(rb"\bpid:?\s*(\d{1,9})\)")
 _ROOT_CAUSE = b"Root Cause (first observed failure)"
 _DISK_FULL = re.compile(rb"No space left on device|Disk quota exceeded|File too large|ENOSPC|EDQUOT|the disk is full")
+_CANNOT_FIT = re.compile(rb"cannot fit|does not fit", re.IGNORECASE)
+#: What ranks say when another one is gone: gloo, NCCL, the store, torchrun's agents.
+_LOST_PEER = re.compile(
+    r"onnection (?:closed|reset|refused)|Broken pipe|[Ss]ocket [Tt]imeout|DistNetworkError|DistBackendError"
+    r"|DistStoreError|Timed out waiting|RendezvousConnectionError|remote process exited|Gloo|NCCL error"
+)
 _LAST_ERROR = re.compile(
     rb"^(?:\[[^\]\n]{1,40}\]:\s?)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b[^\n]{0,400})",
     re.MULTILINE,
@@ -59,14 +65,13 @@ class Death:
     worker_code: int | None = None
 
 
-def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = (), plan_is_newer: bool = False) -> Death:
+def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = ()) -> Death:
     """Return what ended an attempt.
 
     Args:
         ended: the attempt.
         num_kills: what the cgroup counted meanwhile.
         killed_pids: what the kernel's log names; it counts where the command or a worker is among them.
-        plan_is_newer: the store holds a plan that this attempt saved.
     """
     if ended.errno:
         return Death(kind="not_started", sentence=_("the command could not be started"), signature="not_started")
@@ -77,7 +82,7 @@ def judge(ended: Ended, *, num_kills: int = 0, killed_pids: tuple[int, ...] = ()
         return Death(kind="signal", sentence=_("ended on request ({name})").format(name=name))
     words = ended.tail.last_words()
     worker = worker_exit_code(words)
-    asked = _asked(ended, worker, plan_is_newer=plan_is_newer)
+    asked = _asked(ended, worker, words)
     own = {ended.pid, *(int(pid) for pid in _PIDS.findall(words))}
     ours = tuple(pid for pid in killed_pids if pid in own)
     return asked or _failed(ended, words, worker, num_kills, ours)
@@ -92,19 +97,17 @@ def worker_exit_code(words: bytes) -> int | None:
     return int(match.group(1) or match.group(3)) if match else None
 
 
-def _asked(ended: Ended, worker: int | None, *, plan_is_newer: bool) -> Death | None:
-    """Return what the guard in the job asks for."""
-    codes = (ended.exit_code, worker)
-    if plan_is_newer and (RESTART_EXIT_CODE in codes or ended.by != "stall"):
-        return Death(kind="restart", sentence=_("the job saved a smaller plan"), worker_code=worker)
+def _asked(ended: Ended, worker: int | None, words: bytes) -> Death | None:
+    """Return what the guard in the job asks for; any rank may say it, the others fail because of it."""
+    codes = {ended.exit_code, *(int(match.group(1) or match.group(3)) for match in _EXIT_CODES.finditer(words))}
     if RESTART_EXIT_CODE in codes:
-        words = _("the job asks to be started again (exit code {code}), and saved no new plan")
+        sentence = _("the job asks to be started again with its smaller plan (exit code {code})")
         return Death(
-            kind="restart", sentence=words.format(code=RESTART_EXIT_CODE), signature="restart", worker_code=worker
+            kind="restart", sentence=sentence.format(code=RESTART_EXIT_CODE), signature="restart", worker_code=worker
         )
-    if CANNOT_FIT_EXIT_CODE in codes and b"cannot fit" in ended.tail.text():
-        words = _("the job says that its smallest plan does not fit")
-        return Death(kind="cannot_fit", sentence=words, signature="cannot_fit", worker_code=worker)
+    if CANNOT_FIT_EXIT_CODE in codes and _CANNOT_FIT.search(words):
+        sentence = _("the job says that its smallest plan does not fit")
+        return Death(kind="cannot_fit", sentence=sentence, signature="cannot_fit", worker_code=worker)
     return None
 
 
@@ -141,6 +144,9 @@ def _ordinary(ended: Ended, words: bytes, worker: int | None, found: Inspection 
     if match := _DISK_FULL.search(words):
         sentence = _("the disk is full: {words}").format(words=match.group(0).decode())
         return Death(kind="disk_full", sentence=sentence, signature="disk_full", found=found, worker_code=worker)
+    if _LOST_PEER.search(error) or (not error and worker == -signal.SIGTERM):
+        sentence = _("a rank lost its peers, and none says why: {error}").format(error=error)
+        return Death(kind="cascade", sentence=sentence, signature="cascade", found=found, worker_code=worker)
     if ended.signal:
         error = error or signal.Signals(ended.signal).name
     sentence = _("an ordinary error (exit code {code}): {error}").format(

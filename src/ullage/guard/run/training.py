@@ -44,10 +44,10 @@ def next_smaller(words: Sequence[str], death: Death, plan: Plan) -> Smaller | No
 
 def _candidates(words: Sequence[str], death: Death, plan: Plan) -> Iterator[Smaller]:
     found = death.found
-    if found is not None and found.cause == "fragmentation" and found.allocator == "pytorch":
-        if "expandable_segments" not in str(plan.get("alloc_conf", "")) and "alloc_conf" not in dict(found.settings):
-            sentence = _("the memory is there in pieces: let segments grow ({setting})").format(setting=ALLOC_CONF)
-            yield Smaller(sentence=sentence, knobs=(("alloc_conf", ALLOC_CONF),))
+    pieces = found is not None and found.cause == "fragmentation" and found.allocator == "pytorch"
+    if pieces and plan.get("alloc_conf") is None and "alloc_conf" not in dict(found.settings if found else ()):
+        sentence = _("the memory is there in pieces: let segments grow ({setting})").format(setting=ALLOC_CONF)
+        yield Smaller(sentence=sentence, knobs=(("alloc_conf", ALLOC_CONF),))
     if found is not None and found.phase == "load":
         return  # the weights themselves are too large: no batch changes that
     if death.kind == "host_oom":
