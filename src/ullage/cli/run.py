@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MAX_SECONDS = 30 * 24 * 3600.0
 
 
-def _seconds(text: str) -> float:
+def read_seconds(text: str) -> float:
     """Read ``90``, ``90s``, ``15m`` or ``2h``."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "s")
     try:
@@ -46,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CAUSES",
         help=_("memory, killed, stall, crash, none (memory,killed,stall)"),
     )
-    group.add_argument("--backoff", type=_seconds, default=1.0, metavar="TIME", help=_("before a restart (1s)"))
-    group.add_argument("--grace", type=_seconds, default=30.0, metavar="TIME", help=_("from SIGTERM to SIGKILL (30s)"))
+    group.add_argument("--backoff", type=read_seconds, default=1.0, metavar="TIME", help=_("before a restart (1s)"))
     group.add_argument(
-        "--stall-timeout", type=_seconds, default=0.0, metavar="TIME", help=_("of silence that means stuck (never)")
+        "--grace", type=read_seconds, default=30.0, metavar="TIME", help=_("from SIGTERM to SIGKILL (30s)")
+    )
+    group.add_argument(
+        "--stall-timeout", type=read_seconds, default=0.0, metavar="TIME", help=_("of silence that means stuck (never)")
     )
     group.add_argument(
         "--stall-signal", metavar="NAME", help=_("that makes the job write where it is, such as USR1 (faulthandler)")
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reserve", metavar="SIZE", help=_("warn when less is free: 20%%, 8GiB or 0 (20%%; engines: 0)")
     )
-    group.add_argument("--interval", type=_seconds, default=5.0, metavar="TIME", help=_("between samples (5s)"))
+    group.add_argument("--interval", type=read_seconds, default=5.0, metavar="TIME", help=_("between samples (5s)"))
     group.add_argument("--record", metavar="FILE", help=_("write a recording of the memory"))
     group.add_argument("--json", "--report", metavar="FILE", dest="json", help=_("write the report as JSON"))
 
