@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ullage.guard.checkpoint import Checkpoint as Checkpoint
+    from ullage.guard.loop import Guard as Guard
+    from ullage.guard.outcome import CannotFit as CannotFit
+    from ullage.guard.outcome import RestartRequired as RestartRequired
     from ullage.guard.plan import Plan as Plan
     from ullage.guard.store import PlanStore as PlanStore
 
@@ -17,6 +21,10 @@ RESTART_EXIT_CODE = 75
 CANNOT_FIT_EXIT_CODE = 3
 
 _PUBLIC = {
+    "CannotFit": "ullage.guard.outcome",
+    "Checkpoint": "ullage.guard.checkpoint",
+    "Guard": "ullage.guard.loop",
+    "RestartRequired": "ullage.guard.outcome",
     "Plan": "ullage.guard.plan",
     "PlanStore": "ullage.guard.store",
 }
