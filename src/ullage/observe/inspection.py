@@ -85,8 +85,9 @@ def looked_for() -> str:
     """Return what an inspection understands, for people whose text was not understood."""
     return _(
         "looked for out-of-memory messages of PyTorch, JAX, vLLM, SGLang, TensorRT-LLM, llama.cpp, ollama, NCCL, "
-        "cuBLAS and the Linux kernel, for start-up logs of vLLM, SGLang, llama.cpp, TensorRT-LLM and ollama, and for "
-        "memory snapshots of PyTorch"
+        "cuBLAS and the Linux kernel, for start-up logs of vLLM, SGLang, llama.cpp, TensorRT-LLM and ollama, for "
+        "memory lines of Megatron-LM, torchtitan, DeepSpeed and the HF Trainer, for memory snapshots, profiler traces "
+        "and memory timelines of PyTorch, for SQLite exports of Nsight Systems, and for recordings of ullage watch"
     )
 
 
@@ -97,11 +98,17 @@ def inspect_stream(stream: Readable, where: str = "") -> Inspection:
         InputError: nothing in it is understood.
     """
     found = scan(stream)
+    from ullage.observe.training_logs_view import inspect_training, with_training
+
     root = _root(found.facts)
+    if root is not None and root.kind == "pressure" and found.training.any():
+        return inspect_training(found.training, found.num_lines)  # it knows the ranks, and what grows
     if root is not None:
-        return _death(found, root)
+        return with_training(_death(found, root), found.training)
     if found.collected.all():
-        return _start(found)
+        return with_training(_start(found), found.training)
+    if found.training.any():
+        return inspect_training(found.training, found.num_lines)
     if not found.num_lines and not found.first_words:
         what = _("nothing is recognised in it")
     else:

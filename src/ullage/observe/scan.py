@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ullage.frozen import Frozen
-from ullage.observe import engine_logs, oom_engines, oom_others, oom_outside, oom_patterns
+from ullage.observe import engine_logs, oom_engines, oom_others, oom_outside, oom_patterns, training_logs
 from ullage.observe.oom import Fact, Gatherer
 from ullage.observe.streams import Readable, rank_of, read_lines
 
@@ -17,7 +17,7 @@ _TRIGGERS = (
     "MPS allocated",
 )
 _TRACEBACK = "Traceback (most recent call last)"
-_WORDS = (*_TRIGGERS, *engine_logs.WORDS, *engine_logs.SETTING_WORDS, _TRACEBACK)
+_WORDS = (*_TRIGGERS, *engine_logs.WORDS, *engine_logs.SETTING_WORDS, *training_logs.WORDS, _TRACEBACK)
 _FRAME = re.compile(r'File "([^"]{1,400})", line \d+, in (\S{1,80})')
 #: What a frame of a traceback says about the moment, the surest first.
 _PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -70,6 +70,7 @@ class Scan(Frozen):
 
     facts: tuple[Fact, ...]
     collected: engine_logs.Collected
+    training: training_logs.Collected
     programs: tuple[tuple[str, int], ...]
     phases: tuple[tuple[str, str], ...]
     num_lines: int
@@ -124,12 +125,15 @@ def match_window(window: str) -> list[Fact]:
 def scan(stream: Readable) -> Scan:
     """Read a log once, in bounded memory."""
     gatherer, collected, hints = Gatherer(_TRIGGERS, match_window), engine_logs.Collected(), _Hints()
+    training = training_logs.Collected()
     number, first_words = 0, ""
     for line in read_lines(stream, _WORDS):
         rank = rank_of(line.speaker)
         gatherer.take(line.number, line.speaker, rank, line.text, marked=line.marked)
         if line.marked:
             collected.take(line.number, rank, line.text)
+            if any(map(line.text.__contains__, training_logs.WORDS)):
+                training.take(line.number, rank, line.text)
         if line.marked or 'File "' in line.text:
             hints.take(rank, line.text, f"{line.speaker} {line.text}")
         number = line.number
@@ -138,6 +142,7 @@ def scan(stream: Readable) -> Scan:
     return Scan(
         facts=tuple(facts),
         collected=collected,
+        training=training,
         programs=tuple(hints.programs.items()),
         phases=tuple((rank, phase) for rank, (_order, phase) in hints.phases.items()),
         num_lines=number,
