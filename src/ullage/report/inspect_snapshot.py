@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ullage.i18n import _
 from ullage.observe.inspection import Inspection
 from ullage.observe.measured import Listing
+from ullage.report.measured import print_listing
 from ullage.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def print_snapshot(found: Inspection, out: Console) -> None:
     """Print what stands between the verdict and the advice."""
     answer: Answer = found.detail
     _print_categories(found, answer, out)
+    ledger = next((one for one in found.listings if one.name == "ledger"), None)
+    if ledger is not None:
+        print_listing(ledger, out)
     for listing in found.listings:
         if listing.name == "lines":
             _print_rows(out, listing, MAX_LINES, ("held_bytes", "blocks", "category", "line"))

@@ -43,10 +43,11 @@ def print_measured(found: Inspection, out: Console) -> None:
         out.print("\n  " + escape(", ".join(words)), style="dim", soft_wrap=True)
     for listing in found.listings:
         if listing.rows:
-            _print_listing(listing, out)
+            print_listing(listing, out)
 
 
-def _print_listing(listing: Listing, out: Console) -> None:
+def print_listing(listing: Listing, out: Console) -> None:
+    """Print the first rows of one table."""
     out.print("\n" + listing.title, style="bold", markup=False)
     shown = [column for column in listing.columns if _is_shown(listing, column)]
     rows = listing.rows[:MAX_TEXT_ROWS]
