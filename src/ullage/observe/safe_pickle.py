@@ -1,8 +1,10 @@
-"""Read a pickle of plain values (dicts, lists, tuples, strings, numbers) and of nothing else.
+"""Read a pickle of plain values (dicts, lists, tuples, strings, numbers) and of nothing else, however large.
 
-Two locks. First the bytes are walked, without building anything: an opcode that could import, call or set anything is
-refused, so are declared lengths beyond the file, memo indices that would reserve memory, and more values than
-the limits allow. Only then the values are built, by an unpickler whose every look-up of a name raises.
+The opcodes are carried out here, without Python's own unpickler: there is no way to import, call or set anything,
+because nothing here does. Opcodes that ask for it are refused by name, so are lengths beyond the end of the file,
+tuples that hold more than plain values (nested ones would be hashed recursively), and more values alive at once than
+the limits allow. The file passes through in windows; lists may hand their items on as they come (:class:`Sink`), so
+that neither the file nor what was made of it need be in memory at once.
 
 Opcodes: cpython@3.14:Lib/pickletools.py; protocols 0 to 5.
 """
@@ -11,13 +13,26 @@ from __future__ import annotations
 
 import gc
 import io
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.observe.pickle_opcodes import (
+    APPENDS,
+    BINGET,
+    BININT1,
+    COUNTED,
+    LONG_BINGET,
+    MEMOIZE,
+    REFUSED,
+    SETITEMS,
+    STOP,
+    from_line,
+)
+from ullage.observe.pickle_window import WINDOW_BYTES, Window
 from ullage.units import format_bytes
 
 
@@ -25,223 +40,338 @@ from ullage.units import format_bytes
 class Limits:
     """What a file may ask of this machine.
 
-    A memory snapshot takes about 20 opcodes and 1.2 containers per event (kept recordings: 908,007 opcodes and 36,232
-    containers for 19,342 events with stacks), so that the defaults leave room for millions of events.
+    Attributes:
+        file_bytes: of the file.
+        opcodes: values pushed, kept or built that no sink has taken yet; each takes up to about 100 bytes.
+        containers: lists, dicts and tuples among them.
+
+    A block of a snapshot takes about 50 opcodes and 2 containers with its stack (kept recordings: 908,007 opcodes and
+    36,232 containers for 19,342 events), so that there is room for half a million blocks; events are taken by sinks.
     """
 
-    file_bytes: int = 2**31
-    opcodes: int = 200_000_000
-    containers: int = 20_000_000
+    file_bytes: int = 2**32
+    opcodes: int = 25_000_000
+    containers: int = 5_000_000
 
 
 #: Longest decimal number (protocol 0) and longest binary integer: 64 bits and a sign need 20 digits, 9 bytes.
 MAX_DIGITS, MAX_INTEGER_BYTES = 40, 9
+#: Longest string.
+MAX_TEXT_BYTES = 2**26
+MAX_PROTOCOL = 5
 
-#: Opcode byte -> name, for those that can run code or reach outside the file.
-REFUSED = {
-    b"c": "GLOBAL", b"\x93": "STACK_GLOBAL", b"i": "INST", b"o": "OBJ", b"R": "REDUCE", b"b": "BUILD",
-    b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4",
-    b"P": "PERSID", b"Q": "BINPERSID", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
-    b"\x8f": "EMPTY_SET", b"\x90": "ADDITEMS", b"\x91": "FROZENSET", b"\x96": "BYTEARRAY8", b"2": "DUP",
-    b"0": "POP", b"1": "POP_MARK",
-}  # fmt: skip
-#: Opcode -> bytes of its argument: values that are complete in themselves, and reading the memo.
-PLAIN = {b"N": 0, b"\x88": 0, b"\x89": 0, b"K": 1, b"M": 2, b"J": 4, b"G": 8, b"h": 1, b"j": 4}
-#: The same, of opcodes that build on what is there (MARK, items, PROTO).
-STRUCTURE = {b"(": 0, b"a": 0, b"e": 0, b"s": 0, b"u": 0, b"\x80": 1}
-CONTAINERS = b"}]ld"  # EMPTY_DICT, EMPTY_LIST, LIST, DICT
-LINES = b"IFLVSg"  # arguments that end with a newline
-LINES_SET = {bytes((_opcode,)) for _opcode in LINES}
-COUNTED = {b"\x8c": 1, b"X": 4, b"\x8d": 8, b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8a": 1, b"\x8b": 4}
-TUPLES = {b")": 0, b"\x85": 1, b"\x86": 2, b"\x87": 3, b"t": -1}
-MEMO = {b"\x94": 0, b"q": 1, b"r": 4, b"p": -1}  # MEMOIZE, BINPUT, LONG_BINPUT, PUT
-MARK, STOP, FRAME = b"(.\x95"
-#: Values between the last opcode that built something and a tuple: a dict of a segment has about 30.
-MAX_RUN_BYTES = 65_536
-
-_STEP = [0] * 256  # 1 to 15: structure, skip that many; 17 to 31: a plain value; 0: look closer
-for _symbol, _argument in STRUCTURE.items():
-    _STEP[_symbol[0]] = 1 + _argument
-for _symbol, _argument in PLAIN.items():
-    _STEP[_symbol[0]] = 17 + _argument
+PLAIN_TYPES = frozenset({str, bytes, int, float, bool, type(None)})
+MISSING = object()
 
 
-class _Walk:
-    """The walk over the opcodes of one file: where it is, and what it has counted.
+class Sink(list[Any]):
+    """A list that does not keep its items."""
+
+    def take(self, items: list[Any], reader: PlainReader) -> None:
+        """Take items as they come, complete."""
+        raise NotImplementedError
+
+    def fast(self, reader: PlainReader) -> bool:
+        """Take items right out of the bytes at the reader's position, if it can; tell whether it took any."""
+        return False
+
+
+class Finder(Protocol):
+    """Says which lists are sinks."""
+
+    def sink(self, reader: PlainReader) -> list[Any] | None:
+        """Return the list to be used in the place of the empty one that is about to be pushed."""
+
+    def forgotten(self, reader: PlainReader) -> Callable[[int], Any]:
+        """Return what reads the numbers that are no longer in the memo."""
+
+
+class PlainReader:
+    """The stack machine of the pickle language, as far as plain values need it.
 
     Attributes:
-        run: where the values begin that were pushed since something was built.
-        memo: memo indices that are taken; ``texts`` those that hold a string or a number.
-        pushed: where the last string or number of variable length ended.
+        memo: number -> value; what a sink has taken is no longer there, ``forgotten`` may still know it.
+        num_memoized: numbers given so far.
+        forgotten: called with a number that is not in the memo.
     """
 
-    __slots__ = ("containers", "data", "limits", "memo", "opcodes", "position", "pushed", "run", "texts")
+    def __init__(
+        self,
+        file: BinaryIO,
+        size_bytes: int,
+        *,
+        limits: Limits | None = None,
+        finder: Finder | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.window = Window(file, size_bytes, progress)
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.num_memoized = self.num_opcodes = self.num_containers = 0
+        self.forgotten = self._never_written if finder is None else finder.forgotten(self)
+        self.sink_mark = -1
+        self._finder = finder
+        self._slow = _table(self)
 
-    def __init__(self, data: bytes, limits: Limits) -> None:
-        self.data, self.limits = data, limits
-        self.position = self.opcodes = self.containers = self.run = 0
-        self.pushed = -1
-        self.memo: set[int] = set()
-        self.texts: set[int] = set()
-
-    def walk(self) -> None:
-        """Walk to STOP.
+    def read(self) -> Any:
+        """Return the value.
 
         Raises:
-            InputError: something in the file is refused.
-            IndexError: the file ends before STOP.
+            InputError: the pickle is broken, too large, or holds anything but plain values.
         """
-        data, steps, most = self.data, _STEP, self.limits.opcodes
-        position = run = count = 0
+        collecting = gc.isenabled()
+        gc.disable()  # the collector would walk the growing tree again and again
+        try:
+            self._run()
+            self._check_limits()
+            if len(self.stack) != 1 or self.marks:
+                self.refuse(_("the end does not hold one value"))
+            return self.stack[0]
+        except IndexError:
+            raise InputError(_("the pickle ends in the middle of a value")) from None
+        except (ValueError, TypeError, AttributeError, UnicodeError, OverflowError) as error:
+            what = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(_("not a pickle of plain values: {what}").format(what=what)) from None
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _run(self) -> None:
+        """Carry out the opcodes up to STOP: the frequent ones here, the others by the table."""
+        window, stack, memo, slow = self.window, self.stack, self.memo, self._slow
+        data, position, soft = window.data, window.position, window.soft_end
+        get, push, count = memo.get, stack.append, 0
         while True:
+            if position >= soft:
+                window.position, self.num_opcodes, count = position, self.num_opcodes + count, 0
+                self._check_limits()
+                window.refill()
+                data, position, soft = window.data, window.position, window.soft_end
             opcode = data[position]
             count += 1
-            step = steps[opcode]
-            if step > 16:
-                position += step - 16
-            elif step:
-                position += step
-                run = position
+            if opcode == BINGET:
+                value = get(data[position + 1], MISSING)
+                push(value if value is not MISSING else self.forgotten(data[position + 1]))
+                position += 2
+            elif opcode == LONG_BINGET:
+                number = int.from_bytes(data[position + 1 : position + 5], "little")
+                value = get(number, MISSING)
+                push(value if value is not MISSING else self.forgotten(number))
+                position += 5
+            elif opcode == MEMOIZE:
+                memo[self.num_memoized] = stack[-1]
+                self.num_memoized += 1
+                position += 1
+            elif opcode == BININT1:
+                push(data[position + 1])
+                position += 2
+            elif opcode == STOP:
+                self.num_opcodes += count
+                return
             else:
-                self.position, self.run, self.opcodes = position, run, count
-                if count > most:
-                    _too_large(_("{count} opcodes").format(count=count))
-                if opcode == STOP:
+                window.position = position
+                slow[opcode](opcode)
+                data, position, soft = window.data, window.position, window.soft_end
+
+    def _check_limits(self) -> None:
+        for count, most, what in (
+            (self.num_opcodes, self.limits.opcodes, _("{count} values at once")),
+            (self.num_containers, self.limits.containers, _("{count} lists and dicts at once")),
+        ):
+            if count > most:
+                too_large(what.format(count=count))
+
+    def taken(self) -> None:
+        """Note that all up to here was taken by a sink."""
+        self.num_opcodes = self.num_containers = 0
+
+    def refuse(self, what: str) -> NoReturn:
+        """Refuse the file at this place."""
+        raise InputError(_("{what}, at byte {position}").format(what=what, position=self.window.absolute()))
+
+    def _never_written(self, number: int) -> Any:
+        self.refuse(_("memo number {number} was never written").format(number=number))
+
+    # -- opcodes ----------------------------------------------------------------------------------------------------
+
+    def _container(self, value: Any, *, skip: int = 1) -> None:
+        self.num_containers += 1
+        self.stack.append(value)
+        self.window.position += skip
+
+    def _empty_dict(self, _opcode: int) -> None:
+        marks = self.marks
+        if marks and marks[-1] == self.sink_mark:
+            sink = self.stack[self.sink_mark - 1]
+            if isinstance(sink, Sink):
+                self._drain(sink)
+                if sink.fast(self):
                     return
-                self._closer(opcode)
-                position, run = self.position, self.run
+        self._container({})
 
-    def _closer(self, opcode: int) -> None:
-        """Handle an opcode whose argument has no fixed length, or that has a rule."""
-        symbol = bytes((opcode,))
-        if symbol in COUNTED:
-            self._counted(symbol, COUNTED[symbol])
-        elif symbol in MEMO:
-            self._memo(MEMO[symbol])
-        elif opcode in CONTAINERS:
-            self._build()
-        elif symbol in TUPLES:
-            self._tuple(TUPLES[symbol])
-        elif opcode in LINES:
-            self._line(opcode)
-        elif opcode == FRAME:
-            self._fits(self.position + 9, self._number(8))
-            self.position += 9  # framing changes neither the stack nor what comes next
+    def _drain(self, sink: Sink) -> None:
+        """Hand on what is complete: all that lies above the mark."""
+        mark = self.sink_mark
+        if len(self.stack) > mark:
+            items = self.stack[mark:]
+            del self.stack[mark:]
+            sink.take(items, self)
+
+    def _empty_list(self, _opcode: int) -> None:
+        found = None
+        if self._finder is not None and len(self.marks) <= 2:
+            found = self._finder.sink(self)
+        self._container([] if found is None else found)
+
+    def _mark(self, _opcode: int) -> None:
+        stack = self.stack
+        if stack and isinstance(stack[-1], Sink):
+            self.sink_mark = len(stack)
+        self.marks.append(len(stack))
+        self.window.position += 1
+
+    def _items(self) -> list[Any]:
+        """Take what lies above the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def _append(self, opcode: int) -> None:
+        items = self._items() if opcode == APPENDS else [self._pop()]
+        target = self.stack[-1]
+        if isinstance(target, Sink):
+            if items:
+                target.take(items, self)
+        elif isinstance(target, list):
+            target.extend(items)
         else:
-            name = REFUSED.get(symbol)
-            self._refuse(
-                _("opcode {name} can run code or hides values").format(name=name)
-                if name
-                else _("byte {byte:#04x} is no opcode").format(byte=opcode)
-            )
+            self.refuse(_("an item of what is no list"))
+        self.window.position += 1
 
-    def _number(self, width: int) -> int:
-        start = self.position + 1
-        if start + width > len(self.data):
-            raise IndexError
-        return int.from_bytes(self.data[start : start + width], "little")
+    def _pop(self) -> Any:
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            self.refuse(_("a value is missing"))
+        return self.stack.pop()
 
-    def _fits(self, start: int, length: int) -> None:
-        if length > len(self.data) - start:
-            self._refuse(_("it declares {size} where fewer follow").format(size=format_bytes(length)))
+    def _set(self, opcode: int) -> None:
+        items = self._items() if opcode == SETITEMS else [self._pop(), self._pop()][::-1]
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            self.refuse(_("items of what is no dict"))
+        self._fill(target, items)
+        self.window.position += 1
 
-    def _build(self) -> None:
-        """Count a list, dict or tuple."""
-        self.containers += 1
-        if self.containers > self.limits.containers:
-            _too_large(_("{count} lists and dicts").format(count=self.containers))
-        self.position += 1
-        self.run = self.position
+    def _fill(self, target: dict[Any, Any], items: list[Any]) -> None:
+        for key in items[::2]:
+            if type(key) not in PLAIN_TYPES and type(key) is not tuple:
+                self.refuse(_("a key that is not plain"))
+        target.update(zip(items[::2], items[1::2], strict=True))
 
-    def _counted(self, symbol: bytes, width: int) -> None:
-        length = self._number(width)
-        start = self.position + 1 + width
-        if symbol in (b"\x8a", b"\x8b") and length > MAX_INTEGER_BYTES:
-            self._refuse(_("an integer of {count} bytes").format(count=length))
-        self._fits(start, length)
-        self.position = self.pushed = start + length
+    def _list(self, _opcode: int) -> None:
+        self._container(self._items())
+
+    def _dict(self, _opcode: int) -> None:
+        items = self._items()
+        if len(items) % 2:
+            self.refuse(_("items of what is no dict"))
+        target: dict[Any, Any] = {}
+        self._fill(target, items)
+        self._container(target)
+
+    def _tuple(self, opcode: int) -> None:
+        """Build tuples of plain values only: a tuple of tuples of tuples ... would be hashed recursively as a key."""
+        num_items = {0x29: 0, 0x85: 1, 0x86: 2, 0x87: 3}.get(opcode)
+        items = self._items() if num_items is None else [self._pop() for _at in range(num_items)][::-1]
+        if not all(type(item) in PLAIN_TYPES for item in items):
+            self.refuse(_("a tuple that holds more than plain values"))
+        self._container(tuple(items))
+
+    def _constant(self, opcode: int) -> None:
+        self.stack.append({0x4E: None, 0x88: True, 0x89: False}[opcode])
+        self.window.position += 1
+
+    def _fixed(self, opcode: int) -> None:
+        self.stack.append(self.window.fixed(opcode))
+
+    def _long(self, opcode: int) -> None:
+        length = self.window.number(1 if opcode == 0x8A else 4)
+        if length > MAX_INTEGER_BYTES:
+            self.refuse(_("an integer of {count} bytes").format(count=length))
+        self.stack.append(int.from_bytes(self.window.take(length), "little", signed=True))
+
+    def _counted(self, opcode: int) -> None:
+        width, is_text = COUNTED[opcode]
+        length = self.window.number(width)
+        if length > self.window.left():
+            self.refuse(_("{size} are declared, more than is left of the file").format(size=format_bytes(length)))
+        if length > MAX_TEXT_BYTES:
+            too_large(_("{size} of one text").format(size=format_bytes(length)))
+        raw = self.window.take(length)
+        self.num_opcodes += length // 64
+        self.stack.append(str(raw, "utf-8", "surrogatepass") if is_text else raw)
 
     def _line(self, opcode: int) -> None:
-        text = self._text()
-        if opcode in b"IFLg" and len(text) > MAX_DIGITS:
-            self._refuse(_("a number of {count} digits").format(count=len(text)))
-        self.position += len(text) + 2
-        if opcode != b"g"[0]:
-            self.pushed = self.position
+        text = self.window.line()
+        if opcode != 0x53 and opcode != 0x56 and len(text) > MAX_DIGITS:
+            self.refuse(_("a number of {count} digits").format(count=len(text)))
+        self.stack.append(from_line(opcode, text))
 
-    def _text(self) -> bytes:
-        """Return the argument up to the newline."""
-        end = self.data.find(b"\n", self.position + 1)
-        if end < 0:
-            raise IndexError
-        return self.data[self.position + 1 : end]
+    def _get_line(self, _opcode: int) -> None:
+        number = self._memo_line()
+        value = self.memo.get(number, MISSING)
+        self.stack.append(value if value is not MISSING else self.forgotten(number))
 
-    def _memo(self, width: int) -> None:
-        """Note what is kept. An index far above what is kept is refused: the memo is an array that grows to it."""
-        is_text = self.pushed == self.position
-        if width < 0:
-            text = self._text()
-            index = int(text) if text.isdigit() and len(text) < MAX_DIGITS else 2**64
-            self.position += len(text) + 2
-        else:
-            index = self._number(width) if width else len(self.memo)
-            self.position += 1 + width
-        if index > 2 * len(self.memo) + 1024:
-            self._refuse(_("memo index {index} after {count} entries").format(index=index, count=len(self.memo)))
-        self.memo.add(index)
-        if is_text:
-            self.texts.add(index)
-            self.pushed = self.position
-        else:
-            self.texts.discard(index)
+    def _memo_line(self) -> int:
+        text = self.window.line()
+        return int(text) if text.isdigit() and len(text) < MAX_DIGITS else 2**64
 
-    def _tuple(self, num_items: int) -> None:
-        """Allow tuples of plain values only: a tuple of tuples of tuples ... would be hashed recursively as a key."""
-        plain = self._run_of_values() if num_items else []
-        if num_items < 0:
-            marked = self.run > 0 and self.data[self.run - 1] == MARK
-            enough = marked and all(plain)
-        else:
-            enough = len(plain) >= num_items and all(plain[len(plain) - num_items :])
-        if not enough:
-            self._refuse(_("a tuple that holds more than plain values"))
-        self._build()
+    def _put(self, opcode: int) -> None:
+        """Keep a value under a number. A number far above what is kept is refused: picklers count."""
+        number = self._memo_line() if opcode == 0x70 else self.window.number(1 if opcode == 0x71 else 4)
+        if number > 2 * self.num_memoized + 1024:
+            self.refuse(_("memo index {index} after {count} entries").format(index=number, count=self.num_memoized))
+        self.num_memoized += number not in self.memo
+        self.memo[number] = self.stack[-1]
 
-    def _run_of_values(self) -> list[bool]:
-        """Tell, for each value pushed since something was built, whether it is a string or a number."""
-        found, position, data = [], self.run, self.data
-        if self.position - position > MAX_RUN_BYTES:
-            self._refuse(_("a tuple after {size} of values").format(size=format_bytes(self.position - position)))
-        while position < self.position:
-            symbol = data[position : position + 1]
-            width = COUNTED.get(symbol, 0)
-            argument = data[position + 1 : position + 1 + (PLAIN.get(symbol, 0) or MEMO.get(symbol, 0) or width)]
-            if symbol in LINES_SET or symbol == b"p":
-                argument = data[position + 1 : data.index(b"\n", position)]
-                position += 1
-            if symbol not in MEMO and symbol[0] != FRAME:
-                reads = int(argument) if symbol == b"g" else int.from_bytes(argument, "little")
-                found.append(symbol not in (b"h", b"j", b"g") or reads in self.texts)
-            position += 1 + len(argument) + (int.from_bytes(argument, "little") if width else 0)
-            position += 8 * (symbol[0] == FRAME)
-        return found
+    def _protocol(self, _opcode: int) -> None:
+        version = self.window.number(1)
+        if version > MAX_PROTOCOL:
+            self.refuse(_("protocol {version} is not known").format(version=version))
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise InputError(_("{what}, at byte {position}").format(what=what, position=self.position))
+    def _frame(self, _opcode: int) -> None:
+        if self.window.number(8) > self.window.left():  # framing changes neither the stack nor what comes next
+            self.refuse(_("a frame that is longer than the file"))
+
+    def _refused(self, opcode: int) -> None:
+        name = REFUSED.get(bytes((opcode,)))
+        self.refuse(
+            _("opcode {name} can run code or hides values").format(name=name)
+            if name
+            else _("byte {byte:#04x} is no opcode").format(byte=opcode)
+        )
 
 
-def _too_large(what: str) -> NoReturn:
+def _table(reader: PlainReader) -> list[Callable[[int], None]]:
+    """Return what to call for each byte."""
+    table: list[Callable[[int], None]] = [reader._refused] * 256
+    for opcodes, method in (
+        (b"}", reader._empty_dict), (b"]", reader._empty_list), (b"(", reader._mark), (b"ae", reader._append),
+        (b"su", reader._set), (b"l", reader._list), (b"d", reader._dict), (b")t\x85\x86\x87", reader._tuple),
+        (b"N\x88\x89", reader._constant), (b"MJG", reader._fixed), (b"\x8a\x8b", reader._long),
+        (bytes(COUNTED), reader._counted), (b"IFLVS", reader._line), (b"g", reader._get_line),
+        (b"pqr", reader._put), (b"\x80", reader._protocol), (b"\x95", reader._frame),
+    ):  # fmt: skip
+        for opcode in opcodes:
+            table[opcode] = method
+    return table
+
+
+def too_large(what: str) -> NoReturn:
+    """Refuse what is above a limit."""
     raise InputError(_("{what} are more than the limit").format(what=what))
-
-
-class _Closed(pickle.Unpickler):
-    """An unpickler that can build plain values only."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise pickle.UnpicklingError(f"{module_name}.{global_name}")
-
-    def persistent_load(self, pid: Any, /) -> NoReturn:
-        raise pickle.UnpicklingError("persistent id")
 
 
 def loads(data: bytes, *, limits: Limits | None = None) -> Any:
@@ -252,25 +382,24 @@ def loads(data: bytes, *, limits: Limits | None = None) -> Any:
     """
     limits = limits or Limits()
     if len(data) > limits.file_bytes:
-        _too_large(format_bytes(len(data)))
-    try:
-        _Walk(data, limits).walk()
-    except (IndexError, ValueError):
-        raise InputError(_("the pickle ends in the middle of a value")) from None
-    collecting = gc.isenabled()
-    gc.disable()  # the collector would walk the growing tree again and again
-    try:
-        return _Closed(io.BytesIO(data)).load()
-    except Exception as error:  # whatever the C unpickler finds wrong with it
-        what = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(_("not a pickle of plain values: {what}").format(what=what)) from None
-    finally:
-        if collecting:
-            gc.enable()
+        too_large(format_bytes(len(data)))
+    return PlainReader(io.BytesIO(data), len(data), limits=limits).read()
 
 
-def load(path: Path, *, limits: Limits | None = None) -> Any:
+def load(
+    path: Path,
+    *,
+    limits: Limits | None = None,
+    finder: Finder | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
     """Return the plain values in a pickle file.
+
+    Args:
+        path: the file.
+        limits: what it may ask for.
+        finder: says which lists hand their items on.
+        progress: called with the bytes read and those there are.
 
     Raises:
         InputError: the file cannot be read, or as :func:`loads`, with the file named.
@@ -287,12 +416,13 @@ def load(path: Path, *, limits: Limits | None = None) -> Any:
                 ),
                 where=str(path),
             )
-        data = path.read_bytes()
+        with path.open("rb", buffering=0 if size > WINDOW_BYTES else -1) as file:
+            return PlainReader(file, size, limits=limits, finder=finder, progress=progress).read()
     except OSError as error:
         raise InputError(_("cannot be read: {why}").format(why=error.strerror or error), where=str(path)) from None
-    try:
-        return loads(data, limits=limits)
     except InputError as error:
-        raise InputError(
-            error.what, where=str(path), remedy=_("expected is a memory snapshot of torch.cuda.memory._dump_snapshot")
-        ) from None
+        if error.where == str(path):
+            raise
+        where = f"{path}: {error.where}" if error.where else str(path)
+        remedy = _("expected is a memory snapshot of torch.cuda.memory._dump_snapshot")
+        raise InputError(error.what, where=where, remedy=remedy) from None

@@ -6,6 +6,7 @@ versions, so what is not known is named, not refused; what is needed and wrong i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ from ullage.allocator.stacks import NO_STACK, Frame, Stack, Stacks
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.observe import safe_pickle
+from ullage.observe.event_lane import StackNumber
+from ullage.observe.snapshot_stream import MAX_DEVICES, EventSink, StreamFinder
 
 TOP_KEYS = {
     "segments", "device_traces", "allocator_settings", "external_annotations", "host_segments", "host_traces",
@@ -45,10 +48,12 @@ STATES = {
     "active_pending_free": True,
     "inactive": None,
 }
+CODES = {name: code for code, name in enumerate(ACTIONS)}
 MAX_INTEGER = 2**64 - 1
-MAX_DEVICES = 1024
 #: Frames of a stack, and characters of a name in it, that are kept.
 MAX_FRAMES, MAX_NAME = 400, 200
+#: Frames that are known by the dict they stand in; the code of a program has some ten thousand.
+MAX_KEPT_FRAMES = 1_000_000
 
 
 @dataclass(kw_only=True)
@@ -83,26 +88,45 @@ class Snapshot:
     warnings: list[str]
 
 
-def read_snapshot(path: Path, *, limits: safe_pickle.Limits | None = None) -> Snapshot:
-    """Read a snapshot file, without running anything in it.
+def read_snapshot(
+    path: Path,
+    *,
+    limits: safe_pickle.Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Snapshot:
+    """Read a snapshot file, without running anything in it, and in bounded memory.
+
+    Events become compact arrays while the file is read (:class:`ullage.allocator.events.Recording`, 37 bytes each).
+    Stacks are kept once: an event has a number, ``recording.known_stacks.stack(number)`` is the stack, innermost frame
+    first, as (function, file, line); ``DeviceMemory.stacks`` gives those of the blocks in use by their address.
+
+    Args:
+        path: the file.
+        limits: what it may ask for.
+        progress: called with the bytes read and those there are.
 
     Raises:
         InputError: the file is not a snapshot, is broken or is too large.
     """
-    tree = safe_pickle.load(path, limits=limits)
+    reader = _Reader()
+    finder = StreamFinder(reader)
+    tree = safe_pickle.load(path, limits=limits, finder=finder, progress=progress)
     try:
-        return parse_snapshot(tree, source=str(path))
+        return _parse(reader, tree, source=str(path))
     except InputError as error:
         raise InputError(error.what, where=f"{path}: {error.where}" if error.where else str(path)) from None
 
 
 def parse_snapshot(tree: Any, *, source: str = "") -> Snapshot:
     """Read the plain values of a snapshot."""
+    return _parse(_Reader(), tree, source=source)
+
+
+def _parse(reader: _Reader, tree: Any, *, source: str) -> Snapshot:
     if isinstance(tree, list):
         tree = {"segments": tree, "device_traces": []}  # torch 1.x: the segments alone
     if not isinstance(tree, dict) or not isinstance(tree.get("segments"), list):
         raise InputError(_("this is no memory snapshot: it has no list of segments"))
-    reader = _Reader()
     for segment in tree["segments"]:
         reader.segment(segment)
     traces = tree.get("device_traces", [])
@@ -129,7 +153,7 @@ class _Reader:
         self._strange: dict[str, set[str]] = {}
         self._seen: set[int] = set()
         self.stacks = Stacks()
-        self._stack_numbers: dict[int, int] = {}  # of the lists met so far; the tree keeps them alive
+        self._frames: dict[int, tuple[int, Any]] = {}
 
     def unknown(self, where: str, keys: set[Any]) -> None:
         """Note keys that are not known."""
@@ -209,44 +233,81 @@ class _Reader:
         return address + size
 
     def trace(self, device: int, events: Any) -> None:
-        """Read the events of one device."""
+        """Read the events of one device, if they were not taken while the file was read."""
         where = f"device_traces[{device}]"
-        if not isinstance(events, list):
-            raise InputError(_("{name} must be a list").format(name=where), where=where)
-        if not events:
+        if isinstance(events, EventSink) and events.device == device:
+            if events.num_events:
+                self.device(device).num_events = events.num_events
             return
-        memory = self.device(device)
-        memory.num_events = len(events)
-        recording, codes = memory.recording, {name: code for code, name in enumerate(ACTIONS)}
-        places = recording.known_places
-        for event in events:
-            entry = self._entry(event, where)
-            if not entry.keys() <= EVENT_KEYS:
-                self.unknown(where, entry.keys() - EVENT_KEYS)
-            action = entry.get("action")
-            code = codes.get(action) if isinstance(action, str) else None
+        if type(events) is not list:
+            raise InputError(_("{name} must be a list").format(name=where), where=where)
+        if events:
+            self.device(device).num_events = len(events)
+            for event in events:
+                self._entry(event, where)
+            self.events(device, events)
+
+    def recording(self, device: int) -> Recording:
+        """Return where the events of a device go."""
+        return self.device(device).recording
+
+    def events(self, device: int, items: list[Any]) -> list[int]:
+        """Read events; return the numbers of their stacks."""
+        where = f"device_traces[{device}]"
+        memory, stacks = self.device(device), []
+        recording = memory.recording
+        for event in items:
+            if not isinstance(event, dict):
+                raise InputError(_("an entry of {name} is not a dict").format(name=where), where=where)
+            if not event.keys() <= EVENT_KEYS:
+                self.unknown(where, event.keys() - EVENT_KEYS)
+            stacks.append(self._stack(event.get("frames")))
+            action = event.get("action")
+            code = CODES.get(action) if isinstance(action, str) else None
             if code is None:
                 if action not in SILENT:
                     self.unknown(f"{where}.action", {_short(action)})
                 continue
-            address_key = "device_free" if code == OOM else "addr"
-            address = _integer(entry, address_key, where, default=0 if code == OOM else None)
-            size = _integer(entry, "size", where)
-            place = places.index(_integer(entry, "stream", where, default=0), _pool(entry, "pool_id", where))
-            if code == OOM:
-                memory.ooms.append((len(recording), size))
-            time_us = entry.get("time_us")
-            known_time = time_us if type(time_us) is int and 0 <= time_us <= MAX_INTEGER else 0
-            recording.append(code, address, size, place, self._stack(entry.get("frames")), known_time)
+            self._event(memory, recording, code, event, stacks[-1], where)
+        return stacks
+
+    def _event(
+        self, memory: DeviceMemory, recording: Recording, code: int, event: dict[Any, Any], stack: int, where: str
+    ) -> None:
+        address_key = "device_free" if code == OOM else "addr"
+        address = _integer(event, address_key, where, default=0 if code == OOM else None)
+        size = _integer(event, "size", where)
+        pool = _pool(event, "pool_id", where)
+        place = recording.known_places.index(_integer(event, "stream", where, default=0), pool)
+        if code == OOM:
+            memory.ooms.append((len(recording), size))
+        time_us = event.get("time_us")
+        known_time = time_us if type(time_us) is int and 0 <= time_us <= MAX_INTEGER else 0
+        recording.append(code, address, size, place, stack, known_time)
 
     def _stack(self, frames: Any) -> int:
         """Return the number of a stack; what is no list of frames is no stack."""
+        if isinstance(frames, StackNumber):
+            return frames.number
         if not isinstance(frames, list) or not frames:
             return NO_STACK
-        found = self._stack_numbers.get(id(frames))
+        row = tuple(map(self._frame_number, frames[:MAX_FRAMES]))
+        return self.stacks.number_of_row(row)
+
+    def stack_of(self, frames: Sequence[Any]) -> int:
+        """Return the number of a stack, -1 where something in it is no frame."""
+        if not all(type(frame) is dict for frame in frames):
+            return -1
+        return self.stacks.number_of_row(tuple(map(self._frame_number, frames[:MAX_FRAMES])))
+
+    def _frame_number(self, frame: Any) -> int:
+        """Return the number of a frame; dicts met before are known again, and kept so that no other takes their id."""
+        found = self._frames.get(id(frame))
         if found is None:
-            found = self._stack_numbers[id(frames)] = self.stacks.number(map(_frame, frames[:MAX_FRAMES]))
-        return found
+            found = self.stacks.frame_number(_frame(frame)), frame
+            if len(self._frames) < MAX_KEPT_FRAMES:
+                self._frames[id(frame)] = found
+        return found[0]
 
     def _entry(self, value: Any, where: str) -> dict[Any, Any]:
         """Return a dict that was not read before: real snapshots write each entry once."""
