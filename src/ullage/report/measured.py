@@ -84,6 +84,8 @@ def format_cell(column: str, value: Cell) -> str:
         return ""
     if isinstance(value, str):
         return value
+    if column.startswith("change") and value > 0:
+        return "+" + format_cell(column.removeprefix("change"), value)
     if column.endswith("_bytes"):
         return format_bytes(value)
     if column.endswith("bytes_per_s"):
