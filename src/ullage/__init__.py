@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ullage.api import fit as fit
     from ullage.api import fit_json as fit_json
     from ullage.api import fit_train as fit_train
+    from ullage.api import inspect as inspect
     from ullage.api import validate as validate
     from ullage.engines.serving import EngineStart as EngineStart
     from ullage.errors import InputError as InputError
@@ -46,6 +47,7 @@ _PUBLIC = {
     "fit": "ullage.api",
     "fit_json": "ullage.api",
     "fit_train": "ullage.api",
+    "inspect": "ullage.api",
     "validate": "ullage.api",
     "EngineStart": "ullage.engines.serving",
     "InputError": "ullage.errors",
@@ -70,18 +72,22 @@ _PUBLIC = {
     "TrainingParallel": "ullage.spec.training",
     "TrainingFit": "ullage.training_fit",
 }
+#: rooms that are used by name, such as ``ullage.guard.Guard``
+_ROOMS = ("guard",)
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'ullage' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _ROOMS:
+        return import_module(f"ullage.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ullage' has no attribute {name!r}")
     value = getattr(import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_ROOMS})

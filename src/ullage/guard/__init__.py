@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ullage.guard.adapters.accelerate import guard_accelerate as guard_accelerate
+    from ullage.guard.adapters.hf_trainer import guard_trainer as guard_trainer
+    from ullage.guard.adapters.lightning import GuardCallback as GuardCallback
     from ullage.guard.checkpoint import Checkpoint as Checkpoint
     from ullage.guard.loop import Guard as Guard
     from ullage.guard.outcome import CannotFit as CannotFit
@@ -24,7 +27,10 @@ _PUBLIC = {
     "CannotFit": "ullage.guard.outcome",
     "Checkpoint": "ullage.guard.checkpoint",
     "Guard": "ullage.guard.loop",
+    "GuardCallback": "ullage.guard.adapters.lightning",
     "RestartRequired": "ullage.guard.outcome",
+    "guard_accelerate": "ullage.guard.adapters.accelerate",
+    "guard_trainer": "ullage.guard.adapters.hf_trainer",
     "Plan": "ullage.guard.plan",
     "PlanStore": "ullage.guard.store",
 }

@@ -223,11 +223,14 @@ class Guard:
         release_memory(self.parameters)
         self.state.put_back()
 
-    def _take_step(self, following: rungs.Step, failures: Sequence[Failure]) -> None:
+    def _take_step(self, following: rungs.Step, failures: Sequence[Failure], *, whole: bool = True) -> None:
+        """Do what the ladder says; ``whole``: the weights are those of the last good step."""
         if following.action == rungs.CANNOT_FIT:
             raise CannotFit(self.plan, self._cannot_fit(failures))
         self.change_plan(following.plan)
         if following.action == rungs.RESTART:
+            if self.settings.before_restart is not None and whole:
+                self.settings.before_restart()
             words = _("restart with plan {number}: {reason}")
             raise RestartRequired(self.plan, words.format(number=self.plan.generation, reason=self.plan.reason))
         if following.action == rungs.RETRY:
@@ -292,11 +295,11 @@ class Guard:
 
     # ---------------------------------------------------------------- the optimizer
 
-    def update(self) -> None:
-        """Clip, step the optimizer, clear the gradients; a failure here is never pretended away."""
+    def update(self, update: Callable[[], Any] | None = None) -> None:
+        """Clip, step the optimizer, clear the gradients (or do ``update``); a failure is never pretended away."""
         failure = None
         try:
-            self._update()
+            (update or self._update)()
         except Exception as error:
             failure = classify(error, phase="optimizer step", rank=self.votes.rank)
             if failure is None:
@@ -370,7 +373,7 @@ class Guard:
             following = rungs.Step(
                 action=rungs.RESTART if self.ladder.can_restart else rungs.CANNOT_FIT, plan=following.plan
             )
-        self._take_step(following, failures)
+        self._take_step(following, failures, whole=False)
 
 
 def attempt() -> int:

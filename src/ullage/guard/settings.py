@@ -34,6 +34,7 @@ class Settings(Frozen):
             ``model.gradient_checkpointing_enable``; None: the job cannot.
         offload: Called with True to switch offload on; ``auto`` keeps saved activations in host memory.
         restart_plans: Knobs that only a restart can change, tried in turn after all else.
+        before_restart: Called on every rank before an orderly restart, where the weights are whole: save them here.
         checkpoint: A :class:`ullage.guard.Checkpoint`, to restore after a failed optimizer step.
         rewind: Called with the restored position; without it, a failed optimizer step ends in a restart.
         job: A ``TrainingFit`` or ``TrainingJob``: refused at the start if it cannot fit.
@@ -62,6 +63,7 @@ class Settings(Frozen):
     recompute: Callable[[bool], None] | str | None = None
     offload: Callable[[bool], None] | str | None = None
     restart_plans: tuple[Mapping[str, Value], ...] = ()
+    before_restart: Callable[[], Any] | None = None
     checkpoint: Any = None
     rewind: Callable[[Any], None] | None = None
     job: Any = None

@@ -1,0 +1,1 @@
+"""The guard inside the loops of others: Hugging Face Trainer, Lightning, Accelerate."""
