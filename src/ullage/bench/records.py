@@ -11,7 +11,7 @@ from ullage.errors import InputError
 from ullage.i18n import _
 
 GROUP = "ullage-bench"
-_PRECISION = {
+PRECISION = {
     "bf16": dict.fromkeys(("compute", "params", "grads", "moments"), "bf16") | {"master": None},
     "fp32": dict.fromkeys(("compute", "params", "grads", "moments"), "fp32") | {"master": None},
     "bf16-mixed": {"compute": "bf16", "params": "fp32", "grads": "fp32", "moments": "fp32", "master": None},
@@ -68,7 +68,7 @@ def _train_job(result: BenchResult, phase: Phase) -> dict[str, Any]:
         "engine": "ddp" if machine.get("num_ranks", 1) > 1 else "single",
         "engine_version": f"torch {machine.get('torch', '')}",
         "parallel": {"dp": machine.get("num_ranks", 1)},
-        "precision": _PRECISION[job["dtype"]],
+        "precision": PRECISION[job["dtype"]],
         "optimizer": job["optimizer"],
         "optimizer_impl": "foreach",
         "micro_batch_size": last.micro_batch,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class Outcome:
         return max((answer["peaks"]["used_bytes"] for answer in self.answers if answer.get("peaks")), default=None)
 
 
-def run_order(order: Order, ranks: Ranks, timeout: float) -> Outcome:
-    """Run ``order`` on every rank; one rank that dies ends the try for all."""
+def run_order(order: Order, ranks: Ranks, timeout: float, *, environment: Mapping[str, str] | None = None) -> Outcome:
+    """Run ``order`` on every rank; one rank that dies ends the try for all. ``environment`` is laid over our own."""
     begun = time.monotonic()
     order = replace(
         order,
@@ -47,7 +48,7 @@ def run_order(order: Order, ranks: Ranks, timeout: float) -> Outcome:
         master_port=ranks.from_first(free_port()),
     )
     with tempfile.TemporaryDirectory(prefix="ullage-bench-") as folder:
-        answer = _one_process(order, ranks, Path(folder), timeout)
+        answer = _one_process(order, ranks, Path(folder), timeout, environment or {})
     answers = ranks.gather(answer)
     reasons = [one["died"] for one in answers if one["died"]]
     first = {"memory": 0, "killed": 1, "error": 2, "timeout": 3, "stopped": 4}
@@ -55,12 +56,14 @@ def run_order(order: Order, ranks: Ranks, timeout: float) -> Outcome:
     return Outcome(answers=tuple(answers), died=died, seconds=time.monotonic() - begun)
 
 
-def _one_process(order: Order, ranks: Ranks, folder: Path, timeout: float) -> dict[str, Any]:
+def _one_process(
+    order: Order, ranks: Ranks, folder: Path, timeout: float, environment: Mapping[str, str]
+) -> dict[str, Any]:
     (folder / "order.json").write_text(order.to_json(), encoding="utf-8")
     words = [sys.executable, "-m", "ullage.bench.worker", str(folder / "order.json"), str(folder / "answer.json")]
     with (folder / "stderr").open("wb") as complaints:
         process = subprocess.Popen(
-            words, stdout=complaints, stderr=complaints, env=_environment(), start_new_session=True
+            words, stdout=complaints, stderr=complaints, env={**_environment(), **environment}, start_new_session=True
         )
         try:
             stopped = _wait(process, ranks, folder / "answer.json", timeout)
