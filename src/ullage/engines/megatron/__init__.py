@@ -32,7 +32,7 @@ def step(job: TrainingJob) -> TrainingStep:
         LayoutError: sizes that do not divide the model or the GPUs. UnknownArchitectureError: a part without a table.
     """
     job, assumed_tensor = _expert_tensor(job)
-    job, padded = _padded_vocabulary(job)
+    job, padded = padded_vocabulary(job)
     settings, assumed = resolve(job)
     groups, sizes = layout.groups(job), sizes_of(job, settings)
     stages = layout.chunks(job, settings)
@@ -75,7 +75,7 @@ def _warnings(job: TrainingJob) -> tuple[str, ...]:
     return ()
 
 
-def _padded_vocabulary(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
+def padded_vocabulary(job: TrainingJob) -> tuple[TrainingJob, tuple[str, ...]]:
     """Pad a vocabulary that the tensor-parallel ranks do not divide, to a multiple of 128 rows on each.
 
     Source: Megatron-LM@adc69db:megatron/training/tokenizer/tokenizer.py:_vocab_size_with_padding.

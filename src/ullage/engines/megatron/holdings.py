@@ -11,7 +11,7 @@ from typing import Any
 
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.params import RankTensor, adapters, buffer_elements, chunk_tensors, layer_tensors
-from ullage.frozen import Frozen
+from ullage.frozen import Frozen, field
 from ullage.numeric import lcm
 from ullage.spec.model import Layer
 from ullage.spec.training import TrainingJob
@@ -25,15 +25,16 @@ class Holding(Frozen):
     """Tensors of one side, added up.
 
     Attributes:
-        elements: trained ones; frozen: of the base beside adapters.
+        elements: trained ones; base: without adapters; frozen: the base beside adapters.
         aligned: elements when each tensor starts at a multiple of 64, those of ``closed`` left out.
         closed: aligned elements of buckets that a tied embedding closes or fills.
         linear: elements of weights of GEMMs; quantised: of these, all but routers'.
-        largest: elements of the largest tensor; num_tensors: copies counted once.
-        tensors: the trained ones; choices, index: of an array.
+        largest: elements of the largest tensor; num_tensors: copies counted once; shapes: of weights of GEMMs.
+        tensors: the trained ones; choices, index: of an array; known: what was worked out about it.
     """
 
     elements: int
+    base: int
     frozen: int
     aligned: int
     closed: tuple[int, ...]
@@ -41,9 +42,11 @@ class Holding(Frozen):
     quantised: int
     largest: int
     num_tensors: int
+    shapes: frozenset[tuple[int, ...]] = frozenset()
     tensors: tuple[RankTensor, ...] = ()
     choices: tuple[Holding, ...] = ()
     index: Any = None
+    known: dict[Any, Any] = field(default_factory=dict)
 
 
 #: Holdings in module order, with how often each comes in a row.
@@ -51,25 +54,36 @@ Runs = tuple[tuple[Holding, int], ...]
 
 
 class Kind(Frozen):
-    """A kind of layer, or what a chunk holds outside layers: its dense and its expert side, and all elements."""
+    """A kind of layer, or what a chunk holds outside layers: its two sides.
+
+    Attributes:
+        choices, index, known: of an array, as for a holding; ``known`` is what was worked out about choices.
+    """
 
     dense: Holding
     expert: Holding
-    elements: int
-    shapes: frozenset[tuple[int, ...]] = frozenset()
     choices: tuple[Kind, ...] = ()
     index: Any = None
+    known: Any = None
+
+    @property
+    def elements(self) -> int:
+        """Elements of both sides, without adapters."""
+        return self.dense.base + self.expert.base
 
 
 def distinct_shapes(kinds: list[Kind]) -> tuple[int, int]:
     """Elements of the distinct shapes of linear weights among ``kinds``, and how many shapes they are."""
-    if not kinds[0].choices:
-        shapes = frozenset().union(*(kind.shapes for kind in kinds))
+    first = kinds[0]
+    if not first.choices:
+        shapes = frozenset().union(*(side.shapes for kind in kinds for side in (kind.dense, kind.expert)))
         return sum(shape[0] * shape[1] for shape in shapes), len(shapes)
-    numpy = sys.modules["numpy"]
-    found = [distinct_shapes([kind.choices[at] for kind in kinds]) for at in range(len(kinds[0].choices))]
-    both = numpy.array(found, dtype="int64")[kinds[0].index]
-    return both[:, 0], both[:, 1]
+    key = tuple(id(kind.choices) for kind in kinds)
+    if key not in first.known:
+        rows = [distinct_shapes([kind.choices[at] for kind in kinds]) for at in range(len(first.choices))]
+        first.known[key] = sys.modules["numpy"].array(rows, dtype="int64")
+    found = first.known[key][first.index]
+    return found[:, 0], found[:, 1]
 
 
 def layer_kind(job: TrainingJob, layer: Layer, sizes: Groups) -> Kind:
@@ -83,33 +97,30 @@ def root_kind(job: TrainingJob, chunk: Chunk, sizes: Groups) -> Kind:
 
 
 def _kind(job: TrainingJob, tensors: list[RankTensor]) -> Kind:
-    sides = [_holding(job, [tensor for tensor in tensors if tensor.expert is expert]) for expert in (False, True)]
-    shapes = {
-        tensor.shape
-        for side in sides
-        for tensor in side.tensors
-        if tensor.linear and not tensor.name.endswith(".gate.weight")
-    }
-    elements = sum(tensor.num_elements for tensor in tensors)
-    return Kind(dense=sides[0], expert=sides[1], elements=elements, shapes=frozenset(shapes))
+    return Kind(
+        dense=_holding(job, [tensor for tensor in tensors if not tensor.expert]),
+        expert=_holding(job, [tensor for tensor in tensors if tensor.expert]),
+    )
 
 
 def _holding(job: TrainingJob, tensors: list[RankTensor]) -> Holding:
-    frozen = 0
+    base = sum(tensor.num_elements for tensor in tensors)
     if job.lora is not None:
-        frozen, tensors = sum(tensor.num_elements for tensor in tensors), adapters(job, tensors)
+        tensors = adapters(job, tensors)
     sums = [tensor.num_elements for tensor in tensors]
     linear = [(tensor, size) for tensor, size in zip(tensors, sums, strict=True) if tensor.linear]
     aligned, closed = _buckets(tensors)
     return Holding(
         elements=sum(sums),
-        frozen=frozen,
+        base=base,
+        frozen=base if job.lora is not None else 0,
         aligned=aligned,
         closed=closed,
         linear=sum(size for _tensor, size in linear),
         quantised=sum(size for tensor, size in linear if ".gate." not in tensor.name),
         largest=max((size // tensor.copies for tensor, size in zip(tensors, sums, strict=True)), default=0),
         num_tensors=len(tensors),
+        shapes=frozenset(tensor.shape for tensor, _size in linear if not tensor.name.endswith(".gate.weight")),
         tensors=tuple(tensors),
     )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 from ullage.engines.megatron.defaults import Settings
 from ullage.errors import InputError, LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
-from ullage.spec.training import TrainingJob
+from ullage.numeric import larger
+from ullage.spec.training import TrainingJob, TrainingParallel
 
 MAX_STAGES = 4096
 
@@ -49,21 +51,25 @@ def groups(job: TrainingJob) -> Groups:
     Formula: dense DP x CP; experts world / (ETP x EP x PP).
     Source: Megatron-LM@adc69db:megatron/core/parallel_state.py:initialize_model_parallel.
     """
-    parallel = job.parallel
-    data = parallel.data_parallel_size * parallel.context_parallel_size
-    expert, tensor = (
-        parallel.expert_parallel_size,
-        parallel.expert_tensor_parallel_size or parallel.tensor_parallel_size,
-    )
-    world = data * parallel.tensor_parallel_size
+    found, parallel = group_sizes(job.parallel), job.parallel
+    world = found.data * parallel.tensor_parallel_size
     has_experts = any(type(block).__name__ == "MoEFFN" for layer in job.model.layers for block in layer.ffns)
-    if has_experts and world % (expert * tensor):
+    if has_experts and world % (found.expert * found.expert_tensor):
         raise LayoutError(
             _("{ranks} ranks of a pipeline stage cannot be divided by EP {ep} x ETP {etp}").format(
-                ranks=world, ep=expert, etp=tensor
+                ranks=world, ep=found.expert, etp=found.expert_tensor
             )
         )
-    return Groups(data=data, expert_data=max(1, world // (expert * tensor)), expert=expert, expert_tensor=tensor)
+    return found
+
+
+def group_sizes(parallel: TrainingParallel) -> Groups:
+    """The formula of :func:`groups`."""
+    expert, tensor = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    tensor = parallel.tensor_parallel_size if tensor is None else tensor
+    data = parallel.data_parallel_size * parallel.context_parallel_size
+    experts = larger(1, data * parallel.tensor_parallel_size // (expert * tensor))
+    return Groups(data=data, expert_data=experts, expert=expert, expert_tensor=tensor)
 
 
 def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...]:
@@ -92,7 +98,7 @@ def chunks(job: TrainingJob, settings: Settings) -> tuple[tuple[Chunk, ...], ...
 
 def _placed(job: TrainingJob, counts: list[int], pipeline: int) -> tuple[tuple[Chunk, ...], ...]:
     """Deal stages out to ranks, one virtual round after the other."""
-    starts = [sum(counts[:at]) for at in range(len(counts) + 1)]
+    starts = [0, *accumulate(counts)]
     found: list[list[Chunk]] = [[] for _rank in range(pipeline)]
     for at, number in enumerate(counts):
         rank, part = at % pipeline, at // pipeline

@@ -50,7 +50,7 @@ def rank_parts(tables: Tables, parts: tuple[Chunk, ...]) -> RankParts:
     return RankParts(
         held=states(job, settings, parts, kinds, tables.groups),
         persistent=persistent,
-        resident=(*_resident(job, settings, sizes, parts, persistent), gathered(job, kinds)),
+        resident=(*resident_terms(job, settings, sizes, parts, persistent), gathered(job, kinds)),
         costs=tuple(chunk_cost(tables, chunk) for chunk in parts),
     )
 
@@ -132,7 +132,7 @@ def _between(held: States) -> tuple[Term, ...]:
     )
 
 
-def _resident(
+def resident_terms(
     job: TrainingJob, settings: Settings, sizes: Sizes, parts: tuple[Chunk, ...], persistent: tuple[Term, ...]
 ) -> tuple[Term, ...]:
     """Buffers while passes run: the batch, and one input and gradient under way between stages."""
@@ -149,15 +149,20 @@ def _resident(
 
 def loads_of(job: TrainingJob, settings: Settings, rank: int, virtual: int) -> tuple[schedule.Load, ...]:
     """The moments of the job's schedule that can be the fullest of a pipeline rank with ``virtual`` chunks."""
-    pipeline = job.parallel.pipeline_parallel_size
     return schedule.loads(
         schedule=job.parallel.schedule or "1f1b",
-        pipeline=pipeline,
+        pipeline=job.parallel.pipeline_parallel_size,
         virtual=virtual,
         rank=rank,
         num_micro_batches=job.grad_accum,
-        group=max(1, settings.count("microbatch-group-size-per-virtual-pipeline-stage", pipeline)),
+        group=pass_group(job, settings),
     )
+
+
+def pass_group(job: TrainingJob, settings: Settings) -> int:
+    """Micro-batches after which interleaved chunks take turns."""
+    pipeline = job.parallel.pipeline_parallel_size
+    return max(1, settings.count("microbatch-group-size-per-virtual-pipeline-stage", pipeline))
 
 
 def _peaks(tables: Tables, parts: tuple[Chunk, ...], costs: tuple[ChunkCost, ...]) -> list[Peak]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from ullage.engines.megatron.blocks import NEVER_FREE, SMALL, Batch, placed_bytes, placed_runs
@@ -86,34 +85,44 @@ def tensors_apart(job: TrainingJob, parts: list[Side], buffers: list[Any]) -> tu
     choices, index = parts[0].runs[0][0].choices, parts[0].runs[0][0].index
     if not choices:
         return _apart(job, [part.runs for part in parts], buffers)
-    found = {}
+    known = parts[0].runs[0][0].known
+    what = tuple((id(holding.choices), times) for part in parts for holding, times in part.runs)
     for choice in set(index.tolist()):
-        at = int((index == choice).argmax())
-        runs = [tuple((holding.choices[choice], times) for holding, times in part.runs) for part in parts]
-        found[choice] = _apart(job, runs, [int(size[at]) for size in buffers])
-    rows = _array([found[choice] for choice in index.tolist()]).reshape(-1, 2)
+        if (choice, what) not in known:
+            at = int((index == choice).argmax())
+            runs = [tuple((holding.choices[choice], times) for holding, times in part.runs) for part in parts]
+            known[choice, what] = _apart(job, runs, [int(size[at]) for size in buffers])
+    numbers = range(len(choices))
+    rows = _array([known.get((choice, what), (0, 0)) for choice in numbers]).reshape(-1, 2)[index]
     return rows[:, 0], rows[:, 1]
 
 
 def _apart(job: TrainingJob, runs: list[Any], buffers: list[int]) -> tuple[int, int]:
-    sizes = [(_sizes(holding), times) for part in runs for holding, times in part]
-    params = [(_batch(each, job.precision.params, 1), times) for each, times in sizes]
-    master = [(_batch(each, "float32", 1), times) for each, times in sizes] if job.precision.master else []
-    moments = [(_batch(each, "float32", 2), times) for each, times in sizes]
-    first = [*params, (Batch(buffers), 1), *master]
-    large = sum(sum(4 * size > MiB for size in each) * times for each, times in sizes)
-    return _rest(first) + _rest(moments), 4 + large * 2
+    held = [run for part in runs for run in part]
+    params = [(_batch(holding, job.precision.params, 1), times) for holding, times in held]
+    master = [(_batch(holding, "float32", 1), times) for holding, times in held] if job.precision.master else []
+    moments = [(_batch(holding, "float32", 2), times) for holding, times in held]
+    large = sum(_sizes(holding)[1] * times for holding, times in held)
+    return _rest([*params, (Batch(buffers), 1), *master]) + _rest(moments), 4 + large * 2
 
 
-@lru_cache(maxsize=4096)
-def _sizes(holding: Any) -> tuple[int, ...]:
-    return tuple(
-        tensor.num_elements // tensor.copies
-        for tensor in holding.tensors
-        for _copy in range(min(tensor.copies, MAX_COPIES))
-    )
+def _sizes(holding: Any) -> tuple[list[int], int]:
+    """Elements of a holding's tensors one by one, and how many of them pass 1 MiB in fp32."""
+    if "sizes" not in holding.known:
+        found = [
+            tensor.num_elements // tensor.copies
+            for tensor in holding.tensors
+            for _copy in range(min(tensor.copies, MAX_COPIES))
+        ]
+        holding.known["sizes"] = found, sum(4 * size > MiB for size in found)
+    sizes: tuple[list[int], int] = holding.known["sizes"]
+    return sizes
 
 
-@lru_cache(maxsize=4096)
-def _batch(sizes: tuple[int, ...], dtype: str, times: int) -> Batch:
-    return Batch(tensor_bytes(size, dtype) for size in sizes for _time in range(times))
+def _batch(holding: Any, dtype: str, times: int) -> Batch:
+    key = (dtype, times)
+    if key not in holding.known:
+        sizes = _sizes(holding)[0]
+        holding.known[key] = Batch(tensor_bytes(size, dtype) for size in sizes for _time in range(times))
+    batch: Batch = holding.known[key]
+    return batch

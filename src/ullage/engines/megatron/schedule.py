@@ -9,6 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from ullage.numeric import smaller
+from ullage.units import cdiv
+
 
 class Pass(NamedTuple):
     """A forward or backward pass of one micro-batch through the rank's chunk ``virtual``."""
@@ -51,6 +54,13 @@ def loads(
 
     A moment that holds no more of any chunk than another of its kind is left out.
     """
+    least = settled(
+        schedule=schedule, pipeline=pipeline, virtual=virtual, num_micro_batches=num_micro_batches, group=group
+    )
+    if least < num_micro_batches:
+        return loads(
+            schedule=schedule, pipeline=pipeline, virtual=virtual, rank=rank, num_micro_batches=least, group=group
+        )
     held = [0] * virtual
     seen: dict[Load, None] = {}
     for one in passes(
@@ -71,12 +81,39 @@ def loads(
 
 def fullest(found: tuple[Load, ...]) -> tuple[Load, ...]:
     """Leave out every load that another of its kind is at least as full as, chunk by chunk."""
-    by_kind: dict[tuple[bool, int], list[tuple[int, ...]]] = {}
-    for load in sorted(found, key=lambda load: -sum(load.live)):
-        kept = by_kind.setdefault((load.forward, load.virtual), [])
-        if not any(all(map(int.__ge__, other, load.live)) for other in kept):
-            kept.append(load.live)
-    return tuple(load for load in found if load.live in by_kind[load.forward, load.virtual])
+    by_kind: dict[tuple[bool, int], set[tuple[int, ...]]] = {}
+    for load in found:
+        by_kind.setdefault((load.forward, load.virtual), set()).add(load.live)
+    kept = {kind: _undominated(lives) for kind, lives in by_kind.items()}
+    return tuple(load for load in found if load.live in kept[load.forward, load.virtual])
+
+
+def _undominated(lives: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    top = tuple(map(max, zip(*lives, strict=True)))
+    if top in lives:
+        return {top}
+    kept: list[tuple[int, ...]] = []
+    for live in sorted(lives, key=sum, reverse=True):
+        if not any(all(map(int.__ge__, other, live)) for other in kept):
+            kept.append(live)
+    return set(kept)
+
+
+def settled(*, schedule: str, pipeline: int, virtual: int, num_micro_batches: int, group: int) -> int:
+    """Return the fewest micro-batches whose passes hold the same as those of ``num_micro_batches`` (or of many).
+
+    Formula: 1F1B P; both directions 2P, a rank's most; interleaved: whole groups beyond q = 3 + ceil(2(P-1) / (g V))
+        repeat what was held a group before, so q g + n mod g.
+    """
+    number = smaller(num_micro_batches, SETTLED * max(2 * pipeline, group) * 2)
+    if schedule == "gpipe":
+        return number
+    if schedule in ("dualpipe", "dualpipev"):
+        return smaller(number, 2 * pipeline)
+    if virtual == 1:
+        return smaller(number, pipeline)
+    groups = 3 + cdiv(2 * (pipeline - 1), group * virtual)
+    return smaller(number // group, groups) * group + number % group
 
 
 def _one_forward_one_backward(forward: list[int], backward: list[int], warmup: int) -> list[Pass]:
