@@ -12,6 +12,7 @@ from ullage.spec.model import Model
 from ullage.spec.serving import ServingParallel
 
 if TYPE_CHECKING:
+    from ullage.observe.inspection import Inspection
     from ullage.records.validate import ValidationReport
     from ullage.spec.training import TrainingJob
     from ullage.training_fit import TrainingFit
@@ -89,3 +90,20 @@ def validate(paths: Sequence[str | Path]) -> ValidationReport:
     from ullage.records.validate import validate_files
 
     return validate_files([Path(path) for path in paths])
+
+
+def inspect(path: str | Path, *, device: int | None = None) -> Inspection:
+    """Inspect a file that a run left behind: a log, an error message, a memory snapshot, a trace or a recording.
+
+    Args:
+        path: the file; what it is is told by its content.
+        device: of several; the one with most events when not given.
+
+    Raises:
+        InputError: it cannot be read, or nothing in it is understood.
+    """
+    from io import BytesIO
+
+    from ullage.observe.formats import inspect_source
+
+    return inspect_source(str(path), BytesIO(), device)

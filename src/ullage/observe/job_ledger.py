@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ullage.observe.snapshot_answer import Answer
 
 #: Patterns of term names, the first that matches says the part; of predictions and of measurements alike.
+_REST = "activations_and_temporaries"
 _PARTS = (
+    (_REST, r"temporar"),
     ("kv_cache", r"kv_cache|request_table|state_cache"),
     ("optimizer_states", r"optimizer|master_weights|adam|moment"),
     ("collectives", r"all_gather|unsharded|reduce_scatter|collectives|bucket"),
@@ -35,7 +37,6 @@ _PARTS = (
     ("weights", r"weights|rope_cache|rotary"),
     ("workspace", r"workspace"),
 )
-_REST = "activations_and_temporaries"
 #: What is not a part of the memory used.
 _NOT_USED = re.compile(r"^free|unexplained|other_processes|outside_or_others|cuda_graph_estimate")
 #: Words in the names of the moments of a step, by the phase that was measured.
@@ -132,7 +133,7 @@ def _only_allocated(ledger: Ledger, measured: Iterable[Term]) -> list[Pair]:
 def pairs_of(predicted: Iterable[Term], measured: Iterable[Term]) -> list[Pair]:
     """Sum both sides up into the parts that both can tell apart."""
     left, right = _sums(measured), _sums(predicted)
-    order = [name for name, _pattern in _PARTS] + [_REST]
+    order = [name for name, _pattern in _PARTS[1:]] + [_REST]
     return [
         Pair(part=name, measured=left.get(name), predicted=right.get(name))
         for name in order
