@@ -1,0 +1,134 @@
+"""What is to be traced. No torch here."""
+
+from __future__ import annotations
+
+from ullage.errors import InputError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+
+ENGINES = ("hf", "plain")
+DTYPES = {
+    "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
+    "fp16": "float16",
+}  # fmt: skip
+OPTIMIZERS = ("adamw", "adam", "sgd", "sgd_momentum", "adafactor", "muon", "adamw8bit", "none")
+IMPLEMENTATIONS = ("foreach", "fused", "forloop")
+#: More tokens than any step holds.
+MOST_TOKENS = 1 << 26
+MOST_STEPS = 64
+
+
+class LoraOptions(Frozen):
+    """Adapters: rank, scale, dropout, and the modules that get one ("all-linear" for every linear layer)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+
+
+class TraceJob(Frozen):
+    """The step to trace.
+
+    Attributes:
+        engine: "hf" steps as transformers' Trainer (clips, frees gradients after the step), "plain" as a plain loop.
+        dtype: of the parameters; autocast: dtype that ``torch.autocast`` computes in, None without.
+        optimizer_impl: "foreach", "fused" or "forloop"; None: what the engine takes on a GPU.
+        recompute: "none", or "full": every decoder layer is a checkpoint.
+        steps: optimizer steps that are traced; the second differs from the first, which has no states yet.
+        clip: gradients are clipped to a norm.
+        attention: kernel of scaled dot product attention, or "eager" for the model's written-out formula.
+        routing_skew: 0: every expert gets as many tokens.
+        unroll: trace few of the layers that repeat and repeat their events.
+    """
+
+    micro_batch: int = 1
+    seq_len: int = 4096
+    grad_accum: int = 1
+    steps: int = 2
+    engine: str = "hf"
+    dtype: str = "bfloat16"
+    autocast: str | None = None
+    optimizer: str = "adamw"
+    optimizer_impl: str | None = None
+    recompute: str = "none"
+    inference: bool = False
+    clip: bool | None = None
+    lora: LoraOptions | None = None
+    attention: str = "auto"
+    routing_skew: float = 0.0
+    compute_capability: tuple[int, int] = (9, 0)
+    unroll: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what would fail far from here."""
+        for name, value, known in (
+            ("engine", self.engine, ENGINES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("autocast", self.autocast, (None, *DTYPES)),
+            ("optimizer implementation", self.optimizer_impl, (None, *IMPLEMENTATIONS)),
+            ("recompute", self.recompute, ("none", "full")),
+            ("attention", self.attention, ("auto", "eager", "flash", "efficient", "cudnn", "math")),
+        ):
+            if value not in known:
+                raise InputError(
+                    _("unknown {name} {value!r}").format(name=name, value=str(value)[:40]),
+                    remedy=_("known are {known}").format(known=", ".join(each for each in known if each)),
+                )
+        for name, count, most in (
+            ("micro-batch", self.micro_batch, MOST_TOKENS),
+            ("sequence length", self.seq_len, MOST_TOKENS),
+            ("tokens", self.micro_batch * self.seq_len, MOST_TOKENS),
+            ("gradient accumulation", self.grad_accum, 4096),
+            ("steps", self.steps, MOST_STEPS),
+        ):
+            if not 1 <= count <= most:
+                raise InputError(_("{name}: {value} is outside 1 to {most}").format(name=name, value=count, most=most))
+
+    @property
+    def implementation(self) -> str:
+        """Return the implementation of the optimizer step.
+
+        Source: transformers@5.23.0:training_args.py (adamw_torch_fused); torch@2.13.0:torch/optim/optimizer.py:
+            _default_to_fused_or_foreach (foreach on CUDA).
+        """
+        return self.optimizer_impl or ("fused" if self.engine == "hf" and self.optimizer == "adamw" else "foreach")
+
+    @property
+    def clips(self) -> bool:
+        """Say whether gradients are clipped. Source: transformers@5.23.0:training_args.py (max_grad_norm 1.0)."""
+        return self.engine == "hf" if self.clip is None else self.clip
+
+
+def parse_lora(text: str) -> LoraOptions:
+    """Read ``r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj``.
+
+    Raises:
+        InputError: an unknown word or a value that is no number.
+    """
+    values: dict[str, object] = {}
+    for part in text.split(","):
+        key, equals, value = part.strip().partition("=")
+        try:
+            if key in ("r", "rank", "alpha") and equals:
+                values["r" if key == "rank" else key] = int(value)
+            elif key == "dropout" and equals:
+                values[key] = float(value)
+            elif key == "targets" and value:
+                values[key] = tuple(value.split("+"))
+            else:
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                _("{part!r} is not an option of adapters").format(part=part[:40]),
+                remedy="r=16,alpha=32,targets=q_proj+v_proj",
+            ) from None
+    found = LoraOptions(**values)  # type: ignore[arg-type]
+    if not 1 <= found.r <= 65536 or not 0 <= found.dropout < 1:
+        raise InputError(
+            _("the rank {r} or dropout {dropout} of the adapters is impossible").format(
+                r=found.r, dropout=found.dropout
+            )
+        )
+    return found

@@ -1,0 +1,150 @@
+"""Models of transformers on meta tensors, from a name or a config.json. Code of a model repository never runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ullage.errors import InputError, MissingExtraError
+from ullage.i18n import _
+from ullage.trace.job import DTYPES, TraceJob
+
+
+class Built:
+    """A model to trace: the module, its config, the sentences on what was assumed."""
+
+    def __init__(self, model: Any, config: Any, name: str, assumed: list[str]) -> None:
+        self.model, self.config, self.name, self.assumed = model, config, name, assumed
+
+
+def build_model(text: str, job: TraceJob) -> Built:
+    """Build the model that ``text`` names on meta tensors.
+
+    Raises:
+        InputError: no such model, or transformers cannot build it without code from its repository.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = _transformers()
+    values, count, name = _values(text)
+    assumed = []
+    if values.pop("quantization_config", None) is not None:
+        dtype = DTYPES[job.dtype]
+        assumed.append(_("the quantisation of the checkpoint is left out: parameters are {dtype}").format(dtype=dtype))
+    for key in ("auto_map", "torch_dtype", "dtype"):
+        values.pop(key, None)
+    config = _config(transformers, values, name)
+    config.use_cache = False
+    attention = "eager" if job.attention == "eager" else "sdpa"
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, DTYPES[job.dtype]), attn_implementation=attention
+            )
+    except Exception as error:  # transformers raises what it likes for a config that it does not take
+        raise InputError(
+            _("transformers {version} cannot build the model: {why}").format(
+                version=transformers.__version__, why=" ".join(str(error).split())[:200]
+            ),
+            where=name,
+        ) from error
+    if count is not None:
+        _check_count(model, count, name)
+    return Built(model, config, name, assumed)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "trace") from None
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def _values(text: str) -> tuple[dict[str, Any], int | None, str]:
+    """Return (config values, parameters expected or None, name)."""
+    from ullage.read.jsonfile import read_json_object
+    from ullage.read.model_source import load_model
+
+    path = Path(text).expanduser()
+    if text.endswith(".json") or path.is_dir():
+        config = path / "config.json" if path.is_dir() else path
+        return read_json_object(config), None, str(config)
+    from ullage.engines.hf_trainer.states import full_parameters
+    from ullage.trace.hf_values import config_values
+
+    model = load_model(text)
+    values = config_values(model)
+    model_type = _model_type(model.architecture)
+    if values is None or model_type is None:
+        raise InputError(
+            _("the catalog does not hold all that transformers needs to build {name}").format(name=model.name),
+            remedy=_("give its config.json instead"),
+        )
+    return {"model_type": model_type, **values}, full_parameters(model).num_elements, model.name
+
+
+def _model_type(architecture: str) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return next((model_type for model_type, each in NAMES.items() if each == architecture), None)
+
+
+def _config(transformers: Any, values: dict[str, Any], name: str) -> Any:
+    model_type = values.pop("model_type", None)
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise InputError(
+            _(
+                "transformers {version} does not know the model type {model_type!r}, and code of model repositories "
+                "never runs"
+            ).format(version=transformers.__version__, model_type=str(model_type)[:40]),
+            where=name,
+            remedy=_("trace your own module with module:function"),
+        )
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **values)
+    except Exception as error:
+        raise InputError(" ".join(str(error).split())[:200], where=name) from error
+    return getattr(config, "text_config", config)
+
+
+def _check_count(model: Any, expected: int, name: str) -> None:
+    """Refuse a model that is not the catalog's: the values written for it said too little."""
+    built = sum({id(each): each.numel() for each in model.parameters()}.values())
+    if built != expected:
+        raise InputError(
+            _("built from the catalog, {name} has {built:,} parameters instead of {expected:,}").format(
+                name=name, built=built, expected=expected
+            ),
+            remedy=_("give its config.json instead"),
+        )
+
+
+def add_adapters(model: Any, job: TraceJob) -> Any:
+    """Wrap a model in adapters as PEFT does.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+        InputError: PEFT refuses.
+    """
+    if job.lora is None:
+        return model
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtraError("peft", "trace") from None
+    targets = job.lora.targets
+    config = peft.LoraConfig(
+        r=job.lora.r,
+        lora_alpha=job.lora.alpha,
+        lora_dropout=job.lora.dropout,
+        target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.device("meta"):
+            return peft.get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())[:200], where="--lora") from error

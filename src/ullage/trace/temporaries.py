@@ -1,0 +1,135 @@
+"""What CUDA kernels allocate inside themselves: meta kernels return outputs only, so this is written down by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from ullage.frozen import Frozen
+from ullage.units import MiB, cdiv, round_up
+
+#: Bytes of a 64-bit index.
+INDEX = 8
+#: Elements per chunk of the foreach kernels. Source: torch@2.13.0:aten/src/ATen/native/cuda/MultiTensorApply.cuh.
+FOREACH_CHUNK = 65536
+#: Up to here one kernel without sorting. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu:
+#: embedding_dense_backward_cuda.
+FEW_INDICES = 3072
+
+
+class Kernels(Frozen):
+    """For which GPU the step is traced.
+
+    Attributes:
+        compute_capability: decides the size of cuBLAS' workspace.
+        attention: which kernel scaled_dot_product_attention runs; "auto" takes the first that can.
+    """
+
+    compute_capability: tuple[int, int] = (9, 0)
+    attention: str = "auto"
+    PRODUCTS: ClassVar[frozenset[str]] = frozenset(("mm", "addmm", "bmm", "baddbmm", "addmv", "addbmm", "mv", "dot"))
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of one cuBLAS workspace: 32 MiB on Hopper and later, 2 x 4 MiB + 8 x 16 KiB before.
+
+        Source: torch@2.13.0:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize.
+        """
+        return 32 * MiB if self.compute_capability >= (9, 0) else 2 * 4096 * 1024 + 8 * 16 * 1024
+
+
+def hidden_temporaries(func: Any, args: Any, out: Any, kernels: Kernels) -> list[int]:
+    """Return the bytes of each temporary of one operator's CUDA kernel."""
+    rule = _RULES.get(func._schema.name)
+    return [] if rule is None else rule(args, out)
+
+
+def _flash_backward(args: Any, _out: Any) -> list[int]:
+    """Gradient of the queries in fp32, the row sums, and with grouped heads the expanded gradients of keys and values.
+
+    Formula: dq_accum 4 b s' h d', softmax_d 4 b h s' (s' to 128, d' to 32 or 64); h_kv < h: 2 x b s_k h d elements.
+    Source: torch@2.13.0:aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp:mha_bwd.
+    """
+    query, key = args[1], args[2]
+    batch, heads, tokens, size = query.shape
+    rounded = round_up(size, 32 if size <= 128 else 64)
+    rows = round_up(tokens, 128)
+    found = [4 * batch * heads * rows, 4 * batch * rows * heads * rounded]
+    if key.shape[1] != heads:
+        expanded = batch * key.shape[2] * heads * size * query.element_size()
+        found += [expanded, expanded]
+    return found
+
+
+def _efficient_backward(args: Any, out: Any) -> list[int]:
+    """Row sums of output times gradient, and fp32 accumulators of the gradients where the head is wide.
+
+    Formula: delta 4 b h s; workspace 4 x (s' d' of the queries) per head where the value size exceeds 64.
+    Source: torch@2.13.0:aten/src/ATen/native/transformers/cuda/attention_backward.cu:_efficient_attention_backward,
+        mem_eff_attention/kernel_backward.h:workspace_elements_gq.
+    Known error: the workspace of the gradients of keys and values (only where keys are split) is left out.
+    """
+    query, value = args[1], args[3]
+    batch, heads, tokens, size = query.shape
+    found = [4 * batch * heads * round_up(tokens, 32)]
+    if max(size, value.shape[-1]) > 64:
+        found.append(4 * batch * heads * round_up(tokens, 64) * round_up(size, 64))
+    return found
+
+
+def _embedding_backward(args: Any, _out: Any) -> list[int]:
+    """Sorted indices, tables of segments, and one fp32 row per index.
+
+    Formula: indices n > 3072: sort 2 x 8n and as much scratch, 5 x 8n segments, 4 n d partial rows.
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel.
+    """
+    grad, indices = args[0], args[1]
+    count = indices.numel()
+    if count <= FEW_INDICES:
+        return []
+    return [INDEX * count] * 6 + [4 * count * grad.shape[-1]]
+
+
+def _index_put(args: Any, _out: Any) -> list[int]:
+    """Linear and sorted indices where values are accumulated.
+
+    Formula: 3 x 8n (linear, sorted, original) and as much scratch of the sort.
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/Indexing.cu:index_put_with_sort_kernel.
+    """
+    accumulates = len(args) > 3 and bool(args[3])
+    if not accumulates:
+        return []
+    count = max((each.numel() for each in args[1] if each is not None), default=0)
+    return [INDEX * count] * 4
+
+
+def _foreach_norm(args: Any, _out: Any) -> list[int]:
+    """Partial norms of every chunk: as many chunks for each tensor as the largest has.
+
+    Formula: 4 x tensors x ceil(largest / 65536).
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/ForeachReduceOp.cu:foreach_tensor_norm_cuda.
+    """
+    tensors = args[0]
+    chunks = max((cdiv(each.numel(), FOREACH_CHUNK) for each in tensors), default=0)
+    return [4 * len(tensors) * chunks]
+
+
+def _sort(args: Any, _out: Any) -> list[int]:
+    """Scratch of a radix sort: keys and indices once more.
+
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/Sort.cpp:sort_cuda_kernel.
+    """
+    source = args[0]
+    return [source.numel() * source.element_size(), source.numel() * INDEX]
+
+
+_RULES: dict[str, Callable[[Any, Any], list[int]]] = {
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::embedding_dense_backward": _embedding_backward,
+    "aten::index_put_": _index_put,
+    "aten::_index_put_impl_": _index_put,
+    "aten::index_put": _index_put,
+    "aten::_foreach_norm": _foreach_norm,
+    "aten::sort": _sort,
+}
