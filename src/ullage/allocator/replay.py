@@ -38,6 +38,8 @@ from ullage.i18n import _
 GIVEN_BACK = (SEGMENT_FREE, SEGMENT_UNMAP)
 
 
+#: Where a segment lies that the recording does not have: beyond all that a process can reach.
+NOWHERE = 2**63
 #: Free blocks to look through, in all, for memory that the recording gives back or uses against the simulator.
 MAX_LOOKED_AT = 20_000_000
 
@@ -257,10 +259,10 @@ class Replayer:
 
     def _recorded_address(self, size: int) -> int:
         if not self._pending:
-            return -1
+            return NOWHERE
         if self.allocator.settings.expandable_segments:  # addresses are reserved here, _check_map takes what is mapped
             return self._pending[0][0]
-        return self._pending.popleft()[0] if self._pending[0][1] == size else -1
+        return self._pending.popleft()[0] if self._pending[0][1] == size else NOWHERE
 
     def _check_map(self, kind: int, address: int, size: int, _free_set: FreeSet) -> None:
         """Compare a mapping with the recorded one; the first of a new segment says where that lies."""
@@ -300,7 +302,7 @@ class Replayer:
         block = self.allocator.malloc(request)
         self.placement.checked += 1
         if block is None:  # no address space is as large as what is asked for
-            self._differs(at, address, -1)
+            self._differs(at, address, NOWHERE)
             return False
         if block.address == address and not self._pending and not self._unlike_maps:
             self.placement.equal += 1
@@ -311,7 +313,7 @@ class Replayer:
 
     def _differs(self, at: int, address: int, simulated: int) -> None:
         if not self.placement.first_difference:
-            where = f"{simulated:#x}" if simulated >= 0 else _("a new segment")
+            where = f"{simulated:#x}" if simulated < NOWHERE else _("a new segment")
             self.placement.first_difference = _("event {at}: recorded {address:#x}, simulated {where}").format(
                 at=at, address=address, where=where
             )
@@ -322,7 +324,7 @@ class Replayer:
         allocator.free(wrong)
         if wrong.expandable or allocator.settings.expandable_segments:
             return False
-        if wrong.whole and wrong.address < 0:
+        if wrong.whole and wrong.address >= NOWHERE:
             release_block(allocator, wrong)
         while self._pending:
             base, size = self._pending.popleft()

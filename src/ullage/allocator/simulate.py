@@ -44,7 +44,7 @@ class Counters:
 class Request:
     """All that is known of a request before it is served: one per (bytes, place), made once."""
 
-    __slots__ = ("blocks", "bound", "free_set", "keys", "min_rest", "requested", "rounded", "segment")
+    __slots__ = ("blocks", "bound", "free_set", "keys", "min_rest", "requested", "rounded", "segment", "too_large")
 
     def __init__(self, requested: int, free_set_of: Callable[[bool], FreeSet], settings: AllocatorSettings) -> None:
         self.requested = requested
@@ -53,6 +53,9 @@ class Request:
         free_set = self.free_set = free_set_of(is_small(rounded))
         self.keys, self.blocks = free_set.keys, free_set.blocks
         self.bound = rounded << ADDRESS_BITS
+        # get_free_block: blocks from this size on are not for this request
+        most = settings.max_split_size_bytes
+        self.too_large = most if rounded < most else rounded + settings.max_non_split_rounding_bytes
         # should_split: what must be left over for the block to be split
         if free_set.small or settings.expandable_segments:
             self.min_rest = MIN_BLOCK_BYTES
@@ -89,7 +92,7 @@ class Allocator:
         self.counters = Counters()
         self.reserved = self.active = self.awaiting = 0  # bytes; active ones are in use or awaiting an event
         self._spare: list[Block] = []  # blocks that were merged away, to be used again
-        self.peak_reserved = self.peak_allocated = self.peak_active = 0
+        self.peak_reserved = self.peak_allocated = self.peak_active = self._low_peak = 0
         self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
         self.on_driver: Callable[[int, int, int, FreeSet], None] | None = None  # (SEGMENT_..., address, bytes, whose)
         self._top = FIRST_ADDRESS
@@ -140,6 +143,7 @@ class Allocator:
             owned.update(self._fill(segment, first))
         self.peak_reserved = self.reserved
         self.peak_allocated, self.peak_active = self.allocated, self.active
+        self._low_peak = self.active
         return owned
 
     def _fill(self, segment: SegmentLayout, first: Block) -> dict[int, Block]:
@@ -181,60 +185,70 @@ class Allocator:
 
         Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:malloc, get_free_block, should_split, alloc_found_block.
         """
-        keys = request.keys
-        index = bisect_left(keys, request.bound) if self._plain else self._search(request)
-        if 0 <= index < len(keys):
-            del keys[index]
-            block = request.blocks.pop(index)
+        keys, blocks, size = request.keys, request.blocks, request.rounded
+        index = bisect_left(keys, request.bound)
+        if not self._plain:
+            index = self._search(request, index)
+        if index < len(keys):
+            block = blocks[index]
         else:
-            acquired = self._acquire(request)
+            acquired, index = self._acquire(request), -1
             if acquired is None:
                 return None
             block = acquired
-        if self._alignment and request.rounded >= ROUND_LARGE_BYTES:
-            block = self._aligned(block, request.rounded)
+        if self._alignment and size >= ROUND_LARGE_BYTES:
+            block, index = self._aligned(block, index, size), -1
         block.state = IN_USE
         block.requested = request.requested
-        size = request.rounded
-        if block.size - size >= request.min_rest:
-            self._split(block, size)
+        rest_size = block.size - size
+        if rest_size >= request.min_rest:
+            rest = self._rest_of(block, size)
+            rest.key = key = rest_size << ADDRESS_BITS | rest.address
+            if index < 0 or (index > 0 and keys[index - 1] > key):
+                if index > 0:
+                    del keys[index], blocks[index]
+                index = bisect_left(keys, key)
+                keys.insert(index, key)
+                blocks.insert(index, rest)
+            else:  # the rest takes the place in the order
+                keys[index], blocks[index] = key, rest
         else:
             size = block.size
+            if index >= 0:
+                del keys[index], blocks[index]
         self.active = active = self.active + size
-        if active > self.peak_active:
-            self.peak_active = active
-        if active - self.awaiting > self.peak_allocated:
-            self.peak_allocated = active - self.awaiting
+        if active > self._low_peak:
+            self._rise()
         return block
 
-    def _split(self, block: Block, size: int) -> None:
-        """Shorten a block to ``size`` and put the rest among the free ones."""
+    def _rest_of(self, block: Block, size: int) -> Block:
+        """Shorten a block to ``size``; return the rest, linked behind it and in no set yet."""
         free_set = block.free_set
-        address, rest_size = block.address + size, block.size - size
-        if self._spare:
-            rest = self._spare.pop()
-            rest.address, rest.size, rest.free_set, rest.expandable = address, rest_size, free_set, block.expandable
-            rest.state = FREE
-        else:
-            rest = Block(address, rest_size, free_set, FREE, block.expandable)
-        rest.prev = block
+        rest = self._spare.pop() if self._spare else Block(0, 0, free_set, FREE)
+        rest.address, rest.size = block.address + size, block.size - size
+        rest.free_set, rest.state, rest.expandable = free_set, FREE, block.expandable
+        rest.prev, block.size = block, size
         rest.next = following = block.next
         if following is not None:
             following.prev = rest
         block.next = rest
-        block.size = size
-        rest.gc_base = free_set.pool.num_calls
-        rest.key = key = rest_size << ADDRESS_BITS | address
-        keys = free_set.keys
-        index = bisect_left(keys, key)
-        keys.insert(index, key)
-        free_set.blocks.insert(index, rest)
+        if self.gc_threshold:
+            rest.gc_base = free_set.pool.num_calls
+        return rest
 
-    def _aligned(self, block: Block, size: int) -> Block:
+    def _rise(self) -> None:
+        """Note new peaks; ``_low_peak`` is what the active bytes must pass for one of them to change."""
+        self.peak_active = max(self.peak_active, self.active)
+        self.peak_allocated = max(self.peak_allocated, self.active - self.awaiting)
+        self._low_peak = min(self.peak_active, self.peak_allocated + self.awaiting)
+
+    def _aligned(self, block: Block, index: int, size: int) -> Block:
         """Leave the front of an expandable block free, so that a large block begins at a multiple of the alignment.
 
         Source: Ascend/pytorch@2.8:torch_npu/csrc/core/npu/NPUCachingAllocator.cpp:malloc (base_addr_aligned_kb).
         """
+        if index >= 0:
+            block.free_set.remove(block)
         offset = -block.address % self._alignment
         if not offset or offset + size > block.size:
             return block
@@ -242,24 +256,21 @@ class Allocator:
         block.free_set.insert(block)
         return aligned
 
-    def _search(self, request: Request) -> int:
-        """Return the index of the block to use, -1 for none, under settings that restrict the choice.
+    def _search(self, request: Request, index: int) -> int:
+        """Return the index of the block to use, from the first fit on; past the end for none.
 
-        Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:get_free_block.
+        Only called under settings that restrict the choice (source: get_free_block, as :meth:`malloc`).
         """
-        free_set, settings, size = request.free_set, self.settings, request.rounded
+        blocks = request.blocks
         if self.gc_threshold:
-            free_set.pool.num_calls += 1
-        index = free_set.first_fit(size)
-        if index < len(free_set.keys) and self._has_expandable and free_set.at(index).expandable:
-            index = expandable.best_fit(free_set, index, growing=settings.expandable_segments)
-        if index >= len(free_set.keys):
-            return -1
-        found, most = free_set.at(index).size, settings.max_split_size_bytes
-        if size < most <= found:
-            return -1
-        if size >= most and found >= size + settings.max_non_split_rounding_bytes:
-            return -1
+            request.free_set.pool.num_calls += 1
+        if index < len(blocks) and self._has_expandable:
+            growing = self.settings.expandable_segments
+            following = blocks[index].next
+            if not growing or (following is not None and following.state == UNMAPPED):
+                index = expandable.best_fit(request.free_set, index, growing=growing)
+        if index < len(blocks) and blocks[index].size >= request.too_large:
+            return len(blocks)
         return index
 
     def _acquire(self, request: Request) -> Block | None:
@@ -315,6 +326,7 @@ class Allocator:
     def request_free(self, block: Block) -> None:
         """Give a block back that another stream still uses: it stays as it is until the event of that stream."""
         self.awaiting += block.size
+        self._low_peak = min(self.peak_active, self.peak_allocated + self.awaiting)
         block.state = AWAITING
         self.waiting[block.address] = block
 
@@ -323,6 +335,7 @@ class Allocator:
         if self.waiting.get(block.address) is block and block.state == AWAITING:
             del self.waiting[block.address]
             self.awaiting -= block.size
+            self._low_peak = min(self.peak_active, self.peak_allocated + self.awaiting)
             self.free(block)
 
     def synchronise(self) -> None:
@@ -336,34 +349,40 @@ class Allocator:
 
         Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:free_block, try_merge_blocks.
         """
-        self.active -= block.size
-        free_set = block.free_set
+        size = block.size
+        self.active -= size
+        free_set, index = block.free_set, -1
         keys, blocks = free_set.keys, free_set.blocks
-        before = block.prev
-        if before is not None and before.state == FREE:
-            index = bisect_left(keys, before.key)
-            del keys[index], blocks[index]
-            before.size += block.size
-            before.next = block.next
-            if block.next is not None:
-                block.next.prev = before
-            self._spare.append(block)
-            block = before
-        after = block.next
+        before, after = block.prev, block.next
         if after is not None and after.state == FREE:
             index = bisect_left(keys, after.key)
-            del keys[index], blocks[index]
-            block.size += after.size
-            block.next = after.next
-            if after.next is not None:
-                after.next.prev = block
+            size += after.size
+            block.next = following = after.next
+            if following is not None:
+                following.prev = block
             self._spare.append(after)
-        block.state = FREE
-        block.gc_base = free_set.pool.num_calls
-        block.key = key = block.size << ADDRESS_BITS | block.address
-        index = bisect_left(keys, key)
-        keys.insert(index, key)
-        blocks.insert(index, block)
+        if before is not None and before.state == FREE:
+            if index >= 0:
+                del keys[index], blocks[index]
+            index = bisect_left(keys, before.key)
+            size += before.size
+            before.next = following = block.next
+            if following is not None:
+                following.prev = before
+            self._spare.append(block)
+            block = before
+        block.state, block.size = FREE, size
+        if self.gc_threshold:
+            block.gc_base = free_set.pool.num_calls
+        block.key = key = size << ADDRESS_BITS | block.address
+        if index < 0 or (index + 1 < len(keys) and keys[index + 1] < key):
+            if index >= 0:
+                del keys[index], blocks[index]
+            index = bisect_left(keys, key)
+            keys.insert(index, key)
+            blocks.insert(index, block)
+        else:  # it keeps the place of a part of it
+            keys[index], blocks[index] = key, block
 
     def empty_cache(self) -> None:
         """Give the free segments back to the driver."""
