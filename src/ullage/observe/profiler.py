@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Certainty, Term, ranged
@@ -17,6 +19,7 @@ from ullage.units import format_bytes
 MAX_TERMS = 8
 _SOURCE = "torch.profiler, its [memory] events"
 _MODULE = "nn.Module: "
+_STEPS = re.compile(r"^ProfilerStep#\d+$")
 
 
 def inspect_trace(stream: Readable, where: str = "", device: int | None = None) -> Inspection:
@@ -262,21 +265,22 @@ def _phases(trace: Trace, owners: Owners, usage: Usage) -> Listing:
 def _operators(trace: Trace, owners: Owners, usage: Usage) -> Listing:
     """Return per operator what was alive of it at the peak, what it allocated itself, and its own time."""
     columns, kept = trace.operators, trace.allocations
-    rows: dict[int, list[float]] = {}
-    for place, name in enumerate(columns.name):
-        row = rows.setdefault(name, [0, 0, 0, 0.0, 0])
+    rows: dict[str, list[float]] = {}
+    names = [_STEPS.sub("ProfilerStep*", name) for name in trace.names]
+    for place, number in enumerate(columns.name):
+        row = rows.setdefault(names[number], [0, 0, 0, 0.0, 0])
         row[3] += columns.end[place] - columns.start[place] - owners.inner_us[place]
         row[4] += 1
     for place, device in enumerate(kept.device):
         operator = owners.allocator[place]
         if device == usage.device and operator != NOBODY:
-            row = rows[columns.name[operator]]
+            row = rows[names[columns.name[operator]]]
             row[1] += max(0, kept.bytes[place])
             row[2] += kept.bytes[place]
     for operator, size in usage.alive:
         if operator != NOBODY:
-            rows[columns.name[operator]][0] += size
-    cells: list[tuple[Cell, ...]] = [(trace.names[name], *row) for name, row in rows.items()]
-    names = ("operator", "alive_at_peak_bytes", "allocated_bytes", "net_bytes", "self_us", "count")
+            rows[names[columns.name[operator]]][0] += size
+    cells: list[tuple[Cell, ...]] = [(name, *row) for name, row in rows.items()]
+    heads = ("operator", "alive_at_peak_bytes", "allocated_bytes", "net_bytes", "self_us", "count")
     by_allocated = ranked(cells, 2, len(cells))
-    return Listing(name="operators", title=_("Operators"), columns=names, rows=ranked(by_allocated, 1))
+    return Listing(name="operators", title=_("Operators"), columns=heads, rows=ranked(by_allocated, 1))

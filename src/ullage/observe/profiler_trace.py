@@ -75,6 +75,7 @@ class Trace:
         self.num_events = 0
         self.num_dropped = 0
         self.truncated = False
+        self._base: float | None = None
         self._name_ids: dict[str, int] = {}
         self._thread_ids: dict[str, int] = {}
         self._device_ids: dict[tuple[int, int], int] = {}
@@ -95,9 +96,18 @@ class Trace:
             elif kind in _TRANSFERS:
                 self._kernel(event, name, self.transfers)
 
+    def _moment(self, event: Mapping[str, Any]) -> float | None:
+        """Return when an event was, in microseconds since the first one: differences of large numbers lose digits."""
+        time = _real(event.get("ts"))
+        if time is None:
+            return None
+        if self._base is None:
+            self._base = time
+        return time - self._base
+
     def _span(self, event: Mapping[str, Any], name: str, columns: Columns) -> Mapping[str, Any] | None:
         """Add when and where to ``columns``; return the arguments, None where the event is not usable."""
-        start, length = _real(event.get("ts")), _real(event.get("dur", 0))
+        start, length = self._moment(event), _real(event.get("dur", 0))
         if start is None or length is None or length < 0:
             return None
         if len(columns) >= MAX_INTERVALS:
@@ -133,7 +143,7 @@ class Trace:
             columns.moved.append(_whole(arguments.get("bytes"), 0))
 
     def _allocation(self, event: Mapping[str, Any]) -> None:
-        given, time = event.get("args"), _real(event.get("ts"))
+        given, time = event.get("args"), self._moment(event)
         if not isinstance(given, dict) or time is None:
             return
         size = _whole(given.get("Bytes"), 0)
