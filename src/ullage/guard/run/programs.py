@@ -107,7 +107,7 @@ def engine_of(words: Sequence[str]) -> str:
             if word.startswith(modules):
                 return engine
         name = word.rpartition("/")[2]
-        if name in ("vllm", "sglang") and words[index + 1 : index + 2] == ["serve"]:
+        if name in ("vllm", "sglang") and "serve" in words[index + 1 : index + 2]:
             return name
         if _LLAMA.search(word):
             return "llamacpp"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ullage.errors import InputError
@@ -72,7 +72,8 @@ def smaller(setting: Setting, death: Death, given: Sequence[str]) -> Change | No
     if plan.get("alloc_conf"):
         environment = tuple((name, joined(name, str(plan.get("alloc_conf")))) for name in training.ALLOC_VARIABLES)
     after = Setting(plan=plan, words=tuple(words), environment=environment)
-    return Change(setting=after, sentences=(change.sentence, *difference(setting.words, words)))
+    changed = difference(setting.words, words, (names for names, _flag, _value in change.flags))
+    return Change(setting=after, sentences=(change.sentence, *changed))
 
 
 def joined(name: str, setting: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -91,7 +92,9 @@ def _smaller_engine(engine: str, setting: Setting, death: Death) -> Change | Non
     for name, value in step.knobs:
         engines.put_knob(engine, line, name, value)
     after = Setting(plan=plan, words=tuple(line.words), environment=setting.environment)
-    return Change(setting=after, sentences=(step.sentence, *difference(setting.words, line.words)))
+    flags = engines.FLAGS[engine]
+    changed = difference(setting.words, line.words, (flags[name].names for name, _v in step.knobs if name in flags))
+    return Change(setting=after, sentences=(step.sentence, *changed))
 
 
 def with_plan(given: Sequence[str], plan: Plan) -> Setting:
@@ -130,25 +133,21 @@ def _with_flags(words: Sequence[str], plan: Plan) -> list[str]:
     return line.words
 
 
-def difference(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
-    """Say which words of a command line changed."""
-    from difflib import SequenceMatcher
-    from shlex import join
-
+def difference(before: Sequence[str], after: Sequence[str], spellings: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Say which flags of a command line changed; ``spellings``: those of each flag that may have."""
     found = []
-    for what, a1, a2, b1, b2 in SequenceMatcher(a=list(before), b=list(after), autojunk=False).get_opcodes():
-        if what == "equal":
+    for names in spellings:
+        old, new = Words(before, assignments=True).find(names), Words(after, assignments=True).find(names)
+        if new is None or (old is not None and old.value == new.value):
             continue
-        old, new = join(_named(before, a1, a2)), join(_named(after, b1, b2))
-        found.append(_("command line: {old} becomes {new}").format(old=old, new=new) if a2 > a1 else f"+ {new}")
+        if old is None:
+            found.append(
+                _("command line: {flag} {new} is added").format(flag=new.word, new=new.value).replace("  ", " ")
+            )
+        else:
+            sentence = _("command line: {flag} {old} becomes {new}")
+            found.append(sentence.format(flag=new.word, old=old.value, new=new.value))
     return tuple(found)
-
-
-def _named(words: Sequence[str], start: int, end: int) -> list[str]:
-    """Return changed words with the flag before them."""
-    if start and start < len(words) and words[start - 1].startswith("-") and not words[start].startswith("-"):
-        start -= 1
-    return list(words[start:end])
 
 
 def parse_knobs(text: str) -> dict[str, Value]:

@@ -10,8 +10,8 @@ TAIL_BYTES = 2 << 20
 #: A line is cut here, as the readers of logs cut it.
 MAX_LINE_BYTES = 16384
 _ENDS = re.compile(rb"\r\n|\r|\n")
-#: The guard in the job says with this that it went on after a message: deaths before it are over.
-RECOVERED = b"ullage: recovered"
+#: What the guard in the job logs when it goes on after a failure: messages before it are over.
+_RECOVERED = re.compile(rb"^(?:[^\n]{0,120}\s)?plan \d{1,9}: [^\n]*$|: once more, unchanged$", re.MULTILINE)
 
 
 class Tail:
@@ -62,5 +62,5 @@ class Tail:
     def last_words(self) -> bytes:
         """Return what is kept from the last recovery on: earlier messages are not what ended the command."""
         text = self.text()
-        place = text.rfind(RECOVERED)
-        return text if place < 0 else text[text.find(b"\n", place) + 1 :]
+        last = max((match.end() for match in _RECOVERED.finditer(text)), default=0)
+        return text[last:]

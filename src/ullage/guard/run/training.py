@@ -10,6 +10,7 @@ from ullage.guard.plan import Plan, Value
 from ullage.guard.run.deaths import Death
 from ullage.guard.run.programs import Trainer, llama_factory_file, trainer_of
 from ullage.guard.run.words import Words
+from ullage.guard.sizes import known_shapes
 from ullage.i18n import _
 
 ALLOC_CONF = "expandable_segments:True"
@@ -72,7 +73,7 @@ def _fewer_workers(words: Sequence[str]) -> Iterator[Smaller]:
 
 
 def _micro_batch(words: Sequence[str], trainer: Trainer | None, plan: Plan) -> Iterator[Smaller]:
-    known = plan.get("micro_batch")
+    known = plan.get("micro_batch") or min(known_shapes(plan).values(), default=None)
     if trainer is None:
         micro, passes = (known, plan.get("grad_accum", 1)) if known is not None else _from_file(words)
         flags = _file_flags(words)

@@ -44,12 +44,13 @@ class Recorder:
         self.path, self.max_bytes, self.num_files = Path(path), max_bytes, max(1, num_files)
         self.error = ""
         self._start = time.monotonic()
+        self._host_index = 1 + max((each.index for each in devices), default=-1)
         self._head = {
             "ullage_recording": FORMAT,
             "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "host": socket.gethostname(),
             "devices": [
-                {"index": each.index, "name": each.name, "total_bytes": each.total_bytes, "kind": each.kind}
+                {"index": self._index(each), "name": each.name, "total_bytes": each.total_bytes, "kind": each.kind}
                 for each in devices
             ],
             **(details or {}),
@@ -63,6 +64,10 @@ class Recorder:
             raise InputError(
                 _("the recording cannot be written: {why}").format(why=error.strerror or error), where=str(self.path)
             ) from None
+
+    def _index(self, device: Device) -> int:
+        """Return the number of a device in the recording: the host comes after the GPUs."""
+        return device.index if device.index >= 0 else self._host_index
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
@@ -105,7 +110,7 @@ class Recorder:
         moment = self.seconds()
         for sample in samples:
             if not sample.error:
-                self._put({"t": moment, "device": sample.device.index, **_values(sample)})
+                self._put({"t": moment, "device": self._index(sample.device), **_values(sample)})
 
     def event(self, event: str, text: str = "", **more: Any) -> None:
         """Write an event."""
