@@ -13,11 +13,11 @@ MAIN = ("main", "/job/train.py", 99)
 MODULE = ("_call_impl", "/lib/python3.11/site-packages/torch/nn/modules/module.py", 1762)
 ENGINE = ("torch::autograd::Engine::evaluate_function(...)", "??", 0)
 STACKS = {
-    "load": [("convert", "/x/site-packages/torch/nn/modules/module.py", 1300), ("to", "/x/torch/nn/modules/module.py", 9), MAIN],
+    "load": [("convert", "/x/torch/nn/modules/module.py", 1300), ("to", "/x/torch/nn/modules/module.py", 9), MAIN],
     "forward": [("forward", "/job/model.py", 20), MODULE, ("forward", "/job/model.py", 50), MODULE, MAIN],
     "attention": [("forward", "/job/model.py", 31), MODULE, ("forward", "/job/model.py", 50), MODULE, MAIN],
     "backward": [("torch::autograd::generated::MmBackward0::apply(...)", "??", 0), ENGINE],
-    "optimizer": [("_init_group", "/x/site-packages/torch/optim/adamw.py", 150), ("step", "/x/torch/optim/adamw.py", 9), MAIN],
+    "optimizer": [("_init_group", "/x/torch/optim/adamw.py", 150), ("step", "/x/torch/optim/adamw.py", 9), MAIN],
     "leak": [("log", "/job/metrics.py", 12), MAIN],
     "silent": [],
     "kv": [("_allocate_kv_cache_tensors", "/x/vllm/v1/worker/gpu_model_runner.py", 5), MAIN],

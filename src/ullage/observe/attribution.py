@@ -15,6 +15,7 @@ tensors and not only blocks (pytorch@2.13.0:torch/profiler/_memory_profiler.py:M
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -151,17 +152,22 @@ def _judge_recorded(memory: DeviceMemory, result: Attribution, members: array[in
     lives, older = result.lives, result.lives.num_older
     private = _private_places(memory)
     result.categories, result.levels = bytearray(len(lives.sizes)), bytearray(len(lives.sizes))
-    judge = _Judge(result)
     returning = {stack for stack, member in zip(lives.stacks[older:], members, strict=True) if member}
-    for each, member in enumerate(members, older):
-        stack, end = lives.stacks[each], lives.ends[each]
-        kind = result.kinds[stack]
-        named = _NAMED.get(kind)
-        if named is None and lives.places[each] in private:
-            named = (CODES["graph_pools"], CERTAIN)
-        if named is None:
-            named = judge.by_life(kind, end, member, returns=stack in returning)
-        result.categories[each], result.levels[each] = named
+    fixed = [_NAMED.get(kind) for kind in result.kinds]
+    tables: dict[tuple[int, int], tuple[list[int], list[tuple[int, int]]]] = {}
+    judge, kinds, categories, levels = _Judge(result), result.kinds, result.categories, result.levels
+    columns = (members, lives.stacks[older:], lives.ends[older:], lives.places[older:])
+    for each, (member, stack, end, place) in enumerate(zip(*columns, strict=True), older):
+        found = fixed[stack]
+        if found is None and place in private:
+            found = (CODES["graph_pools"], CERTAIN)
+        if found is None:
+            key = (member, stack if member == 0 else -kinds[stack])
+            table = tables.get(key)
+            if table is None:
+                table = tables[key] = judge.table(kinds[stack], member, returns=stack in returning)
+            found = table[1][bisect_left(table[0], end)]
+        categories[each], levels[each] = found
 
 
 def _private_places(memory: DeviceMemory) -> set[int]:
@@ -182,6 +188,15 @@ class _Judge:
             self._after.append(last.get(run.phase, NEVER))
             last[run.phase] = run.first
         self._after.reverse()
+
+    def table(self, kind: int, member: int, *, returns: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return :meth:`by_life` of all ends: up to which ends it is the same, and what it is up to there."""
+        edges = {NEVER - 1, NEVER}
+        if member:
+            run, following = self._runs[member - 1], self._runs[member : member + 1]
+            edges |= {run.last, self._after[member - 1], *(edge for one in following for edge in (one.first, one.last))}
+        ends = sorted(edges)
+        return ends, [self.by_life(kind, end, member, returns=returns) for end in ends]
 
     def by_life(self, kind: int, end: int, member: int, *, returns: bool) -> tuple[int, int]:
         """Return category and level of a block that was allocated in the stretch before number ``member``.

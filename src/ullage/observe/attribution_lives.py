@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate, repeat
+from itertools import accumulate
 
 from ullage.allocator.events import (
     ALLOC,
@@ -19,9 +19,12 @@ from ullage.allocator.events import (
     SEGMENT_FREE,
     SEGMENT_MAP,
     SEGMENT_UNMAP,
+    Recording,
 )
 from ullage.allocator.rounding import round_size
 from ullage.allocator.settings import AllocatorSettings
+from ullage.errors import InputError
+from ullage.i18n import _
 from ullage.observe.snapshot import DeviceMemory
 
 NEVER = 2**32 - 1
@@ -102,7 +105,18 @@ class Lives:
 
 
 def lives_of(memory: DeviceMemory, settings: AllocatorSettings) -> Lives:
-    """Follow each block of a device."""
+    """Follow each block of a device.
+
+    Raises:
+        InputError: its sizes add up to more than any memory.
+    """
+    try:
+        return _lives_of(memory, settings)
+    except OverflowError:
+        raise InputError(_("the sizes in it add up to more than any memory")) from None
+
+
+def _lives_of(memory: DeviceMemory, settings: AllocatorSettings) -> Lives:
     recording = memory.recording
     pass_ = _Pass(settings)
     pass_.run(memory)
@@ -117,7 +131,9 @@ def lives_of(memory: DeviceMemory, settings: AllocatorSettings) -> Lives:
     lives.places.extend(pass_.places)
     lives.changes = pass_.changes
     # owners were counted without the older ones: those of the recording move up, the older ones were noted apart
-    lives.owners = array("I", (NOBODY if owner == NOBODY else owner + number for owner in pass_.owners))
+    lives.owners = pass_.owners
+    if number:
+        lives.owners = array("I", (NOBODY if owner == NOBODY else owner + number for owner in pass_.owners))
     for event, owner in older.owners.items():
         lives.owners[event] = owner
     lives.start_bytes = sum(lives.sizes[:number])
@@ -150,34 +166,41 @@ class _Pass:
         return found
 
     def run(self, memory: DeviceMemory) -> None:
-        """Go through the events."""
-        recording, live = memory.recording, self.live
+        """Go through the events; what can be done for all allocations at a time is."""
+        recording = memory.recording
         final = {block.address: block.size_bytes for one in memory.segments for block in one.blocks}
         num_events = len(recording)
+        starts = self.starts = array("I", (at for at, kind in enumerate(recording.kinds) if kind == ALLOC))
+        self.requested = array("Q", map(recording.sizes.__getitem__, starts))
+        rounded = {size: self.rounded(size) for size in set(self.requested)}
+        self.sizes = array("Q", map(rounded.__getitem__, self.requested))
+        self.stacks = array("I", map(recording.stacks.__getitem__, starts))
+        self.places = array("I", map(recording.places.__getitem__, starts))
+        self.ends = array("I", [NEVER]) * len(starts)
         self.changes = array("q", bytes(8 * num_events))
-        self.owners = array("I", repeat(NOBODY, num_events))
-        changes, owners, sizes, ends, rounded = self.changes, self.owners, self.sizes, self.ends, self.rounded
-        for at, (kind, address, size, place) in enumerate(recording):
+        self.owners = array("I", [NOBODY]) * num_events
+        self._follow(recording)
+        self._sizes_at_the_end(final)
+
+    def _follow(self, recording: Recording) -> None:
+        """Find out which block each event is about."""
+        live, changes, owners, sizes, ends = self.live, self.changes, self.owners, self.sizes, self.ends
+        take, number = live.pop, 0
+        for at, (kind, address) in enumerate(zip(recording.kinds, recording.addresses, strict=True)):
             if kind == ALLOC:
-                block = rounded(size)
-                owners[at] = live[address] = len(sizes)
-                changes[at] = block
-                sizes.append(block)
-                self.requested.append(size)
-                self.starts.append(at)
-                ends.append(NEVER)
-                self.places.append(place)
+                owners[at] = live[address] = number
+                changes[at] = sizes[number]
+                number += 1
             elif kind == FREE_REQUESTED:
-                owner = live.pop(address, None)
-                if owner is None:
-                    self.freed_older.append((at, address, size, place))
-                    changes[at] = -rounded(size)
-                else:
-                    ends[owner] = owners[at] = at
+                owner = take(address, None)
+                if owner is not None:
+                    ends[owner] = at
                     owners[at] = owner
                     changes[at] = -sizes[owner]
-        self.stacks.extend(recording.stacks[at] for at in self.starts)
-        self._sizes_at_the_end(final)
+                else:
+                    size = recording.sizes[at]
+                    self.freed_older.append((at, address, size, recording.places[at]))
+                    changes[at] = -self.rounded(size)
 
     def _sizes_at_the_end(self, final: dict[int, int]) -> None:
         """Take the size that the final layout gives a block that is alive at the end."""
