@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from ullage.guard.adapters.accelerate import guard_accelerate as guard_accelerate
     from ullage.guard.adapters.hf_trainer import guard_trainer as guard_trainer
     from ullage.guard.adapters.lightning import GuardCallback as GuardCallback
+    from ullage.guard.batches import TokenBatches as TokenBatches
     from ullage.guard.checkpoint import Checkpoint as Checkpoint
+    from ullage.guard.experts import ExpertWatch as ExpertWatch
     from ullage.guard.loop import Guard as Guard
     from ullage.guard.outcome import CannotFit as CannotFit
     from ullage.guard.outcome import RestartRequired as RestartRequired
@@ -26,9 +28,11 @@ CANNOT_FIT_EXIT_CODE = 3
 _PUBLIC = {
     "CannotFit": "ullage.guard.outcome",
     "Checkpoint": "ullage.guard.checkpoint",
+    "ExpertWatch": "ullage.guard.experts",
     "Guard": "ullage.guard.loop",
     "GuardCallback": "ullage.guard.adapters.lightning",
     "RestartRequired": "ullage.guard.outcome",
+    "TokenBatches": "ullage.guard.batches",
     "guard_accelerate": "ullage.guard.adapters.accelerate",
     "guard_trainer": "ullage.guard.adapters.hf_trainer",
     "Plan": "ullage.guard.plan",

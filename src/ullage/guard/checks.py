@@ -149,7 +149,7 @@ def ledger_words(fit: Any) -> str:
     from ullage.units import format_bytes
 
     used = fit.ledger.device_used
-    largest = sorted(fit.ledger.terms, key=lambda term: -term.bytes)[:4]
+    largest = sorted(fit.ledger.terms(), key=lambda term: -term.bytes)[:4]
     terms = ", ".join(f"{term.name} {format_bytes(term.bytes)}" for term in largest)
     return _("{need} are needed of {total}: {terms}").format(
         need=format_bytes(used.bytes), total=format_bytes(fit.total_bytes.value), terms=terms
