@@ -17,8 +17,7 @@ from ullage.errors import InputError
 from ullage.i18n import _
 
 MAX_SECONDS = 300.0
-#: Memory that SQLite may take: a cache and the strings of one row.
-_HEAP_BYTES = 256 << 20
+#: A value may be this long; the cache and the sorting of SQLite are bounded by themselves.
 _MAX_VALUE_BYTES = 1 << 20
 _OPCODES_PER_TICK = 100_000
 _FUNCTIONS = frozenset(("count", "sum", "total", "min", "max", "typeof", "coalesce"))
@@ -66,7 +65,6 @@ class Tables:
         base.text_factory = lambda raw: raw.decode("utf-8", "replace")
         for setting in (
             "trusted_schema=OFF", "query_only=ON", "cell_size_check=ON", "mmap_size=0", "cache_size=-65536",
-            f"hard_heap_limit={_HEAP_BYTES}",
         ):  # fmt: skip
             base.execute(f"PRAGMA {setting}")
         if hasattr(base, "setlimit"):  # Python 3.11
