@@ -65,9 +65,10 @@ class Layouts:
 
     def job(self, template: TrainingJob, row: int) -> TrainingJob:
         """Return one layout as a job: what explains it is the ledger of that job."""
+        sizes: dict[str, Any] = {name: int(getattr(self, name)[row]) for name in PARALLEL}
         parallel = replace(
             template.parallel,
-            **{name: int(getattr(self, name)[row]) for name in PARALLEL},
+            **sizes,
             sequence_parallel=bool(self.sequence_parallel[row]),
             schedule=SCHEDULES[int(self.schedule[row])],
         )
@@ -95,7 +96,7 @@ def layouts(columns: Mapping[str, Sequence[int] | int], *, recomputes: Sequence[
         InputError: unknown columns, unequal lengths, or sizes that are no sizes.
     """
     zeros = ("sequence_parallel", "zero_stage", "recompute")
-    given = {"schedule": SCHEDULES.index("1f1b"), **{name: 0 for name in zeros}, **columns}
+    given = {"schedule": SCHEDULES.index("1f1b"), **dict.fromkeys(zeros, 0), **columns}
     unknown = sorted(given.keys() - set(COLUMNS))
     if unknown:
         raise InputError(_("unknown columns: {names}").format(names=", ".join(unknown)))

@@ -11,6 +11,11 @@ import numpy as np
 MAX_TABLE = 2**22
 
 
+def numbers(length: int, value: int = 0) -> Any:
+    """Return a column of one number."""
+    return np.full(length, value, dtype=np.int64)
+
+
 def _codes(column: Any) -> tuple[int, Any]:
     """Number the distinct values of a column from 0; return how many they are and each row's number."""
     low, high = int(column.min()), int(column.max())
@@ -18,7 +23,7 @@ def _codes(column: Any) -> tuple[int, Any]:
         values, codes = np.unique(column, return_inverse=True)
         return len(values), codes.reshape(-1)
     shifted = column - low
-    table = np.zeros(high - low + 1, dtype=np.int64)
+    table = numbers(high - low + 1)
     table[shifted] = 1
     number = int(table.sum())
     table = np.cumsum(table) - 1
@@ -31,7 +36,7 @@ def distinct(*columns: Any) -> tuple[Any, Any]:
     for column in columns[1:]:
         more, other = _codes(column)
         number, codes = _codes(codes * more + other)
-    first = np.zeros(number, dtype=np.int64)
+    first = numbers(number)
     first[codes[::-1]] = np.arange(len(codes), dtype=np.int64)[::-1]
     return first, codes
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ullage.errors import InputError
 from ullage.fitting import DEFAULT_RESERVE, parse_reserve
 from ullage.i18n import _

@@ -43,7 +43,7 @@ class Batch:
     def __init__(self, sizes: Iterable[int]) -> None:
         self.num_bytes = self.fixed_bytes = 0
         self.placed: list[int] = []
-        self._known: dict[Free, tuple[int, Free]] = {}
+        self._known: dict[Free, list[tuple[int, Free]]] = {}
         for size in sizes:
             self.num_bytes += size
             want = rounded(size)
@@ -54,14 +54,21 @@ class Batch:
             else:
                 self.placed.append(want)
 
-    def after(self, free: Free) -> tuple[int, Free]:
-        """Return allocated bytes of the batch where ``free`` blocks are at hand, and the blocks that are free then."""
+    def after(self, free: Free, times: int) -> tuple[int, Free]:
+        """Return allocated bytes of the batch, ``times`` in a row, and the blocks that are free then.
+
+        ``free`` blocks are at hand; what was placed once is remembered.
+        """
         if not self.placed:
-            return self.fixed_bytes, free
-        known = self._known.get(free)
-        if known is None:
-            known = self._known[free] = self._place(list(free))
-        return known
+            return self.fixed_bytes * times, free
+        chain = self._known.setdefault(free, [(0, free)])
+        while len(chain) <= times:
+            total, before = chain[-1]
+            more, after = self._place(list(before))
+            if after == before or len(chain) * len(self.placed) > MAX_TENSORS:
+                return total + more * (times - len(chain) + 1), after
+            chain.append((total + more, after))
+        return chain[times]
 
     def _place(self, free: list[int]) -> tuple[int, Free]:
         total = self.fixed_bytes
@@ -88,13 +95,8 @@ def placed_runs(runs: Sequence[tuple[Batch, int]]) -> int:
     free: Free = ()
     total = 0
     for batch, times in runs:
-        for done in range(times):
-            more, after = batch.after(free)
-            total += more
-            if after == free or done * len(batch.placed) > MAX_TENSORS:
-                total += more * (times - done - 1)
-                break
-            free = after
+        more, free = batch.after(free, times)
+        total += more
     return total
 
 

@@ -6,6 +6,7 @@ forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/D
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_b
     number = min(num_micro_batches, limit)
     if schedule == "gpipe":
         return [Pass(True, 0)] * number + [Pass(False, 0)] * number
-    if schedule in ("dualpipe", "dualpipev"):
+    if both_ways(schedule):
         return _dual(pipeline * (2 if schedule == "dualpipev" else 1), rank, number)
     if virtual > 1:
         return _interleaved(pipeline, virtual, rank, number, group)
@@ -52,31 +53,60 @@ def loads(
 ) -> tuple[Load, ...]:
     """Return the moments of a rank's passes that can be the fullest, in the order in which they come.
 
-    A moment that holds no more of any chunk than another of its kind is left out.
+    What walking :func:`passes` would find, without the walk: of moments between which what is held changes evenly only
+    the first and the last, and none that holds no more of any chunk than another of its kind.
     """
     least = settled(
         schedule=schedule, pipeline=pipeline, virtual=virtual, num_micro_batches=num_micro_batches, group=group
     )
+    if schedule == "gpipe" or (virtual == 1 and not both_ways(schedule)):
+        most = least if schedule == "gpipe" else min(pipeline - rank, least)
+        live = (most, *[0] * (virtual - 1))
+        return Load(True, 0, live), Load(False, 0, live)
+    if both_ways(schedule):
+        stages = pipeline * (2 if schedule == "dualpipev" else 1)
+        first, second = min(stages - rank, least), min(rank + 1, least)
+        alone, together = (first, 0), (first, second)
+        return Load(True, 0, alone), Load(True, 1, together), Load(False, 1, together), Load(False, 0, alone)
     if least < num_micro_batches:
         return loads(
             schedule=schedule, pipeline=pipeline, virtual=virtual, rank=rank, num_micro_batches=least, group=group
         )
-    held = [0] * virtual
-    seen: dict[Load, None] = {}
-    for one in passes(
-        schedule=schedule,
-        pipeline=pipeline,
-        virtual=virtual,
-        rank=rank,
-        num_micro_batches=num_micro_batches,
-        group=group,
-    ):
-        if one.forward:
-            held[one.virtual] += 1
-        seen.setdefault(Load(one.forward, one.virtual, tuple(held)))
-        if not one.forward:
-            held[one.virtual] -= 1
-    return fullest(tuple(seen))
+    return fullest(tuple(dict.fromkeys(_turns(pipeline, virtual, rank, num_micro_batches, group))))
+
+
+def both_ways(schedule: str) -> bool:
+    """Micro-batches enter at both ends; else a rank never holds more than the ranks before it."""
+    return schedule in ("dualpipe", "dualpipev")
+
+
+def _turns(pipeline: int, virtual: int, rank: int, number: int, group: int) -> Iterator[Load]:
+    """Yield the first and the last moment of every stretch in which one chunk runs forward and one backward."""
+    total, last = number * virtual, number // group
+    warmup = min((pipeline - rank - 1) * 2 + (virtual - 1) * group, total)
+
+    def before(at: int) -> tuple[int, list[int]]:
+        """Return the chunk of forward pass ``at``, and the passes of each chunk before it."""
+        turn = min(at // (group * virtual), last)
+        size = group if turn < last else number % group
+        rest = at - turn * group * virtual
+        done = [turn * group + min(max(rest - chunk * size, 0), size) for chunk in range(virtual)]
+        return (rest // size if size else 0), done
+
+    starts = {0, total}
+    for start in range(0, number, group):
+        starts.update(start * virtual + chunk * min(group, number - start) for chunk in range(virtual))
+    for at in sorted({start + shift for start in starts for shift in (-1, 0, warmup - 1, warmup, warmup + 1)}):
+        if 0 <= at < total:
+            chunk, _done = before(at)
+            _next, forward = before(at + 1)
+            _next, backward = before(max(0, at - warmup))
+            yield Load(True, chunk, tuple(map(int.__sub__, forward, reversed(backward))))
+    for at in sorted({start + shift for start in starts for shift in (-1, 0, -warmup - 2, -warmup - 1, -warmup)}):
+        if 0 <= at < total:
+            chunk, backward = before(at)
+            _next, forward = before(min(at + warmup + 1, total))
+            yield Load(False, virtual - 1 - chunk, tuple(map(int.__sub__, forward, reversed(backward))))
 
 
 def fullest(found: tuple[Load, ...]) -> tuple[Load, ...]:
@@ -108,7 +138,7 @@ def settled(*, schedule: str, pipeline: int, virtual: int, num_micro_batches: in
     number = smaller(num_micro_batches, SETTLED * max(2 * pipeline, group) * 2)
     if schedule == "gpipe":
         return number
-    if schedule in ("dualpipe", "dualpipev"):
+    if both_ways(schedule):
         return smaller(number, 2 * pipeline)
     if virtual == 1:
         return smaller(number, pipeline)

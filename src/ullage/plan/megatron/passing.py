@@ -1,4 +1,4 @@
-"""What micro-batches in flight need, for many layouts: tables by sizes of a micro-batch, moments by passes of a step."""
+"""What micro-batches in flight need, for many layouts: tables by sizes, moments by passes of a step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from ullage.engines.megatron.costs import chunk_cost
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
 from ullage.engines.megatron.moments import composition, loads_of, moments_of, pass_group
-from ullage.engines.megatron.schedule import Load, fullest, settled
+from ullage.engines.megatron.schedule import Load, both_ways, fullest, settled
 from ullage.engines.megatron.tables import Tables
 from ullage.plan.layouts import Layouts
 from ullage.plan.megatron.columns import job_of, sized
 from ullage.plan.megatron.shares import Shares
-from ullage.plan.rows import distinct, split
+from ullage.plan.rows import distinct, numbers, split
 from ullage.spec.training import TrainingJob
 
+#: What decides the sizes of a micro-batch on a rank.
+SIZES = (
+    "micro_batch_size",
+    "seq_len",
+    "context_parallel_size",
+    "tensor_parallel_size",
+    "sequence_parallel",
+    "expert_tensor_parallel_size",
+)
 _NO_GROUPS = Groups(data=1, expert_data=1, expert=1, expert_tensor=1)
 
 
@@ -61,10 +70,8 @@ class Passes:
 
     def __init__(self, template: TrainingJob, settings: Settings, given: Layouts, shares: Shares, rows: Any) -> None:
         self._template, self._settings, self._given = template, settings, given
-        columns = ("micro_batch_size", "seq_len", "context_parallel_size", "tensor_parallel_size")
-        columns += ("sequence_parallel", "expert_tensor_parallel_size")
-        first, size = distinct(*(getattr(given, name)[rows] for name in columns))
-        self._size = np.zeros(len(given), dtype=np.int64)
+        first, size = distinct(*(getattr(given, name)[rows] for name in SIZES))
+        self._size = numbers(len(given))
         self._size[rows] = size
         self._number = len(first)
         job = job_of(template, given, rows[first])
@@ -93,14 +100,14 @@ class Passes:
 
     def of_class(self, job: TrainingJob, alike: list[tuple[Chunk, ...]], moments: Moments) -> Passing:
         """Return the fullest moment of the passes of equal ranks, layout by layout."""
-        kept, on_top, pp_rank = (np.zeros(len(moments.size), dtype=np.int64) for _array in range(3))
+        kept, on_top, pp_rank = (numbers(len(moments.size)) for _array in range(3))
         loads: dict[int, dict[tuple[int, ...], tuple[int, list[Load]]]] = {}
         for own, recompute, passes in moments.groups:
             if passes not in loads:
                 loads[passes] = _loads(replace(job, grad_accum=passes), self._settings, alike)
             chunks = [self._chunk(recompute, chunk) for chunk in alike[0]]
             at = moments.size[own]
-            best = np.full(len(own), -1, dtype=np.int64)
+            best = numbers(len(own), -1)
             for live, (rank, kinds) in loads[passes].items():
                 more = chunks[kinds[0].virtual].on_top[kinds[0].forward]
                 for load in kinds[1:]:
@@ -121,7 +128,7 @@ class Passes:
             cost = chunk_cost(tables, chunk)
             on_top = {}
             for forward in (True, False):
-                fullest_moment = np.zeros(self._number, dtype=np.int64)
+                fullest_moment = numbers(self._number)
                 for _moment, terms in moments_of(tables, cost, forward=forward):
                     fullest_moment = np.maximum(fullest_moment, sum(term.bytes for term in terms))
                 on_top[forward] = fullest_moment
@@ -134,7 +141,7 @@ def _loads(
 ) -> dict[tuple[int, ...], tuple[int, list[Load]]]:
     """Micro-batches held, where they can be the most of all the ranks: the first such rank, and the passes at work."""
     ranks: dict[Load, int] = {}
-    for parts in alike:
+    for parts in alike if both_ways(job.parallel.schedule or "1f1b") else alike[:1]:
         for load in loads_of(job, settings, parts[0].pp_rank, len(parts)):
             ranks.setdefault(load, parts[0].pp_rank)
     found: dict[tuple[int, ...], tuple[int, list[Load]]] = {}

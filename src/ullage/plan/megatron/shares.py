@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,14 @@ from ullage.spec.training import TrainingJob
 #: Figures of a holding that are arrays in a holding of many layouts.
 FIGURES = ("elements", "base", "frozen", "aligned", "linear", "quantised", "largest")
 Count = Callable[[TrainingJob, Groups], Kind]
+
+
+def _layer(layer: Layer, job: TrainingJob, groups: Groups) -> Kind:
+    return layer_kind(job, layer, groups)
+
+
+def _root(chunk: Chunk, job: TrainingJob, groups: Groups) -> Kind:
+    return root_kind(job, chunk, groups)
 
 
 class Shares:
@@ -56,14 +65,19 @@ class Shares:
         """Say why a share cannot be."""
         layers = list({id(layer): layer for layer in self._template.model.layers}.values())
         everything = Chunk(pp_rank=0, virtual=0, layers=(), embedding=True, head=True, mtp=True)
-        for reason, one in ((Reason.TENSOR, (*share[:2], 1)), (Reason.EXPERTS, share)):
-            try:
-                for layer in layers:
-                    self._kind(id(layer), lambda job, groups, layer=layer: layer_kind(job, layer, groups), one)
-                self._kind("all", lambda job, groups: root_kind(job, everything, groups), one)
-            except LayoutError:
-                return reason
-        return Reason.LEGAL
+        counts = [(id(layer), partial(_layer, layer)) for layer in layers]
+        counts.append((0, partial(_root, everything)))
+        if not self._counted(counts, (*share[:2], 1)):
+            return Reason.TENSOR
+        return Reason.LEGAL if self._counted(counts, share) else Reason.EXPERTS
+
+    def _counted(self, counts: Sequence[tuple[int, Count]], share: tuple[int, ...]) -> bool:
+        try:
+            for what, count in counts:
+                self._kind(what, count, share)
+        except LayoutError:
+            return False
+        return True
 
     def _kind(self, what: object, count: Count, share: tuple[int, ...]) -> Kind:
         """Join the dense side, which TP divides, and the expert side, which ETP and EP do."""
@@ -80,13 +94,13 @@ class Shares:
 
     def layer(self, layer: Layer, index: Any) -> Kind:
         """Return a kind of layer for the layouts whose shares are ``index``."""
-        return self._dealt(id(layer), lambda job, groups: layer_kind(job, layer, groups), index)
+        return self._dealt(id(layer), partial(_layer, layer), index)
 
     def root(self, chunk: Chunk, index: Any) -> Kind:
         """Return what a chunk holds outside layers."""
         bare = replace(chunk, layers=())
         what = (chunk.embedding, chunk.head, chunk.mtp)
-        return self._dealt(what, lambda job, groups: root_kind(job, bare, groups), index)
+        return self._dealt(what, partial(_root, bare), index)
 
     def _dealt(self, what: object, count: Count, index: Any) -> Kind:
         if what not in self._kinds:

@@ -11,7 +11,7 @@ from ullage.engines.megatron.buffers import buffers
 from ullage.engines.megatron.defaults import resolve
 from ullage.engines.megatron.layout import Chunk
 from ullage.engines.megatron.moments import composition, resident_terms
-from ullage.engines.megatron.outside import fragmentation, outside
+from ullage.engines.megatron.outside import fragmentation
 from ullage.engines.megatron.states import gathered, states
 from ullage.errors import LayoutError
 from ullage.ledger import exact
@@ -19,11 +19,11 @@ from ullage.plan.layouts import Layouts, Reason
 from ullage.plan.megatron.columns import PIPELINE, grouped, job_of, sized
 from ullage.plan.megatron.passing import Passes, Passing
 from ullage.plan.megatron.shares import SharedTables, Shares
-from ullage.plan.rows import split
+from ullage.plan.rows import numbers, split
 from ullage.spec.model import MoEFFN
 from ullage.spec.training import TrainingJob
 
-#: What a layout's allocated peak is made of: states by name, then activations kept, what the moment needs on top, buffers.
+#: What a layout's allocated peak is made of: states by name, activations kept, what the moment needs on top, buffers.
 STATES = ("weights", "fp8_weights", "gradients", "master_weights", "optimizer_moments", "allocator_rounding")
 TERMS = (*STATES, "activations", "moment", "buffers")
 
@@ -39,9 +39,10 @@ class Walk:
     def __init__(self, template: TrainingJob, given: Layouts, *, terms: bool = False) -> None:
         number = len(given)
         self._template, self._given, self._settings = template, given, resolve(template)[0]
-        self.reason = np.zeros(number, dtype=np.int8)
-        self.allocated, self.reserved, self.used, self.pp_rank = np.full((4, number), -1, dtype=np.int64)
-        self.terms = {name: np.zeros(number, dtype=np.int64) for name in TERMS if terms}
+        self.reason = numbers(number)
+        self.allocated, self.reserved = numbers(number, -1), numbers(number, -1)
+        self.used, self.pp_rank = numbers(number, -1), numbers(number, -1)
+        self.terms = {name: numbers(number) for name in TERMS if terms}
         self._refuse()
         self._shares = Shares(template, given, self.reason)
         rows = np.flatnonzero(self.reason == 0)
