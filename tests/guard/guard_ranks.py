@@ -207,3 +207,257 @@ def report(guard, weights_equal, gradients_equal):
         "redone": guard.redone,
         "votes": guard.votes.num_votes,
     }
+
+
+def corners(rank, size, port, folder):
+    """What else can go wrong on two ranks."""
+    start(rank, size, port)
+    found = {
+        "uneven": uneven(rank, size),
+        "both": both_fail(rank, size),
+        "always": report_of(train("fsdp2", rank, size, failing={(4, 0): ("backward", 6)}, votes="always"))
+        | {"equal": same(train("fsdp2", rank, size, votes="always")[0], plain("fsdp2", rank, size)[0])},
+        "ddp options": ddp_options(rank, size),
+        "optimizer": [optimizer_fails(kind, rank, size, folder) for kind in ("ddp", "fsdp2")],
+        "checkpoint": [checkpointed(kind, rank, size, folder) for kind in ("ddp", "fsdp2")],
+        "asked": asked(rank, size),
+        "corrupt": corrupt(rank, size, folder),
+        "apart": apart(rank, size),
+        "released": released(rank, size),
+    }
+    finish(folder, rank, found)
+
+
+def report_of(trained):
+    return report(trained[2], None, None)
+
+
+def uneven(rank, size):
+    """FSDP2, where one rank has fewer samples: as many collectives on both; the pieces without weight add nothing."""
+    from ullage.guard import Guard
+
+    results = []
+    for guarded in (True, False):
+        net = Net()
+        model = wrapped("fsdp2", net, size)
+        optimizer = optimizer_of(model, True)
+        guard = Guard(model, optimizer, micro_batch=2, loss_reduction="sum") if guarded else None
+        for step in range(3):
+            batch = data(step, rank, size=8 if rank == 0 else 3)
+            if guard:
+                guard.step(batch, lambda micro, model=model: model(micro).sum())
+                continue
+            model(batch).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((weights(net), optimizer.seen))
+    return same(results[0][0], results[1][0]) and same(results[0][1], results[1][1])
+
+
+def both_fail(rank, size):
+    """Both ranks run out of memory in the same window, at different places."""
+    answers = []
+    for kind in ("ddp", "fsdp2"):
+        failing = {(3, 0): ("forward", 6), (3, 1): ("backward", 3), (5, 1): ("forward", 6), (5, 0): ("backward", 6)}
+        got, seen, guard = train(kind, rank, size, failing=failing)
+        reference, gradients = plain(kind, rank, size)
+        answers.append((same(got, reference) and same(seen, gradients), guard.redone, guard.plan.to_json()))
+    return answers
+
+
+def ddp_options(rank, size):
+    """Buffers that DDP broadcasts, unused parameters, and gradients that are views of the buckets."""
+    from ullage.guard import Guard
+
+    results = []
+    for guarded in (True, False):
+        torch.manual_seed(5)
+        net = nn.ModuleDict(
+            {"norm": nn.BatchNorm1d(FEATURES), "first": nn.Linear(FEATURES, FEATURES), "unused": nn.Linear(3, 3)}
+        )
+        net.forward = lambda inputs, net=net: _Work.apply(net["first"](net["norm"](inputs)), "both")
+        model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        guard = (
+            Guard(model, optimizer, micro_batch=8, recompute=lambda on: None, min_micro_batch=8) if guarded else None
+        )
+        for step in range(4):
+            batch = data(step, rank)
+            if guard:
+                fails = step == 2 and rank == 1
+                calls = []
+
+                def loss_of(micro, model=model, fails=fails, calls=calls):
+                    calls.append(1)
+                    output = model(micro)
+                    if fails and len(calls) == 1:
+                        torch.empty(1 << 50, dtype=torch.uint8)
+                    return output.mean()
+
+                guard.step(batch, loss_of)
+                continue
+            model(batch).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*weights(net), *(buffer.clone() for buffer in net.buffers())])
+    return same(*results)
+
+
+class Heavy(torch.optim.SGD):
+    """Needs work space in its step, after it has changed the first weight."""
+
+    need = 0
+
+    def step(self, closure=None):
+        if self.need:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1)
+            torch.empty(self.need, dtype=torch.uint8)
+        return super().step(closure)
+
+
+def optimizer_fails(kind, rank, size, folder):
+    """One rank fails in the optimizer: all ranks ask for a restart, and the plan is saved."""
+    from ullage.guard import Guard, PlanStore
+
+    store = PlanStore(Path(folder) / f"optimizer-{kind}.json")
+    net = Net(False)
+    model = wrapped(kind, net, size)
+    optimizer = Heavy(model.parameters(), lr=0.1)
+    guard = Guard(model, optimizer, micro_batch=8, store=store)
+    guard.step(data(0, rank), lambda micro: model(micro).mean())
+    optimizer.need = PER_SAMPLE if rank == 1 else 0
+    try:
+        with memory_limit(PER_SAMPLE // 2):
+            guard.step(data(1, rank), lambda micro: model(micro).mean())
+    except SystemExit as ended:
+        torch.distributed.barrier()
+        return ended.code, store.load().to_json()
+    return 0, ""
+
+
+def checkpointed(kind, rank, size, folder):
+    """A failed optimizer step goes back to the checkpoint on every rank, shards and moments included."""
+    from ullage.guard import Checkpoint, Guard
+
+    net = Net(False)
+    model = wrapped(kind, net, size)
+
+    class Adam(torch.optim.AdamW):
+        need = 0
+
+        def step(self, closure=None):
+            if self.need:
+                torch.empty(self.need, dtype=torch.uint8)
+            return super().step(closure)
+
+    optimizer = Adam(model.parameters(), lr=0.1)
+    position, back = [0], []
+    checkpoint = Checkpoint(Path(folder) / f"ck-{kind}", every=2, position=lambda: position[0])
+
+    def smaller(on):
+        optimizer.need = 0
+
+    guard = Guard(model, optimizer, micro_batch=8, checkpoint=checkpoint, rewind=back.append, offload=smaller)
+    after = {}
+    step, failed = 0, False
+    while step < 6:
+        position[0] = step + 1
+        optimizer.need = 1 << 50 if step == 4 and rank == 1 and not failed else 0
+        guard.step(data(step, rank), lambda micro: model(micro).mean())
+        if back and not failed:
+            failed, step = True, back[0]
+            after["restored"] = same(weights(net), after["at 4"])
+            continue
+        if step == 3:
+            after["at 4"] = weights(net)
+        step += 1
+    reference = Net(False)
+    model = wrapped(kind, reference, size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step in range(6):
+        model(data(step, rank)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return back, after["restored"], same(weights(net), weights(reference))
+
+
+def asked(rank, size):
+    """One rank asks for a smaller micro-batch: all follow, and nothing is redone."""
+    from ullage.guard import Guard
+
+    net = Net(False)
+    model = wrapped("ddp", net, size)
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=8)
+    sizes = []
+    for step in range(3):
+        if step == 1 and rank == 1:
+            guard.ask_smaller("experts")
+        guard.step(data(step, rank), lambda micro: model(micro).mean())
+        sizes.append(guard.micro_batch)
+    return sizes, guard.redone
+
+
+def corrupt(rank, size, folder):
+    """A corrupt store is refused on every rank."""
+    from ullage.errors import InputError
+    from ullage.guard import Guard, PlanStore
+
+    path = Path(folder) / "corrupt.json"
+    if rank == 0:
+        path.write_text("{")
+    torch.distributed.barrier()
+    net = Net(False)
+    try:
+        Guard(net, torch.optim.SGD(net.parameters()), micro_batch=1, store=PlanStore(path))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def apart(rank, size):
+    """A rank that calls the guard once more than the others is named, not waited for in silence."""
+    from ullage.errors import InputError
+    from ullage.guard.votes import Votes
+
+    votes = Votes()
+    votes.num_votes += rank
+    try:
+        votes.vote()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def released(rank, size):
+    """After a failure of one rank, nothing of the first attempt lives on any rank, unsharded weights included."""
+    import gc
+    import weakref
+
+    from ullage.guard import Guard
+
+    answers = []
+    for kind in ("ddp", "fsdp2"):
+        net = Net()
+        net.where = "backward"
+        model = wrapped(kind, net, size)
+        guard = Guard(model, optimizer_of(model, True), micro_batch=8, loss_reduction="sum")
+        held, seen = [], []
+
+        def loss_of(micro, model=model, net=net, held=held, seen=seen):
+            if held:
+                gc.collect()
+                seen.append([each() is None for each in held])
+                seen.append([parameter.grad is None for parameter in model.parameters()])
+                net.where = "none"
+                held.clear()
+            elif not seen:
+                output = model(micro)
+                held.append(weakref.ref(output))
+                return output.sum()
+            return model(micro).sum()
+
+        with memory_limit(6 * PER_SAMPLE) if rank == 0 else contextlib.nullcontext():
+            guard.step(data(0, rank), loss_of)
+        answers.append((seen, guard.redone))
+    return answers
