@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ullage.spec.training import Recompute as Recompute
     from ullage.spec.training import TrainingJob as TrainingJob
     from ullage.spec.training import TrainingParallel as TrainingParallel
+    from ullage.trace.api import trace as trace
+    from ullage.trace.result import TraceResult as TraceResult
     from ullage.training_fit import TrainingFit as TrainingFit
 
 __version__ = "0.1.0"
@@ -70,10 +72,11 @@ _PUBLIC = {
     "Recompute": "ullage.spec.training",
     "TrainingJob": "ullage.spec.training",
     "TrainingParallel": "ullage.spec.training",
+    "TraceResult": "ullage.trace.result",
     "TrainingFit": "ullage.training_fit",
 }
-#: rooms that are used by name, such as ``ullage.guard.Guard``
-_ROOMS = ("guard",)
+#: rooms that are used by name, such as ``ullage.guard.Guard``; ``ullage.trace`` is a room that can be called
+_ROOMS = ("guard", "trace")
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 

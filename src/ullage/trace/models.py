@@ -36,11 +36,11 @@ def build_model(text: str, job: TraceJob) -> Built:
         values.pop(key, None)
     config = _config(transformers, values, name)
     config.use_cache = False
-    attention = "eager" if job.attention == "eager" else "sdpa"
+    asked = {"attn_implementation": "eager"} if job.attention == "eager" else {}
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, DTYPES[job.dtype]), attn_implementation=attention
+                config, dtype=getattr(torch, DTYPES[job.dtype]), **asked
             )
     except Exception as error:  # transformers raises what it likes for a config that it does not take
         raise InputError(
@@ -49,6 +49,9 @@ def build_model(text: str, job: TraceJob) -> Built:
             ),
             where=name,
         ) from error
+    chosen = getattr(model.config, "_attn_implementation", None)
+    if chosen == "eager" and job.attention != "eager":
+        assumed.append(_("attention: eager, the only one that transformers has for this model by default"))
     if count is not None:
         _check_count(model, count, name)
     return Built(model, config, name, assumed)
@@ -104,7 +107,11 @@ def _config(transformers: Any, values: dict[str, Any], name: str) -> Any:
             remedy=_("trace your own module with module:function"),
         )
     try:
-        config = transformers.AutoConfig.for_model(model_type, **values)
+        kind = transformers.CONFIG_MAPPING[model_type]
+        text = getattr(kind, "sub_configs", {}).get("text_config")
+        if text is not None and "hidden_size" in values:
+            kind = text  # the catalog holds the decoder's values alone
+        config = kind(**values)
     except Exception as error:
         raise InputError(" ".join(str(error).split())[:200], where=name) from error
     return getattr(config, "text_config", config)

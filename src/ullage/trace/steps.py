@@ -50,6 +50,7 @@ def run_training(
         clip, step, zero_grad); accelerate@1.10:accelerator.py:prepare_model (outputs are made fp32 under autocast).
     """
     optimizer = optimizer if optimizer is not None else make_optimizer(job, model)
+    tracker.kept.append(optimizer)
     for step in range(job.steps):
         tracker.positions.step = step
         if job.engine == "plain" and optimizer is not None:

@@ -36,6 +36,7 @@ class Tracker(TorchDispatchMode):
         self._stacks: dict[tuple[str, ...], int] | None = {} if stacks else None
         self._workspaces: set[bool] = set()
         self._accumulation = Accumulation()
+        self.kept: list[Any] = []  # what a program would still hold when the trace ends
 
     # ------------------------------------------------------------------------------------------------ operators
 
@@ -227,6 +228,7 @@ class Tracker(TorchDispatchMode):
             if collects:
                 gc.enable()
             self._live.clear()
+            self.kept.clear()
             if self.shadows.chose:
                 self.trace.assumed.append(self.routing_sentence())
             classify(self.trace)
