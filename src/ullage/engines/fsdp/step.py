@@ -9,6 +9,7 @@ from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
 from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
 from ullage.engines.training import TrainingStep
@@ -33,7 +34,9 @@ def step(job: TrainingJob) -> TrainingStep:
         job = replace(job, parallel=replace(parallel, fsdp="full_shard"))
         assumed.append(_("how FSDP shards is not given: parameters, gradients and states (full_shard)"))
     rules = rules_of(job.engine_version)
-    plan = plan_of(job, rules)
+    if _by_default_foundry(job):
+        assumed.append(_("loss: the fused cross entropy that LLM Foundry takes by itself"))
+    plan = plan_of(job, rules, loss=_foundry_loss if _by_default_foundry(job) else None)
     limit = job.machine.gpu.total_bytes - CONTEXT_BYTES
     timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower(), limit_bytes=limit))
     walk = Walk(plan, timeline, _sharder(job, timeline))
@@ -52,6 +55,20 @@ def step(job: TrainingJob) -> TrainingStep:
         host_bytes=sum(block.group.stored_bytes for block in plan.blocks) if offloaded else 0,
     )
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
+
+
+def _by_default_foundry(job: TrainingJob) -> bool:
+    """Whether LLM Foundry's own default decides about the loss."""
+    return job.loss is None and "foundry" in job.engine_version.lower()
+
+
+def _foundry_loss(plan: LossPlan) -> LossPlan:
+    """FlashAttention's cross entropy: 16-bit logits stay, their gradient is as wide, nothing is stored in fp32.
+
+    Source: mosaicml/llm-foundry@0085285:llmfoundry/models/mpt/modeling_mpt.py:ComposerMPTCausalLM.__init__
+        (loss_fn: fused_crossentropy by default, labels rolled instead of logits shifted).
+    """
+    return replace(plan, kind="compiled", upcast=False, shift_copies=False)
 
 
 def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:

@@ -76,9 +76,10 @@ def ledger_of(
                 source="torch@2.13.0:aten/src/ATen/cuda/CublasHandlePool.cpp:parseChosenWorkspaceSize",
             )
         )
-    allocated = total("allocated", terms)
+    allocated, unapplied = total("allocated", terms), 0
     if doubt.shift_low_bytes or doubt.shift_high_bytes:
         uncertain = sum(term.low_bytes for term in terms if term.name not in EXACT)  # no setting takes more away
+        unapplied = max(0, doubt.shift_low_bytes - uncertain)  # held at another moment, but reserved ever since
         terms.append(
             ranged(
                 "unknown_settings",
@@ -94,7 +95,7 @@ def ledger_of(
     reserved = ranged(
         "reserved_overhead",
         overhead,
-        low=max(0, int(overhead * 0.7) - 64 * MiB),
+        low=max(0, int(overhead * 0.7) - 64 * MiB - unapplied),
         high=int(overhead + doubt.reserved * moment.peak_bytes) + 256 * MiB + doubt.setup_bytes,
         formula="pools of each stream laid out block by block",
         source="torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp",
