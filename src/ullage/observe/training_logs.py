@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from ullage.observe.measured import Curve
 from ullage.observe.oom import Size, read_size
@@ -138,7 +139,8 @@ class Collected:
         if "GiB(" in text and (step := _STEP.search(text)) and (found := _TITAN.search(text)):
             yield "torchtitan", rank, int(step.group(1)), {"max_reserved": _gib(found.group(1))}, ""
             self._share(found.group(1), found.group(2))
-        yield from self._deepspeed(rank, text)
+        if "MA " in text or "see_memory_usage" in text or "MemAllocated=" in text:
+            yield from self._deepspeed(rank, text)
 
     def _deepspeed(self, rank: str, text: str) -> Iterator[tuple[str, str, int, dict[str, Size], str]]:
         if found := _SEEN.search(text):
@@ -167,7 +169,7 @@ class Collected:
                     counts[rank] = max(counts.get(rank, 0), int(found.group(1)))
         if "GiB memory" in text and (found := _CAPACITY.search(text)):
             self.card, self.capacity_bytes = found.group(1), _gib(found.group(2)).bytes
-        if found := _MODEL.search(text):
+        if "usage for model" in text and (found := _MODEL.search(text)):
             self.model_bytes = max(self.model_bytes, _gib(found.group(1)).bytes)
         if "_mem_gpu" in text:
             for name, digits, unit in _TRACKED.findall(text):
@@ -191,6 +193,7 @@ def _pairs(text: str, place: int) -> tuple[dict[str, Size], int]:
     return amounts, place
 
 
+@lru_cache(maxsize=4096)
 def _gib(digits: str) -> Size:
     return read_size(f"{digits} GiB")
 
