@@ -10,6 +10,7 @@ from ullage.allocator.constants import NUM_ROUNDUP_INTERVALS, UNLIMITED_BYTES
 from ullage.allocator.events import (
     ALLOC,
     FREE_REQUESTED,
+    OOM,
     SEGMENT_ALLOC,
     SEGMENT_FREE,
     SEGMENT_MAP,
@@ -62,6 +63,25 @@ def recorded_peaks(final: Sequence[SegmentLayout], recording: Recording, setting
             reserved += size
             peaks.peak_reserved_bytes = max(peaks.peak_reserved_bytes, reserved)
     return peaks
+
+
+def recorded_capacity(final: Sequence[SegmentLayout], recording: Recording) -> int:
+    """Return what the driver had for the allocator when it refused: what was reserved, and what it said was left.
+
+    Formula: max over the refused requests of reserved + device_free.
+    Source: pytorch@2.11:c10/cuda/CUDACachingAllocator.cpp:malloc, the trace entry OOM.
+    Known error: what is left may be in pieces that no segment fits.
+    """
+    reserved, found = sum(segment.size_bytes for segment in final), 0
+    for at in range(len(recording) - 1, -1, -1):
+        kind = recording.kinds[at]
+        if kind == OOM:
+            found = max(found, reserved + recording.addresses[at])
+        elif kind in (SEGMENT_ALLOC, SEGMENT_MAP):
+            reserved -= recording.sizes[at]
+        elif kind in (SEGMENT_FREE, SEGMENT_UNMAP):
+            reserved += recording.sizes[at]
+    return found
 
 
 def _rounded(size: int, settings: AllocatorSettings) -> int:

@@ -17,6 +17,7 @@ from ullage.allocator.events import (
     ALLOC,
     FREE_COMPLETED,
     FREE_REQUESTED,
+    OOM,
     SEGMENT_ALLOC,
     SEGMENT_FREE,
     SEGMENT_MAP,
@@ -206,11 +207,11 @@ def _give_tails(segment: SegmentLayout, guessed: set[int], settings: AllocatorSe
             block.size_bytes += gap
 
 
-def to_workload(recording: Recording, beginning: list[SegmentLayout]) -> Workload:
+def to_workload(recording: Recording, beginning: list[SegmentLayout], *, with_refused: bool = False) -> Workload:
     """Return the recording as work without addresses.
 
     A run of segments given back is one call of ``empty_cache``; whether the allocator did so itself because memory had
-    run out cannot be told.
+    run out cannot be told. ``with_refused`` asks once more for what was refused, and gives it back at once.
     """
     builder = WorkloadBuilder(recording.known_places)
     builder.start_from(beginning)
@@ -234,6 +235,8 @@ def to_workload(recording: Recording, beginning: list[SegmentLayout]) -> Workloa
             if address in requested:
                 requested.discard(address)
                 builder.complete_free(owners.pop(address))
+        elif kind == OOM and with_refused:
+            builder.free(builder.allocate(size, place=place))
         elif kind in GIVEN_BACK and (at + 1 == num_events or kinds[at + 1] not in GIVEN_BACK):
             builder.empty_cache()
     builder.work.num_events = num_events

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ullage.allocator.events import SegmentLayout, Workload
 from ullage.allocator.keys import DEFAULT_VERSION
 from ullage.allocator.metrics import Fragmentation, Pin, fragmentation, layout_of, pins, utilisation
-from ullage.allocator.recorded import recorded_peaks, recorded_settings
+from ullage.allocator.recorded import recorded_capacity, recorded_peaks, recorded_settings
 from ullage.allocator.replay import Placement, Replayer, recover_beginning, to_workload
 from ullage.allocator.run import Death, Outcome, run_workload
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.stacks import Stack
 from ullage.allocator.what_if import Comparison, compare
 from ullage.i18n import _
+from ullage.units import format_bytes
 
 if TYPE_CHECKING:
     from ullage.observe.snapshot import DeviceMemory, Snapshot
@@ -65,6 +66,7 @@ class _Checked:
 
     settings: AllocatorSettings
     work: Workload
+    beginning: list[SegmentLayout]
     replayer: Replayer
     warnings: list[str]
 
@@ -116,6 +118,7 @@ def replay_device(
     total_bytes: int | None = None,
     what_if: bool = False,
     version: tuple[int, int] = DEFAULT_VERSION,
+    stage: Callable[[str], None] = lambda _stage: None,
 ) -> Replay:
     """Check the placement of a recording, then run it under other settings or a capacity where asked.
 
@@ -127,17 +130,34 @@ def replay_device(
         total_bytes: the device's memory, for fractions; ``capacity_bytes`` when not given.
         what_if: also try other settings and rank them.
         version: of PyTorch, for the settings to try.
+        stage: called with what is done next.
     """
     memory = snapshot.devices[device]
+    stage(_("checking the placements"))
     checked = _check(snapshot, memory)
     result = _as_recorded(memory, checked)
     if settings is not None or capacity_bytes is not None:
+        stage(_("running it again"))
         _run_asked(result, checked, settings, capacity_bytes, total_bytes)
     if what_if:
-        work, recorded = checked.work, checked.settings
-        kept = run_workload(work, recorded, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
+        work = checked.work
+        if capacity_bytes is None and memory.ooms:
+            capacity_bytes = recorded_capacity(memory.segments, memory.recording)
+            work = to_workload(memory.recording, checked.beginning, with_refused=True)
+            result.warnings.append(
+                _("a request was refused; other settings get the {size} that the driver had given or had left").format(
+                    size=format_bytes(capacity_bytes)
+                )
+            )
+        kept = run_workload(work, checked.settings, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
         result.comparison = compare(
-            work, recorded, kept, capacity_bytes=capacity_bytes, total_bytes=total_bytes, version=version
+            work,
+            checked.settings,
+            kept,
+            capacity_bytes=capacity_bytes,
+            total_bytes=total_bytes,
+            version=version,
+            stage=stage,
         )
     return result
 
@@ -181,7 +201,11 @@ def _check(snapshot: Snapshot, memory: DeviceMemory) -> _Checked:
             )
         )
     return _Checked(
-        settings=settings, work=to_workload(memory.recording, beginning.segments), replayer=replayer, warnings=warnings
+        settings=settings,
+        work=to_workload(memory.recording, beginning.segments),
+        beginning=beginning.segments,
+        replayer=replayer,
+        warnings=warnings,
     )
 
 

@@ -28,17 +28,25 @@ def run(arguments: argparse.Namespace) -> int:
     from ullage.allocator.settings import parse_settings, parse_version
     from ullage.cli import print_json
     from ullage.observe.snapshot import read_snapshot
+    from ullage.observe.stages import Stages
     from ullage.report.replay import print_replay, replay_json
     from ullage.units import parse_size
 
     version = parse_version(arguments.torch)
     settings = None if arguments.settings is None else parse_settings(arguments.settings, version=version)
     capacity = None if arguments.capacity is None else parse_size(arguments.capacity)
-    snapshot = read_snapshot(arguments.file)
-    device, notes = choose_device(snapshot, arguments.device)
-    replay = replay_device(
-        snapshot, device, settings=settings, capacity_bytes=capacity, what_if=arguments.what_if, version=version
-    )
+    with Stages() as stages:
+        snapshot = read_snapshot(arguments.file, progress=stages.reading)
+        device, notes = choose_device(snapshot, arguments.device)
+        replay = replay_device(
+            snapshot,
+            device,
+            settings=settings,
+            capacity_bytes=capacity,
+            what_if=arguments.what_if,
+            version=version,
+            stage=stages,
+        )
     replay.warnings = [*notes, *replay.warnings]
     if arguments.json:
         print_json(replay_json(replay))

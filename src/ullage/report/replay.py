@@ -48,6 +48,7 @@ def replay_json(replay: Replay) -> dict[str, Any]:
         "pinned_by": [_pin_json(pin, replay) for pin in replay.pinned_by],
         "death": _death_json(replay.death),
         "what_if": _what_if_json(replay.comparison),
+        "what_if_capacity_bytes": None if replay.comparison is None else replay.comparison.capacity_bytes,
         "advice": _advice(replay.comparison),
         "warnings": replay.warnings,
     }
