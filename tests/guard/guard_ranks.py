@@ -224,6 +224,7 @@ def corners(rank, size, port, folder):
         "corrupt": corrupt(rank, size, folder),
         "apart": apart(rank, size),
         "released": released(rank, size),
+        "own collectives": own_collectives(rank, size),
     }
     finish(folder, rank, found)
 
@@ -461,3 +462,37 @@ def released(rank, size):
             guard.step(data(0, rank), loss_of)
         answers.append((seen, guard.redone))
     return answers
+
+
+class _Reduced(torch.autograd.Function):
+    """A sum over the ranks, as tensor parallelism has it, with a vote before it."""
+
+    @staticmethod
+    def forward(ctx, inputs, guard):
+        found = inputs.clone()
+        guard.vote_point()
+        torch.distributed.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def own_collectives(rank, size):
+    """A loop with collectives of its own, each behind a vote point."""
+    from ullage.guard import Guard
+
+    results = []
+    for failing in ((-1, -1), (1, 0), (2, 1)):
+        net = Net()
+        optimizer = optimizer_of(net, True)
+        guard = Guard(net, optimizer, micro_batch=8, loss_reduction="sum")
+        for step in range(4):
+            net.where = "forward" if failing == (step, rank) else "none"
+            with memory_limit(6 * PER_SAMPLE) if failing == (step, rank) else contextlib.nullcontext():
+                guard.step(data(step, 0), lambda micro: _Reduced.apply(net(micro), guard).sum())  # noqa: B023
+        results.append((guard.redone, optimizer.seen))
+    return [redone for redone, _seen in results], same(results[0][1], results[1][1]) and same(
+        results[0][1], results[2][1]
+    )

@@ -65,3 +65,7 @@ def test_nothing_of_the_failed_attempt_is_held_on_any_rank(runs):
     for rank in runs:
         for seen, redone in rank["released"]:
             assert redone == 1 and all(seen[0]) and all(seen[1])
+
+
+def test_a_loop_with_collectives_of_its_own_votes_before_them(runs):
+    assert [rank["own collectives"] for rank in runs] == [([0, 1, 1], True)] * 2

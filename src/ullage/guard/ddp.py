@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from ullage.errors import InputError
 from ullage.guard.parallel import Parallel
 from ullage.guard.votes import Votes
+from ullage.i18n import _
 
 
 class _Nothing(torch.autograd.Function):
@@ -78,6 +80,13 @@ class Ddp(Parallel):
     def micro(self, last: bool) -> Any:
         """Reduce gradients only in the last micro-batch of the window."""
         return contextlib.nullcontext() if last else self.module.no_sync()
+
+    def vote_point(self) -> None:
+        """Refuse: a rank that failed here does its part of DDP's collectives and of no others."""
+        raise InputError(
+            _("a window of DDP cannot have collectives of its own before its end"),
+            remedy=_("move them behind guard.gradients"),
+        )
 
     def join(self) -> bool:
         """Do this rank's part of the all-reduces that the others wait for; False: no vote has been cast."""

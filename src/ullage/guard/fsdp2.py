@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ullage.guard.classify import PeerOutOfMemoryError
+from ullage.errors import InputError
 from ullage.guard.parallel import Parallel
-from ullage.guard.votes import OK, REDO, Votes
+from ullage.guard.votes import Votes
 from ullage.i18n import _
 
 MAX_LISTS = 16
@@ -51,7 +51,7 @@ class Fsdp2(Parallel):
         self.always_vote = always_vote or any(group._is_hsdp for group in self.groups)
         self._known: dict[int, tuple[Any, ...]] = {}
         self._issued: list[Any] = []
-        self._active = self._armed = self._voted = False
+        self._active = self._armed = False
         self._num_micro = 0
         for group in self.groups:
             for name in ("_all_gather_comm", "_reduce_scatter_comm"):
@@ -71,19 +71,21 @@ class Fsdp2(Parallel):
         """Vote before a collective where the window is voted on, and note it."""
         if not self._active:
             return
-        if self._armed and self.votes.vote(OK).code >= REDO:
-            self._voted = True
-            raise PeerOutOfMemoryError(_("another rank is out of memory"))
+        if self._armed:
+            super().vote_point()
         self._issued.append((inner, _outline(operands), {key: _outline(value) for key, value in options.items()}))
+
+    def vote_point(self) -> None:
+        """Vote before a collective of the job's own, in windows that are voted on."""
+        _own_collectives(self.always_vote)
+        super().vote_point()
 
     def join(self) -> bool:
         """Vote in place of the next collective, or join the rest of the known ones with zeros."""
         self._active = False
         self.module.reset_iter_state()
         if self._armed:
-            if not self._voted:
-                self.votes.vote(REDO)
-            return True
+            return super().join()
         for inner, operands, options in self._known[self._num_micro][len(self._issued) :]:
             work = inner(*_made(operands), **{key: _made(value) for key, value in options.items()})
             if work is not None:
@@ -125,6 +127,13 @@ def _made(value: Any) -> Any:
     if isinstance(value, _Outline):
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value
+
+
+def _own_collectives(always_vote: bool) -> None:
+    if not always_vote:
+        raise InputError(
+            _("a collective of the job's own beside those of FSDP2 needs every vote"), remedy=_("give votes='always'")
+        )
 
 
 def _groups(module: Any) -> list[Any]:

@@ -129,6 +129,10 @@ class Guard:
         self._after_good(tally)
         return loss
 
+    def vote_point(self) -> None:
+        """Call before each collective of your own inside ``loss_fn``: it raises where another rank will not join it."""
+        self.parallel.vote_point()
+
     def _attempt(self, batches: Sequence[Any], loss_fn: Any, shape: int) -> tuple[Any, Failure | None, bool]:
         """Return (loss, failure, whether this rank has voted on it)."""
         self.micro_batch = micro_batch_for(self.plan, shape, self.settings.micro_batch)
