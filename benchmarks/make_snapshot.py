@@ -22,7 +22,7 @@ from ullage.allocator.stacks import Frame
 from ullage.observe.write_snapshot import write_snapshot
 
 MIB = 2**20
-NUM_LAYERS, NUM_FRAMES = 32, 36
+NUM_LAYERS, NUM_FRAMES = 32, 48
 OPERATORS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate", "up", "down", "norm", "residual")
 SIZES = (16, 4, 4, 16, 16, 43, 43, 16, 16, 16)
 COMMUNICATION_STREAM = 94_532_000_432
