@@ -225,6 +225,7 @@ def corners(rank, size, port, folder):
         "apart": apart(rank, size),
         "released": released(rank, size),
         "own collectives": own_collectives(rank, size),
+        "global mean": global_mean(rank, size),
     }
     finish(folder, rank, found)
 
@@ -496,3 +497,18 @@ def own_collectives(rank, size):
     return [redone for redone, _seen in results], same(results[0][1], results[1][1]) and same(
         results[0][1], results[2][1]
     )
+
+
+def global_mean(rank, size):
+    """The mean over the samples of all ranks, which have different numbers of them."""
+    from ullage.guard import Guard
+
+    batches = [data(0, each, size=8 - 3 * each) for each in range(size)]
+    net = Net(False)
+    net(torch.cat(batches)).square().mean().backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net = Net(False)
+    model = wrapped("ddp", net, size)
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=3, normalize="global")
+    guard.gradients([batches[rank]], lambda micro: model(micro).square().mean())
+    return largest_difference(expected, [parameter.grad for parameter in net.parameters()])

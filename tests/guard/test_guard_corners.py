@@ -69,3 +69,7 @@ def test_nothing_of_the_failed_attempt_is_held_on_any_rank(runs):
 
 def test_a_loop_with_collectives_of_its_own_votes_before_them(runs):
     assert [rank["own collectives"] for rank in runs] == [([0, 1, 1], True)] * 2
+
+
+def test_a_mean_over_all_ranks(runs):
+    assert all(rank["global mean"] < 1e-6 for rank in runs)

@@ -1,5 +1,7 @@
 """The parts that need no torch: the ladder, sizes, tokens, skew, the trend of peaks."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,6 +140,15 @@ def test_a_skew_that_grows_is_met_before_the_peak():
         watch.observe([1, 2])
     with pytest.raises(InputError):
         ExpertWatch(guard, num_experts=5, num_ranks=2, bytes_per_token=1, limit_bytes=1)
+
+
+def test_without_torch_the_guard_names_the_extra(monkeypatch):
+    from ullage.errors import MissingExtraError
+    from ullage.guard import Guard
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match=r"ullage\[torch\]"):
+        Guard(None, None, micro_batch=1)
 
 
 def test_balanced_experts_ask_for_nothing():

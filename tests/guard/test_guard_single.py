@@ -153,7 +153,7 @@ def test_other_errors_come_through_as_they_are():
 
 def test_everything_a_failed_attempt_held_is_released():
     net, _optimizer, guard = built()
-    held, alive = [], []
+    held, alive, kept = [], [], []
 
     class Thing:
         pass
@@ -164,7 +164,11 @@ def test_everything_a_failed_attempt_held_is_released():
         try:
             raise ValueError("an earlier error, handled while memory runs out")
         except ValueError:
-            _Work.apply(activation, "forward")
+            try:
+                _Work.apply(activation, "forward")
+            except RuntimeError as error:
+                kept.append(error)  # as a debugger, a logger or an interactive session does
+                raise
             return activation.sum()
 
     def loss_of(micro):
@@ -178,6 +182,56 @@ def test_everything_a_failed_attempt_held_is_released():
     with memory_limit(6 * PER_SAMPLE):
         guard.step(data(0, 0), loss_of)
     assert alive[0] == [None, None] and set(alive[1]) == {None}
+
+
+def test_offload_keeps_what_is_saved_in_host_memory():
+    net, _optimizer, guard = built(exact=False, offload="auto", loss_reduction="mean")
+    plain = net(data(0, 0)).square().mean()
+    plain.backward()
+    gradient = net.layers[0].weight.grad.clone()
+    net.zero_grad()
+    guard.change_plan(guard.plan.shrunk("test", offload=True))
+    saved = []
+    pack = torch.autograd.graph.save_on_cpu
+
+    class Watched(pack):
+        def __init__(self, pin_memory=False):
+            saved.append(pin_memory)
+            super().__init__(pin_memory=pin_memory)
+
+    torch.autograd.graph.save_on_cpu = Watched
+    try:
+        guard.gradients([data(0, 0)], lambda micro: net(micro).square().mean())
+    finally:
+        torch.autograd.graph.save_on_cpu = pack
+    assert saved == [False]
+    assert torch.equal(net.layers[0].weight.grad, gradient)
+
+
+def test_a_router_is_watched():
+    from ullage.guard import ExpertWatch
+
+    net, _optimizer, guard = built(exact=False)
+    router = torch.nn.Linear(16, 4)
+    watch = ExpertWatch(guard, num_experts=4, num_ranks=2, bytes_per_token=1, limit_bytes=10)
+    with torch.no_grad():
+        router.weight.zero_()
+        router.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # all tokens to the experts of the first rank
+    watch.attach(router, pick=lambda logits: logits.topk(2).indices)
+    sizes = []
+
+    def loss_of(micro):
+        router(micro)
+        return net(micro).mean()
+
+    for step in range(3):
+        guard.step(data(step, 0), loss_of)
+        sizes.append(guard.micro_batch)
+    assert sizes == [8, 4, 4], "16 choices on one rank are above 10, 8 are not"
+    other = torch.nn.Identity()
+    watch.attach(other)
+    with pytest.raises(InputError, match="beyond"):
+        other(torch.tensor([9]))
 
 
 def test_recompute_then_offload_then_restart_then_cannot_fit(tmp_path, capsys):

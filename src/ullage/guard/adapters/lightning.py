@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ullage.errors import InputError, MissingExtraError
+from ullage.errors import InputError
 from ullage.guard.adapters.held import Held, settings_for
 from ullage.guard.loop import Guard
 from ullage.i18n import _
@@ -21,7 +21,9 @@ try:
     from lightning.pytorch.trainer import call
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] == "lightning":
-        raise MissingExtraError("lightning", "torch") from error
+        raise InputError(
+            _("this needs the package {package}").format(package="lightning"), remedy="pip install lightning"
+        ) from error
     raise
 
 
