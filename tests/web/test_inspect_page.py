@@ -17,9 +17,9 @@ from ullage.cli import main
 from ullage.report.html.page import MAX_PAGE_BYTES
 
 OOM = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
-    "which 1.00 GiB is free. Process 7 has 77.00 GiB memory in use. Of the allocated memory 70.00 GiB is allocated by "
-    "PyTorch, and 5.00 GiB is reserved by PyTorch but unallocated.\n"
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 "
+    "GiB of which 1.00 GiB is free. Process 7 has 77.00 GiB memory in use. Of the allocated memory 70.00 GiB is "
+    "allocated by PyTorch, and 5.00 GiB is reserved by PyTorch but unallocated.\n"
 )
 
 
