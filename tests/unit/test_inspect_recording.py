@@ -134,6 +134,26 @@ def test_newer_recordings_are_refused_by_name() -> None:
         read_recording(io.BytesIO(b"{}\n"))
 
 
+def test_what_watch_writes_is_read(tmp_path: Path) -> None:
+    from ullage.guard.watch.record import Recorder
+    from ullage.guard.watch.sample import Device, Process, Sample
+
+    card = Device(index=0, name="card", total_bytes=80 * GiB)
+    host = Device(index=-1, name="node1", total_bytes=64 * GiB, kind="host")
+    recorder = Recorder(tmp_path / "run.jsonl", [card, host])
+    for used in (10, 30, 20):
+        processes = (Process(pid=5, used_bytes=used * GiB),)
+        recorder.samples([Sample(device=card, used_bytes=used * GiB, processes=processes)])
+        recorder.samples([Sample(device=host, used_bytes=63 * GiB)])
+    recorder.event("restart", "smaller")
+    recorder.close()
+    found = inspected((tmp_path / "run.jsonl").read_bytes())
+    assert found.verdict == "device 0: peak 30.00 GiB of 80.00 GiB"
+    assert not found.partial
+    assert any("host memory was 98.4 % full" in note for note in found.notes)
+    assert {each.name for each in found.listings} == {"devices", "processes", "events"}
+
+
 def test_long_recordings_keep_their_peak() -> None:
     many = (sample(at, 50 * GiB if at == 4321 else GiB + at) for at in range(20_000))
     found = inspected(lines(*many))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Certainty, Term, ranged
 from ullage.observe.advice import Piece
 from ullage.observe.inspection import Inspection
-from ullage.observe.measured import Cell, Listing, Rise, Series, ranked, rise_of
+from ullage.observe.measured import Cell, Curve, Listing, Rise, Series, ranked, rise_of
 from ullage.observe.profiler_kernels import Roofline, busy_listing, kernel_listing, span_of, transfer_listing
 from ullage.observe.profiler_memory import NOBODY, Owners, Usage, open_names, usage_of
 from ullage.observe.profiler_trace import Trace, read_trace
@@ -17,6 +18,7 @@ from ullage.observe.streams import Readable
 from ullage.units import format_bytes
 
 MAX_TERMS = 8
+MAX_PHASES = 12
 _SOURCE = "torch.profiler, its [memory] events"
 _MODULE = "nn.Module: "
 _STEPS = re.compile(r"^ProfilerStep#\d+$")
@@ -55,7 +57,7 @@ def inspect_trace(stream: Readable, where: str = "", device: int | None = None) 
         partial=trace.truncated or trace.num_dropped > 0 or chosen is None,
         notes=_notes(trace, owners, chosen),
         metrics=_metrics(trace, chosen, roofline),
-        series=_series(trace, usages),
+        series=(*_series(trace, usages), *(_phase_curves(trace, owners, chosen, begin) if chosen else ())),
         listings=_listings(trace, owners, chosen, roofline),
     )
 
@@ -226,6 +228,19 @@ def _series(trace: Trace, usages: list[Usage]) -> tuple[Series, ...]:
             points = tuple((float(number), size) for number, size in usage.steps)
             found.append(Series(name=f"{name} step_end_bytes", x_unit="step", points=points))
     return tuple(found)
+
+
+def _phase_curves(trace: Trace, owners: Owners, usage: Usage, begin: float) -> Iterator[Series]:
+    """Yield per phase the total allocated after each of its events, of the phases with most events."""
+    kept = trace.allocations
+    curves: dict[str, Curve] = {}
+    order = sorted((place for place, each in enumerate(kept.device) if each == usage.device), key=kept.time.__getitem__)
+    for place in order:
+        phase = owners.phase_of(owners.allocator[place])
+        if kept.total[place] >= 0:
+            curves.setdefault(phase, Curve()).add((kept.time[place] - begin) / 1e6, kept.total[place])
+    for phase, curve in sorted(curves.items(), key=lambda pair: -pair[1].count)[:MAX_PHASES]:
+        yield curve.series(f"{trace.device_name(usage.device)} {phase} allocated_bytes")
 
 
 def _listings(trace: Trace, owners: Owners, usage: Usage | None, roofline: Roofline) -> tuple[Listing, ...]:

@@ -18,7 +18,7 @@ from ullage.observe.streams import Readable
 #: c10/core/DeviceType.h
 DEVICE_TYPES = {0: "cpu", 1: "cuda", 6: "hip", 9: "xla", 12: "xpu", 13: "mps", 15: "hpu", 19: "mtia", 20: "npu"}
 MAX_INTERVALS = 8_000_000
-MAX_NAMES = 1_000_000
+MAX_NAMES = 200_000
 MAX_NAME = 240
 _MAX_SIZE = 1 << 60
 _INTERVALS = {"cpu_op": 0, "user_annotation": 1, "python_function": 2}
@@ -210,8 +210,8 @@ def read_trace(stream: Readable) -> Trace:
     for key, value in document.items("traceEvents"):
         if key == "traceEvents":
             trace.take(value)
-        elif len(trace.heads) < 100:
-            trace.heads[key[:100]] = value
+        elif key == "deviceProperties":
+            trace.heads[key] = value
     trace.truncated = document.truncated
     trace.num_dropped += document.num_broken
     return trace

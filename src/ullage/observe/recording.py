@@ -38,8 +38,8 @@ _COUNTS = ("num_alloc_retries", "num_ooms")
 class Device:
     """What was recorded of one device."""
 
-    def __init__(self, index: int, name: str = "", total_bytes: int = 0) -> None:
-        self.index, self.name, self.total_bytes = index, name, total_bytes
+    def __init__(self, index: int, name: str = "", total_bytes: int = 0, *, on_host: bool = False) -> None:
+        self.index, self.name, self.total_bytes, self.on_host = index, name, total_bytes, on_host
         self.curves = {amount: Curve() for amount in _AMOUNTS}
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.at_peak: dict[str, int] = {}
@@ -65,6 +65,10 @@ class Device:
             )
             if number and size is not None and (number in self.processes or len(self.processes) < MAX_PROCESSES):
                 self.processes[number] = max(self.processes.get(number, 0), size)
+
+    def label(self) -> str:
+        """Return what to call it."""
+        return _("host memory") if self.on_host else _("device {device}").format(device=self.index)
 
     def peak(self, amount: str) -> int:
         """Return the largest value of an amount, 0 where it was not recorded."""
@@ -150,7 +154,8 @@ def _open(found: Recording, head: dict[str, Any] | None, where: str) -> None:
         if isinstance(each, dict) and (index := _whole(each.get("index"))) is not None:
             name = each.get("name")
             total = _whole(each.get("total_bytes")) or 0
-            found.devices[index] = Device(index, name[:120] if isinstance(name, str) else "", total)
+            words, on_host = name[:120] if isinstance(name, str) else "", each.get("kind") == "host"
+            found.devices[index] = Device(index, words, total, on_host=on_host)
 
 
 def _lines(stream: Readable) -> Iterator[bytes]:
@@ -218,9 +223,10 @@ def inspect_recording(stream: Readable, where: str = "", device: int | None = No
     )
 
 
-def _fullness(device: Device) -> tuple[float, int]:
+def _fullness(device: Device) -> tuple[bool, float, int]:
+    """Return how full a device was; the host's memory counts only where nothing else was recorded."""
     peak = device.peak("used_bytes") or device.peak("reserved_bytes")
-    return (peak / device.total_bytes if device.total_bytes else 0.0, peak)
+    return (not device.on_host, peak / device.total_bytes if device.total_bytes else 0.0, peak)
 
 
 def _verdict(device: Device, rise: Rise | None, ooms: int) -> str:
@@ -228,14 +234,14 @@ def _verdict(device: Device, rise: Rise | None, ooms: int) -> str:
     if device.total_bytes:
         peak = _("{peak} of {total}").format(peak=peak, total=format_bytes(device.total_bytes))
     words = (
-        _("device {device}: {count:,} allocations were refused; peak {peak}")
+        _("{device}: {count:,} allocations were refused; peak {peak}")
         if ooms
-        else _("device {device}: memory grows by {rate} per hour; peak {peak}")
+        else _("{device}: memory grows by {rate} per hour; peak {peak}")
         if rise
-        else _("device {device}: peak {peak}")
+        else _("{device}: peak {peak}")
     )
     rate = format_bytes(rise.per_x * 3600) if rise else ""
-    return words.format(device=device.index, count=ooms, peak=peak, rate=rate)
+    return words.format(device=device.label(), count=ooms, peak=peak, rate=rate)
 
 
 def _why(device: Device, rise: Rise | None, ooms: int) -> str:
@@ -301,13 +307,13 @@ def _notes(found: Recording, sampled: list[Device]) -> tuple[str, ...]:
         retries = device.counts["num_alloc_retries"]
         if retries:
             notes.append(
-                _("device {device}: {count:,} allocations were only had after giving the cache back").format(
-                    device=device.index, count=retries
+                _("{device}: {count:,} allocations were only had after giving the cache back").format(
+                    device=device.label(), count=retries
                 )
             )
         if device.total_bytes and device.peak("used_bytes") > EDGE_SHARE * device.total_bytes:
             share = 100 * device.peak("used_bytes") / device.total_bytes
-            notes.append(_("device {device} was {share:.1f} % full").format(device=device.index, share=share))
+            notes.append(_("{device} was {share:.1f} % full").format(device=device.label(), share=share))
     notes.append(_("samples are taken from time to time: peaks between them are not seen"))
     return tuple(notes[:20])
 
