@@ -167,7 +167,7 @@ def test_everything_a_failed_attempt_held_is_released():
             try:
                 _Work.apply(activation, "forward")
             except RuntimeError as error:
-                kept.append(error)  # as a debugger, a logger or an interactive session does
+                kept.append((error, error.__traceback__))  # as a debugger, a logger or an interactive session does
                 raise
             return activation.sum()
 

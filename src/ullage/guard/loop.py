@@ -73,7 +73,13 @@ class Guard:
         self._advice = ""
         self.plan = self._first_plan()
         self.switches.apply(self.plan)
-        refusal = checks.check_fit(self.settings.job, self.settings.reserve)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Refuse what the ledger says cannot fit; say what a smaller micro-batch changes."""
+        from ullage.guard.checks import check_fit
+
+        refusal = check_fit(self.settings.job, self.settings.reserve)
         if refusal:
             raise CannotFit(self.plan, refusal)
         if self.state.uses_batch_statistics:
