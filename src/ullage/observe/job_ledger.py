@@ -164,6 +164,8 @@ def _sentence(pair: Pair) -> str:
         )
     low, high = format_bytes(pair.predicted[1]), format_bytes(pair.predicted[2])
     words = _("{part} left its range: {measured} measured, {low} to {high} predicted")
+    if low == high:
+        words = _("{part} is not as predicted: {measured} measured, {low} predicted")
     return words.format(part=pair.part, measured=measured, low=low, high=high)
 
 

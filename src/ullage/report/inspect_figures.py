@@ -20,6 +20,11 @@ COLOURS = {
     "graph_pools": "#a0522d", "kept": "#e15759", "other": "#8c8c8c", "unknown": "#b0b0b0", "unused": "#c9ced6",
     "releasable": "#c9ced6", "pinned": "#7f8794", "awaiting_free": "#999999",
 }  # fmt: skip
+#: What stays lies below what comes and goes.
+_FROM_BELOW = (
+    "weights", "optimizer_states", "kv_cache", "workspace", "graph_pools", "kept", "other", "unknown", "collectives",
+    "gradients", "activations", "temporaries",
+)  # fmt: skip
 MAX_LINES = 60
 MAX_SERIES = 40
 
@@ -72,7 +77,7 @@ def timeline_figure(answer: Answer) -> dict[str, Any]:
             "line": {"width": 0.5, "color": COLOURS[category], "shape": "hv"},
             "hovertemplate": f"%{{y:.3f}} {name}",
         }
-        for category, column in line.categories.items()
+        for category, column in sorted(line.categories.items(), key=lambda pair: _FROM_BELOW.index(pair[0]))
     ]
     data.append(
         {

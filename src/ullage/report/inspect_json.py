@@ -48,6 +48,7 @@ def inspect_json(found: Inspection) -> dict[str, Any]:
         "total_name": found.total_name,
         **measured_json(found),
         "num_lines": found.num_lines,
+        "next_command": found.next_command,
     }
 
 
