@@ -23,6 +23,7 @@ def cuda_stand_ins(tracker: Any, functions: Any) -> Iterator[None]:
             (checkpoint, "_infer_device_type", lambda *_arguments: "cuda"),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.nn.functional, "scaled_dot_product_attention", functions.attend),
+            (torch.cuda, "is_bf16_supported", lambda *_a, **_k: True),
             (torch.cuda, "synchronize", lambda *_a, **_k: None),
             (torch.cuda, "empty_cache", lambda: None),
             (torch.cuda, "reset_peak_memory_stats", lambda *_a, **_k: None),

@@ -64,31 +64,42 @@ def _run_module(model: Any, job: TraceJob, *, stacks: bool) -> Done:
 def _run_language_model(model: Any, config: Any, job: TraceJob, name: str, *, stacks: bool) -> Done:
     from ullage.trace.layers import trace_layers
 
-    prepare(model, job)
-    done: Done = trace_layers(model, config, job, name, stacks=stacks)
-    return done
+    model = prepare(model, job)
+    counts = {id(each): each for each in model.parameters()}
+    trace, num_traced = trace_layers(model, config, job, stacks=stacks)
+    return Done(
+        trace=trace,
+        name=name,
+        num_parameters=sum(each.numel() for each in counts.values()),
+        num_trained=sum(each.numel() for each in counts.values() if each.requires_grad),
+        num_layers=getattr(config, "num_hidden_layers", 0),
+        num_layers_traced=num_traced,
+    )
 
 
-def prepare(model: Any, job: TraceJob) -> None:
-    """Set a model of transformers to train or not, and its layers to be repeated in backward."""
+def prepare(model: Any, job: TraceJob) -> Any:
+    """Set a model of transformers to train or not, its layers to be repeated in backward; give it adapters."""
     model.train(not job.inference)
     if job.recompute == "full" and not job.inference:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
+    return add_adapters(model, job)
 
 
 def trace_model(model: Any, config: Any, job: TraceJob, *, stacks: bool = False) -> Tracker:
-    """Trace the step of a model of transformers as it is, all layers."""
-    model = add_adapters(model, job)
+    """Trace the step of a prepared model of transformers as it is, all layers."""
+    for each in model.parameters():
+        each.grad = None
     tracker, functions = start(job, stacks=stacks)
     batch = token_batch(job, config.vocab_size)
-    if job.inference:
-        batch.pop("labels")
-        traced = Traced(model, inputs=batch)
-        _run(tracker, functions, model, lambda: run_inference(tracker, job, model, batch, traced.call))
-    else:
-        traced = Traced(model, inputs=batch)
-        _run(tracker, functions, model, lambda: run_training(tracker, job, model, batch, traced.loss_of))
+    traced = Traced(model, inputs=batch)
+    with cuda_stand_ins(tracker, functions), functions, tracker.watching():
+        tracker.hold(model)
+        if job.inference:
+            batch.pop("labels")
+            guarded(lambda: run_inference(tracker, job, model, batch, traced.call))
+        else:
+            guarded(lambda: run_training(tracker, job, model, batch, traced.loss_of))
     return tracker
 
 
@@ -97,12 +108,6 @@ def start(job: TraceJob, *, stacks: bool) -> tuple[Tracker, CudaFunctions]:
     attention = "auto" if job.attention == "eager" else job.attention
     kernels = Kernels(compute_capability=job.compute_capability, attention=attention)
     return Tracker(kernels=kernels, routing=Routing(skew=job.routing_skew), stacks=stacks), CudaFunctions(kernels)
-
-
-def _run(tracker: Tracker, functions: CudaFunctions, model: Any, call: Any) -> None:
-    with cuda_stand_ins(tracker, functions), functions, tracker.watching():
-        tracker.hold(model)
-        guarded(call)
 
 
 def _run_function(function: Any, job: TraceJob, where: str, *, stacks: bool) -> Done:

@@ -36,6 +36,7 @@ class Tracker(TorchDispatchMode):
         self._stacks: dict[tuple[str, ...], int] | None = {} if stacks else None
         self._workspaces: set[bool] = set()
         self._accumulation = Accumulation()
+        self._hooks: list[Any] = []
         self.kept: list[Any] = []  # what a program would still hold when the trace ends
 
     # ------------------------------------------------------------------------------------------------ operators
@@ -202,7 +203,7 @@ class Tracker(TorchDispatchMode):
                 self.mark(buffer, names.BUFFER, clean_path(path))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._gradient)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient))
 
     def _gradient(self, parameter: Any) -> None:
         if parameter.grad is not None:
@@ -228,6 +229,8 @@ class Tracker(TorchDispatchMode):
             if collects:
                 gc.enable()
             self._live.clear()
+            for hook in self._hooks:
+                hook.remove()
             self.kept.clear()
             if self.shadows.chose:
                 self.trace.assumed.append(self.routing_sentence())
