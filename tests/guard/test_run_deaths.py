@@ -77,6 +77,14 @@ def test_a_message_that_the_guard_recovered_from_is_not_the_death():
     assert judge(ended(text + traceback(OOM))).kind == "device_oom"
 
 
+def test_the_rank_that_failed_is_named_and_not_those_that_lost_it():
+    lost = "".join(f"[rank{rank}]: RuntimeError: Connection closed by peer [127.0.0.1]\n" for rank in range(1, 8))
+    death = judge(ended(lost + "[rank0]: ValueError: no such layer\n" + lost + TORCHRUN.format(code=1)))
+    assert death.kind == "crash"
+    assert "ValueError: no such layer" in death.sentence
+    assert judge(ended(lost + TORCHRUN.format(code=1))).kind == "cascade"
+
+
 def test_the_kernels_kills_count_where_they_are_ours():
     killed = ended("step 3\n", exit_code=137, signal=9, pid=50)
     assert judge(killed).kind == "killed"

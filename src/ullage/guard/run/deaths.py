@@ -38,6 +38,9 @@ _LOST_PEER = re.compile(
     r"onnection (?:closed|reset|refused)|Broken pipe|[Ss]ocket [Tt]imeout|DistNetworkError|DistBackendError"
     r"|DistStoreError|Timed out waiting|RendezvousConnectionError|remote process exited|Gloo|NCCL error"
 )
+_OF_LAUNCHERS = re.compile(r"^(?:\w+\.)*(?:ChildFailedError|SignalException)\b")
+#: Errors at the end of a log that are looked at: one per rank of a large job.
+MAX_ERRORS = 512
 _LAST_ERROR = re.compile(
     rb"^(?:\[[^\]\n]{1,40}\]:\s?)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b[^\n]{0,400})",
     re.MULTILINE,
@@ -157,7 +160,13 @@ def _ordinary(ended: Ended, words: bytes, worker: int | None, found: Inspection 
 
 
 def _first_error(words: bytes) -> str:
-    """Return the error that the log names: the last before a launcher reports, else the last."""
-    end = words.find(b"ChildFailedError")
-    matches = list(_LAST_ERROR.finditer(words, 0, end if end >= 0 else len(words))) or list(_LAST_ERROR.finditer(words))
-    return " ".join(matches[-1].group(1).decode("utf-8", "replace").split())[:200] if matches else ""
+    """Return the error that the log names at its end: of the rank that failed, not of those that lost it.
+
+    What launchers print is left out; where every rank only lost its peers, the last of those errors is returned.
+    """
+    errors = [
+        " ".join(match.group(1).decode("utf-8", "replace").split())[:200] for match in _LAST_ERROR.finditer(words)
+    ]
+    errors = [error for error in errors[-MAX_ERRORS:] if not _OF_LAUNCHERS.search(error)]
+    own = [error for error in errors if not _LOST_PEER.search(error)]
+    return next(reversed(own or errors), "")
