@@ -63,6 +63,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=COUNT, default=8, metavar="N", help=_("of each try, at least (8)"))
     parser.add_argument("--max-ttft", type=float, metavar="SECONDS", help=_("a slower first token (p95) is a failure"))
     parser.add_argument("--max-gap", type=float, metavar="SECONDS", help=_("a slower next token (p95) is a failure"))
+    parser.add_argument("--past-knee", action="store_true", help=_("go on where more requests bring no more tokens/s"))
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help=_("of one request (120)"))
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument(
@@ -187,6 +188,7 @@ def _serve(arguments: argparse.Namespace) -> BenchResult:
         requests=arguments.requests,
         max_ttft=arguments.max_ttft,
         max_gap=arguments.max_gap,
+        knee=not arguments.past_knee,
         timeout=_positive(arguments.timeout, "--timeout"),
         idle_seconds=_positive(arguments.idle, "--idle"),
         pid=arguments.pid,
