@@ -14,6 +14,7 @@ import pytest
 from ullage.cli import main
 from ullage.guard.plan import Plan
 from ullage.guard.store import PlanStore
+from ullage.units import format_bytes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 SCHEMA = json.loads((Path(__file__).parents[2] / "src/ullage/schema/run.json").read_text())
@@ -440,3 +441,24 @@ def test_a_launcher_that_retries_the_same_is_named(tmp_path):
     path.write_text("#!/bin/sh\nexit 0\n")
     path.chmod(0o755)
     assert "retries the same arguments 3 times" in run("--", str(path), "--max-restarts=3", "x.py").err
+
+
+def test_a_training_job_that_cannot_fit_is_what_the_ledger_says_of_its_last_plan(tmp_path, capsys):
+    job = {
+        "kind": "train", "model": "llama-3.1-70b", "gpu": "H100-80GB", "num_gpus": 8, "engine": "fsdp2",
+        "seq_len": 8192, "parallel": {"fsdp": "full_shard"},
+    }  # fmt: skip
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"job": {**job, "micro_batch_size": 16}}))
+    words = [*script(tmp_path, TRAIN.replace("LIMIT", "0")), *BATCH]
+    found, _done = reported(tmp_path, "--max-restarts", "9", "--job", str(path), "--", *words)
+    assert found["verdict"] == "cannot_fit"
+    assert found["attempts"][-1]["plan"]["knobs"] == {"micro_batch": 1, "grad_accum": 16, "recompute": "full"}
+    last = {**job, "micro_batch_size": 1, "grad_accum": 16, "recompute": {"kind": "full"}}
+    path.write_text(json.dumps({"job": last}))
+    main(["fit", str(path), "--json"])
+    fit = json.loads(capsys.readouterr().out)
+    need = found["need"]
+    assert (need["verdict"], need["need_bytes"]) == (fit["verdict"], fit["worst"]["device_used_bytes"])
+    assert need["total_bytes"] == fit["device"]["total_bytes"]
+    assert format_bytes(need["need_bytes"]) in found["sentence"]

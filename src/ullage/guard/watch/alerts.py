@@ -22,61 +22,43 @@ class Alert:
 
 
 def alerts(minutes: int = DEFAULT_MINUTES) -> tuple[Alert, ...]:
-    """Return the rules. ``minutes``: how far ahead "full soon" looks.
-
-    A counter that appears with a value above 0 has no earlier value to rise from: that case is asked for by itself.
-    """
+    """Return the rules. ``minutes``: how far ahead "full soon" looks."""
     place = "{{ $labels.instance }} device {{ $labels.device }}"
-    return (
-        Alert(
-            name="UllageOutOfMemory",
-            query=_risen("ullage_torch_ooms_total"),
-            hold="0m",
-            severity="critical",
-            summary=_("{place}: an allocation failed").format(place=place),
+    soon = f"predict_linear(ullage_device_used_bytes[15m], {60 * minutes}) > ullage_device_total_bytes"
+    rows = (
+        ("UllageOutOfMemory", _risen("ullage_torch_ooms_total"), "0m", "critical", _("{place}: an allocation failed")),
+        (
+            "UllageAllocRetries",
+            _risen("ullage_torch_alloc_retries_total"),
+            "0m",
+            "warning",
+            _("{place}: the allocator emptied its cache to go on; the job is at the edge"),
         ),
-        Alert(
-            name="UllageAllocRetries",
-            query=_risen("ullage_torch_alloc_retries_total"),
-            hold="0m",
-            severity="warning",
-            summary=_("{place}: the allocator emptied its cache to go on; the job is at the edge").format(place=place),
+        (
+            "UllageReservePassed",
+            "ullage_device_used_bytes > ullage_device_reserve_line_bytes",
+            "2m",
+            "warning",
+            _("{place}: the reserve is used"),
         ),
-        Alert(
-            name="UllageReservePassed",
-            query="ullage_device_used_bytes > ullage_device_reserve_line_bytes",
-            hold="2m",
-            severity="warning",
-            summary=_("{place}: the reserve is used").format(place=place),
+        (
+            "UllageFullSoon",
+            f"{soon} and ullage_device_growth_bytes_per_second > 0",
+            "5m",
+            "warning",
+            _("{place}: full within {minutes} minutes if it goes on like this"),
         ),
-        Alert(
-            name="UllageFullSoon",
-            query=f"predict_linear(ullage_device_used_bytes[15m], {60 * minutes}) > ullage_device_total_bytes"
-            " and ullage_device_growth_bytes_per_second > 0",
-            hold="5m",
-            severity="warning",
-            summary=_("{place}: full within {minutes} minutes if it goes on like this").format(
-                place=place, minutes=minutes
-            ),
-        ),
-        Alert(
-            name="UllageDeviceSilent",
-            query="ullage_device_up == 0",
-            hold="2m",
-            severity="warning",
-            summary=_("{place}: the device does not answer").format(place=place),
-        ),
-        Alert(
-            name="UllageWatchAbsent",
-            query="absent(ullage_device_up)",
-            hold="5m",
-            severity="warning",
-            summary=_("no ullage watch is scraped"),
-        ),
+        ("UllageDeviceSilent", "ullage_device_up == 0", "2m", "warning", _("{place}: the device does not answer")),
+        ("UllageWatchAbsent", "absent(ullage_device_up)", "5m", "warning", _("no ullage watch is scraped")),
+    )
+    return tuple(
+        Alert(name=name, query=query, hold=hold, severity=severity, summary=words.format(place=place, minutes=minutes))
+        for name, query, hold, severity, words in rows
     )
 
 
 def _risen(counter: str) -> str:
+    """Return a query for a rise; a counter that appears above 0 has no earlier value to rise from."""
     return f"increase({counter}[10m]) > 0 or ({counter} > 0 unless {counter} offset 10m)"
 
 
