@@ -19,7 +19,7 @@ from ullage.report.inspect_json import inspect_json
 from ullage.report.inspect_text import print_inspection
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "src/ullage/schema/inspect.json").read_text())
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 FRAMES = st.sampled_from(
     [
         ("forward", "/job/model.py", 3), ("backward", "/x/torch/_tensor.py", 5), ("step", "/x/torch/optim/adamw.py", 7),

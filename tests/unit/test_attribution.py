@@ -171,3 +171,40 @@ def test_one_screen(tmp_path, capsys):
     assert lines[0].startswith("✘ device 0: memory grows by 2.0 MiB per step")
     assert len(lines) <= 50
     assert lines[-1].startswith("Next: ullage inspect")
+
+
+def test_the_public_function(tmp_path):
+    import ullage
+
+    found = ullage.inspect(training(2).save(tmp_path / "a.pickle"))
+    assert found.kind == "snapshot"
+    assert dict(found.sizes)["peak_allocated"] == found.detail.lives.peak_bytes
+    with pytest.raises(ullage.InputError, match="nothing of device 3"):
+        ullage.inspect(tmp_path / "a.pickle", device=3)
+
+
+def test_stages_are_shown_after_a_second_and_only_where_wanted(monkeypatch):
+    from ullage.observe import stages
+
+    made = []
+
+    class Bar:
+        def update(self, task, **what):
+            made.append(what["description"])
+
+        def stop(self):
+            made.append("stop")
+
+    monkeypatch.setattr(stages, "_new_bar", lambda: (Bar(), 0))
+    now = iter([0.0, 0.5, 1.5])
+    monkeypatch.setattr(stages.time, "monotonic", lambda: next(now))
+    with stages.Stages(wanted=True) as shown:
+        shown.reading(1, 10)
+        shown("drawing")
+        shown.reading(9, 10)
+    assert made == ["drawing", "reading", "stop"]
+    made.clear()
+    monkeypatch.setattr(stages.time, "monotonic", lambda: 0.0)
+    with stages.Stages(wanted=False) as shown:
+        shown("drawing")
+    assert made == []
