@@ -42,7 +42,7 @@ class Batch:
 
     def __init__(self, sizes: Iterable[int]) -> None:
         self.num_bytes = self.fixed_bytes = 0
-        self.placed: list[int] = []
+        self.placed: list[tuple[int, int]] = []
         self._known: dict[Free, list[tuple[int, Free]]] = {}
         for size in sizes:
             self.num_bytes += size
@@ -52,7 +52,7 @@ class Batch:
             elif want >= NEVER_FREE and rounded(want, 2 * MiB) - want <= SMALL:
                 self.fixed_bytes += rounded(want, 2 * MiB)
             else:
-                self.placed.append(want)
+                self.placed.append((want, own_segment(want)))
 
     def after(self, free: Free, times: int) -> tuple[int, Free]:
         """Return allocated bytes of the batch, ``times`` in a row, and the blocks that are free then.
@@ -61,7 +61,9 @@ class Batch:
         """
         if not self.placed:
             return self.fixed_bytes * times, free
-        chain = self._known.setdefault(free, [(0, free)])
+        chain = self._known.get(free)
+        if chain is None:
+            chain = self._known[free] = [(0, free)]
         while len(chain) <= times:
             total, before = chain[-1]
             more, after = self._place(list(before))
@@ -72,9 +74,9 @@ class Batch:
 
     def _place(self, free: list[int]) -> tuple[int, Free]:
         total = self.fixed_bytes
-        for want in self.placed:
+        for want, segment in self.placed:
             at = bisect_left(free, want)
-            block = free.pop(at) if at < len(free) else own_segment(want)
+            block = free.pop(at) if at < len(free) else segment
             rest = block - want
             if rest > SMALL:
                 if len(free) < MAX_FREE:
@@ -98,6 +100,28 @@ def placed_runs(runs: Sequence[tuple[Batch, int]]) -> int:
         more, free = batch.after(free, times)
         total += more
     return total
+
+
+def placed_rest(runs: Iterable[tuple[Batch, int]], known: dict[object, int] | None = None) -> int:
+    """Return what the allocator adds to the tensors' own bytes; ``known``: what was found for batches that live on."""
+    rest = 0
+    tied: list[tuple[Batch, int]] = []
+    for batch, times in runs:
+        if not batch.placed:
+            rest += (batch.fixed_bytes - batch.num_bytes) * times
+        elif tied and tied[-1][0] is batch:
+            tied[-1] = (batch, tied[-1][1] + times)
+        else:
+            tied.append((batch, times))
+    if not tied:
+        return rest
+    key = tuple([(id(batch), times) for batch, times in tied]) if known is not None else ()
+    found = known.get(key) if known is not None else None
+    if found is None:
+        found = placed_runs(tied) - sum([batch.num_bytes * times for batch, times in tied])
+        if known is not None:
+            known[key] = found
+    return rest + found
 
 
 def placed_bytes(sizes: Iterable[int]) -> int:

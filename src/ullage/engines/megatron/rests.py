@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ullage.engines.megatron.blocks import NEVER_FREE, SMALL, Batch, placed_bytes, placed_runs
+from ullage.engines.megatron.blocks import NEVER_FREE, SMALL, Batch, placed_bytes
+from ullage.engines.megatron.blocks import placed_rest as one_rest
 from ullage.engines.megatron.holdings import Side
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, round_up, tensor_bytes
@@ -33,24 +34,19 @@ def batches(sizes: Sequence[int]) -> Batch | tuple[Batch, ...]:
     return tuple(found)
 
 
-def placed_rest(runs: Sequence[tuple[Batch | tuple[Batch, ...], int]]) -> int:
+def placed_rest(runs: Sequence[tuple[Any, int]]) -> int:
     """What the allocator adds to batches of tensors, each so many times in a row, beyond their own bytes."""
     if all(isinstance(batch, Batch) for batch, _times in runs):
-        return _rest(runs)
+        return one_rest(runs)
     known: dict[tuple[Any, ...], int] = {}
     found = []
     times = [number for _batch, number in runs]
     for row in zip(*(batch for batch, _number in runs), strict=True):
         if row not in known:
-            known[row] = _rest(list(zip(row, times, strict=True)))
+            known[row] = one_rest(list(zip(row, times, strict=True)))
         found.append(known[row])
     result: int = _array(found)
     return result
-
-
-def _rest(runs: Sequence[tuple[Any, int]]) -> int:
-    own: int = sum(batch.num_bytes * times for batch, times in runs)
-    return placed_runs(runs) - own
 
 
 def _array(values: list[Any]) -> Any:
@@ -91,38 +87,39 @@ def tensors_apart(job: TrainingJob, parts: list[Side], buffers: list[Any]) -> tu
         if (choice, what) not in known:
             at = int((index == choice).argmax())
             runs = [tuple((holding.choices[choice], times) for holding, times in part.runs) for part in parts]
-            known[choice, what] = _apart(job, runs, [int(size[at]) for size in buffers])
+            known[choice, what] = _apart(job, runs, [int(size[at]) for size in buffers], known)
     numbers = range(len(choices))
     rows = _array([known.get((choice, what), (0, 0)) for choice in numbers]).reshape(-1, 2)[index]
     return rows[:, 0], rows[:, 1]
 
 
-def _apart(job: TrainingJob, runs: list[Any], buffers: list[int]) -> tuple[int, int]:
-    held = [run for part in runs for run in part]
-    params = [(_batch(holding, job.precision.params, 1), times) for holding, times in held]
-    master = [(_batch(holding, "float32", 1), times) for holding, times in held] if job.precision.master else []
-    moments = [(_batch(holding, "float32", 2), times) for holding, times in held]
-    large = sum(_sizes(holding)[1] * times for holding, times in held)
-    return _rest([*params, (Batch(buffers), 1), *master]) + _rest(moments), 4 + large * 2
+def _apart(
+    job: TrainingJob, runs: list[Any], buffers: list[int], known: dict[object, int] | None = None
+) -> tuple[int, int]:
+    params, master, moments, large = [], [], [], 0
+    for holding, times in (run for part in runs for run in part):
+        batches, number = _placement(job, holding)
+        params.append((batches[0], times))
+        master.append((batches[1], times))
+        moments.append((batches[2], times))
+        large += number * times
+    held = Batch(buffers)
+    first = [*params, (held, 1), *(master if job.precision.master else ())]
+    return one_rest(first, None if held.placed else known) + one_rest(moments, known), 4 + large * 2
 
 
-def _sizes(holding: Any) -> tuple[list[int], int]:
-    """Elements of a holding's tensors one by one, and how many of them pass 1 MiB in fp32."""
-    if "sizes" not in holding.known:
-        found = [
+def _placement(job: TrainingJob, holding: Any) -> tuple[tuple[Batch, Batch, Batch], int]:
+    """A holding's parameters, fp32 copies and pairs of moments one by one; how many of them pass 1 MiB in fp32."""
+    known = holding.known.get("placement")
+    if known is None:
+        sizes = [
             tensor.num_elements // tensor.copies
             for tensor in holding.tensors
             for _copy in range(min(tensor.copies, MAX_COPIES))
         ]
-        holding.known["sizes"] = found, sum(4 * size > MiB for size in found)
-    sizes: tuple[list[int], int] = holding.known["sizes"]
-    return sizes
-
-
-def _batch(holding: Any, dtype: str, times: int) -> Batch:
-    key = (dtype, times)
-    if key not in holding.known:
-        sizes = _sizes(holding)[0]
-        holding.known[key] = Batch(tensor_bytes(size, dtype) for size in sizes for _time in range(times))
-    batch: Batch = holding.known[key]
-    return batch
+        params = Batch(tensor_bytes(size, job.precision.params) for size in sizes)
+        moments = Batch(4 * size for size in sizes for _moment in range(2))
+        batches = params, Batch(4 * size for size in sizes), moments
+        known = holding.known["placement"] = batches, sum(4 * size > MiB for size in sizes)
+    found: tuple[tuple[Batch, Batch, Batch], int] = known
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from operator import sub
 from typing import NamedTuple
 
 from ullage.numeric import smaller
@@ -85,13 +86,13 @@ def _turns(pipeline: int, virtual: int, rank: int, number: int, group: int) -> I
     total, last = number * virtual, number // group
     warmup = min((pipeline - rank - 1) * 2 + (virtual - 1) * group, total)
 
-    def before(at: int) -> tuple[int, list[int]]:
+    def before(at: int) -> tuple[int, tuple[int, ...]]:
         """Return the chunk of forward pass ``at``, and the passes of each chunk before it."""
         turn = min(at // (group * virtual), last)
-        size = group if turn < last else number % group
-        rest = at - turn * group * virtual
-        done = [turn * group + min(max(rest - chunk * size, 0), size) for chunk in range(virtual)]
-        return (rest // size if size else 0), done
+        size = (group if turn < last else number % group) or 1
+        chunk, more = divmod(at - turn * group * virtual, size)
+        low = turn * group
+        return chunk, (low + size,) * chunk + (low + more,) + (low,) * (virtual - chunk - 1)
 
     starts = {0, total}
     for start in range(0, number, group):
@@ -101,12 +102,12 @@ def _turns(pipeline: int, virtual: int, rank: int, number: int, group: int) -> I
             chunk, _done = before(at)
             _next, forward = before(at + 1)
             _next, backward = before(max(0, at - warmup))
-            yield Load(True, chunk, tuple(map(int.__sub__, forward, reversed(backward))))
+            yield Load(True, chunk, tuple(map(sub, forward[:virtual], backward[virtual - 1 :: -1])))
     for at in sorted({start + shift for start in starts for shift in (-1, 0, -warmup - 2, -warmup - 1, -warmup)}):
         if 0 <= at < total:
             chunk, backward = before(at)
             _next, forward = before(min(at + warmup + 1, total))
-            yield Load(False, virtual - 1 - chunk, tuple(map(int.__sub__, forward, reversed(backward))))
+            yield Load(False, virtual - 1 - chunk, tuple(map(sub, forward[:virtual], backward[virtual - 1 :: -1])))
 
 
 def fullest(found: tuple[Load, ...]) -> tuple[Load, ...]:
