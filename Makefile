@@ -1,11 +1,12 @@
 # make demo   set up and size the main job on a real model        make test   set up and run all tests
 # make reference   set up torch and transformers and compare with them
+# make gpu    set up and measure on the GPUs of this machine (build/gpu holds the results)
 # make lint   style and types                                     make scoreboard   measured against published truth
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test reference lint locale scoreboard clean
+.PHONY: demo test reference gpu lint locale scoreboard clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,10 @@ test: $(VENV)/ready-dev
 
 reference: $(VENV)/ready-reference
 	$(BIN)/python -m pytest -m reference
+
+gpu: $(VENV)/ready-reference
+	$(BIN)/python -m pip install --quiet --editable '.[gpu,bench,html]'
+	ULLAGE_WRITE_RECORDS=build/gpu $(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
