@@ -512,3 +512,38 @@ def global_mean(rank, size):
     guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=3, normalize="global")
     guard.gradients([batches[rank]], lambda micro: model(micro).square().mean())
     return largest_difference(expected, [parameter.grad for parameter in net.parameters()])
+
+
+def trainer(rank, size, port, folder):
+    """The Trainer under DDP, plain and guarded; rank 1 runs out of memory in its second window."""
+    import test_guard_adapters as adapters
+    from transformers import Trainer, TrainingArguments
+
+    from ullage.guard import guard_trainer
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    found, guard = [], None
+    for guarded in (False, True):
+        model = adapters.hf_model()
+        rows = [{"input_ids": row, "labels": row.clone()} for row in adapters.tokens(48)]
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3, use_cpu=True,
+            ddp_backend="gloo", report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2, seed=3,
+        )  # fmt: skip
+        made = Trainer(model=model, args=arguments, train_dataset=rows)
+        calls = []
+
+        def hook(_module, _inputs, output, calls=calls):
+            calls.append(1)
+            return _Work.apply(output, "both") if len(calls) == 3 else output
+
+        if guarded:
+            guard = guard_trainer(made)
+        if guarded and rank == 1:
+            model.model.layers[0].mlp.register_forward_hook(hook)
+        with memory_limit(3 * PER_SAMPLE) if guarded and rank == 1 else contextlib.nullcontext():
+            made.train()
+        found.append(weights(model))
+    finish(folder, rank, {**report(guard.guard, None, None), "difference": largest_difference(*found)})

@@ -179,3 +179,13 @@ def test_accelerate():
     assert guard.micro_batch == 3 and guard.redone == 1
     with pytest.raises(InputError, match="accumulate"):
         guard_accelerate(Accelerator(cpu=True, gradient_accumulation_steps=2), net, None, micro_batch=1)
+
+
+def test_trainer_on_two_ranks(tmp_path):
+    import guard_ranks
+    from test_guard_equal import spawn
+
+    runs = spawn(guard_ranks.trainer, tmp_path, 2)
+    for rank in runs:
+        assert rank["redone"] == 1 and rank["plan"] == runs[0]["plan"] and "micro_batch@8" in rank["plan"]
+        assert rank["difference"] < 1e-5

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.reference
 
 SIZE = 4
-SECONDS = 150
+SECONDS = 300
 
 
 def spawn(target, folder, size=SIZE, *more):

@@ -6,7 +6,6 @@ A window is all the samples of one optimizer step on this rank. See ``docs/guard
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -384,9 +383,3 @@ class Guard:
                 action=rungs.RESTART if self.ladder.can_restart else rungs.CANNOT_FIT, plan=following.plan
             )
         self._take_step(following, failures, whole=False)
-
-
-def attempt() -> int:
-    """Return the number of this attempt under ``ullage run``, from 1."""
-    text = os.environ.get("ULLAGE_ATTEMPT", "1")
-    return int(text) if text.isdecimal() else 1
