@@ -56,7 +56,7 @@ class Faults:
         """Yield the faults of this step and rank, once each."""
         for number, fault in enumerate(self.planned):
             marker = self.folder / f"fired-{number}-{self.rank}"
-            everybody = fault["kind"] in ("kill_all", "oom_hopeless")
+            everybody = fault["kind"] == "kill_all"
             if fault["kind"] not in kinds or fault["step"] != step or marker.exists():
                 continue
             if everybody or fault["rank"] == self.rank:
@@ -83,9 +83,11 @@ class Faults:
             for fault in self.due(step, "oom_forward", "oom_backward"):
                 self.where = fault["kind"].removeprefix("oom_")
                 allow(micro_batch // 2 * PER_SAMPLE + PER_SAMPLE // 2)
-        for _fault in self.due(step, "oom_hopeless"):
-            self.where = "forward"
-            allow(PER_SAMPLE // 2)
+        for fault in self.planned:
+            if fault["kind"] == "oom_hopeless" and step >= fault["step"]:  # in every attempt
+                (self.folder / f"fired-{self.planned.index(fault)}-{self.rank}").touch()
+                self.where = "forward"
+                allow(PER_SAMPLE // 2)
 
 
 class Beating:

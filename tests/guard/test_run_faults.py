@@ -21,7 +21,7 @@ from run_faults import BATCH, EVERY, KINDS, NUM_RANKS, NUM_SAMPLES, NUM_STEPS, S
 
 HERE = Path(__file__).parent
 PER_RUN = 5
-NUM_FAULTS = int(os.environ.get("ULLAGE_FAULTS", "10"))
+NUM_FAULTS = int(os.environ.get("ULLAGE_FAULTS", "8"))
 STALL = os.environ.get("ULLAGE_FAULTS_STALL", "20")
 #: Faults that cost an attempt each are at most so many in a run, so that none meets the bound of restarts.
 MAX_RESTARTS = 12
