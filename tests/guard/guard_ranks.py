@@ -443,6 +443,7 @@ def released(rank, size):
         net = Net()
         net.where = "backward"
         model = wrapped(kind, net, size)
+        Guard(model, optimizer_of(model, True), micro_batch=4)  # an earlier guard of the same model is replaced
         guard = Guard(model, optimizer_of(model, True), micro_batch=8, loss_reduction="sum")
         held, seen = [], []
 

@@ -95,7 +95,11 @@ def _ddp_obstacles(module: Any) -> Iterator[str]:
         yield _("DDP with the Python reducer compiles its collectives into the graph")
     if getattr(module, "_delay_all_reduce_all_params", False):
         yield _("DDP with delayed all-reduce of all parameters reduces them at once")
-    missing = [name for name in ("reducer", "_sync_buffers", "_check_sync_bufs_pre_fwd") if not hasattr(module, name)]
+    missing = [
+        name
+        for name in ("reducer", "_sync_buffers", "_check_sync_bufs_pre_fwd", "_lazy_init_ran")
+        if not hasattr(module, name)
+    ]
     if missing:
         yield _("this version of torch has a DDP without {names}").format(names=", ".join(missing))
 

@@ -56,8 +56,8 @@ class Fsdp2(Parallel):
         for group in self.groups:
             for name in ("_all_gather_comm", "_reduce_scatter_comm"):
                 inner = getattr(group, name)
-                if not isinstance(inner, _Watched):
-                    setattr(group, name, _Watched(inner, self))
+                inner = inner.inner if isinstance(inner, _Watched) else inner  # of an earlier guard
+                setattr(group, name, _Watched(inner, self))
 
     def begin(self, num_micro: int) -> int:
         """Agree on the number of micro-batches: every rank must issue the same collectives."""
