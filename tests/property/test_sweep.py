@@ -122,6 +122,33 @@ def test_every_figure_is_that_of_the_ledger(name, seed):
     assert legal > NUMBER // 5
 
 
+def test_one_of_very_many_is_what_it_is_alone():
+    """Parts that many layouts share are worked out once: a sample of a large grid is still each its own."""
+    job = TrainingJob(
+        model=load_model("deepseek-v3"), machine=parse_machine("256x8xH800"), engine="megatron", precision=PRECISIONS[0]
+    )
+    every = grid(
+        2048,
+        global_batch_size=15360,
+        recomputes=RECOMPUTES[:2],
+        tensor_parallel_size=(1, 2, 4, 8),
+        pipeline_parallel_size=(4, 16),
+        virtual_pipeline_parallel_size=(1, 2),
+        expert_parallel_size=(8, 32, 64, 128),
+        expert_tensor_parallel_size=(1, 2),
+        sequence_parallel=(0, 1),
+        zero_stage=(0, 1),
+        micro_batch_size=(1, 2),
+        recompute=(0, 1),
+        schedule=tuple(SCHEDULES.index(name) for name in ("1f1b", "dualpipe")),
+    )
+    found = evaluate(job, every)
+    rows = [row for row in random.Random(3).sample(range(len(every)), NUMBER) if found.legal[row]]
+    for row in rows:
+        assert alone(every.job(job, row)).peak.device_used.bytes == found.device_used_bytes[row]
+    assert len(rows) > NUMBER // 3
+
+
 def test_reasons_are_told_apart():
     job = TrainingJob(model=load_model("deepseek-v3"), machine=parse_machine("256x8xH800"), engine="megatron")
     columns = {

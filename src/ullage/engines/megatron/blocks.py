@@ -102,26 +102,9 @@ def placed_runs(runs: Sequence[tuple[Batch, int]]) -> int:
     return total
 
 
-def placed_rest(runs: Iterable[tuple[Batch, int]], known: dict[object, int] | None = None) -> int:
-    """Return what the allocator adds to the tensors' own bytes; ``known``: what was found for batches that live on."""
-    rest = 0
-    tied: list[tuple[Batch, int]] = []
-    for batch, times in runs:
-        if not batch.placed:
-            rest += (batch.fixed_bytes - batch.num_bytes) * times
-        elif tied and tied[-1][0] is batch:
-            tied[-1] = (batch, tied[-1][1] + times)
-        else:
-            tied.append((batch, times))
-    if not tied:
-        return rest
-    key = tuple([(id(batch), times) for batch, times in tied]) if known is not None else ()
-    found = known.get(key) if known is not None else None
-    if found is None:
-        found = placed_runs(tied) - sum([batch.num_bytes * times for batch, times in tied])
-        if known is not None:
-            known[key] = found
-    return rest + found
+def placed_rest(runs: Sequence[tuple[Batch, int]]) -> int:
+    """Return what the allocator adds to the tensors' own bytes."""
+    return placed_runs(runs) - sum([batch.num_bytes * times for batch, times in runs])
 
 
 def placed_bytes(sizes: Iterable[int]) -> int:

@@ -81,31 +81,62 @@ def tensors_apart(job: TrainingJob, parts: list[Side], buffers: list[Any]) -> tu
     choices, index = parts[0].runs[0][0].choices, parts[0].runs[0][0].index
     if not choices:
         return _apart(job, [part.runs for part in parts], buffers)
-    known = parts[0].runs[0][0].known
-    what = tuple((id(holding.choices), times) for part in parts for holding, times in part.runs)
-    for choice in set(index.tolist()):
-        if (choice, what) not in known:
-            at = int((index == choice).argmax())
-            runs = [tuple((holding.choices[choice], times) for holding, times in part.runs) for part in parts]
-            known[choice, what] = _apart(job, runs, [int(size[at]) for size in buffers], known)
-    numbers = range(len(choices))
-    rows = _array([known.get((choice, what), (0, 0)) for choice in numbers]).reshape(-1, 2)[index]
-    return rows[:, 0], rows[:, 1]
+    numpy, known = sys.modules["numpy"], parts[0].runs[0][0].known
+    runs = [run for part in parts for run in part.runs]
+    times = [number for _holding, number in runs]
+    tables = [_table(job, holding) for holding, _times in runs]
+    present, first, row = numpy.unique(index, return_index=True, return_inverse=True)
+    free = sum(table[0] * number for table, number in zip(tables, times, strict=True))[present]
+    large = sum(table[1] * number for table, number in zip(tables, times, strict=True))[present]
+    tied = numpy.stack([table[2] for table in tables], axis=1)[present].tolist()
+    held = numpy.stack([size[first] for size in buffers], axis=1).tolist()
+    for at, choice in enumerate(present.tolist()):
+        batch, key = Batch(held[at]), (*tied[at], *times)
+        found = None if batch.placed else known.get(key)
+        if found is None:
+            sides = [_placement(job, holding.choices[choice])[0] for holding, _times in runs]
+            which = [number if mark else 0 for mark, number in zip(tied[at], times, strict=True)]
+            found = _one_after_the_other(job, sides, which, batch if batch.placed else None)
+            if not batch.placed:
+                known[key] = found
+        free[at] += found + (0 if batch.placed else batch.fixed_bytes - batch.num_bytes)
+    return free[row], (4 + large * 2)[row]
 
 
-def _apart(
-    job: TrainingJob, runs: list[Any], buffers: list[int], known: dict[object, int] | None = None
-) -> tuple[int, int]:
-    params, master, moments, large = [], [], [], 0
-    for holding, times in (run for part in runs for run in part):
-        batches, number = _placement(job, holding)
-        params.append((batches[0], times))
-        master.append((batches[1], times))
-        moments.append((batches[2], times))
-        large += number * times
-    held = Batch(buffers)
-    first = [*params, (held, 1), *(master if job.precision.master else ())]
-    return one_rest(first, None if held.placed else known) + one_rest(moments, known), 4 + large * 2
+def _table(job: TrainingJob, holding: Any) -> tuple[Any, Any, Any]:
+    """Of each choice of a holding: rests where no tensor depends on what is free, large tensors, else a mark."""
+    key = ("placement", id(holding.choices))
+    if key not in holding.known:
+        rows = []
+        for choice in holding.choices:
+            batches, large = _placement(job, choice)
+            used = [batches[0], batches[2], *([batches[1]] if job.precision.master else [])]
+            if any(batch.placed for batch in used):
+                rows.append((0, large, id(batches)))
+            else:
+                rows.append((sum(batch.fixed_bytes - batch.num_bytes for batch in used), large, 0))
+        table = _array(rows).reshape(-1, 3)
+        holding.known[key] = table[:, 0], table[:, 1], table[:, 2]
+    found: tuple[Any, Any, Any] = holding.known[key]
+    return found
+
+
+def _apart(job: TrainingJob, runs: list[Any], buffers: list[int]) -> tuple[int, int]:
+    held = [run for part in runs for run in part]
+    placements = [_placement(job, holding) for holding, _times in held]
+    times = [number for _holding, number in held]
+    large = sum(number * each for (_sides, number), each in zip(placements, times, strict=True))
+    sides = [batches for batches, _number in placements]
+    return _one_after_the_other(job, sides, times, Batch(buffers)), 4 + large * 2
+
+
+def _one_after_the_other(
+    job: TrainingJob, sides: list[tuple[Batch, Batch, Batch]], times: list[int], buffers: Batch | None
+) -> int:
+    """Parameters, gradient buffers and master weights in one pool; moments, which the first step makes, in another."""
+    params, master, moments = ([(side[at], n) for side, n in zip(sides, times, strict=True)] for at in range(3))
+    first = [*params, *([(buffers, 1)] if buffers is not None else ()), *(master if job.precision.master else ())]
+    return one_rest(first) + one_rest(moments)
 
 
 def _placement(job: TrainingJob, holding: Any) -> tuple[tuple[Batch, Batch, Batch], int]:

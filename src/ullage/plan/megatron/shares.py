@@ -107,19 +107,22 @@ class Shares:
             self._kinds[what] = tuple(self._kind(what, count, share) for share in self._legal)
         choices = self._kinds[what]
         return Kind(
-            dense=self._holding((what, 0), tuple(kind.dense for kind in choices), index),
-            expert=self._holding((what, 1), tuple(kind.expert for kind in choices), index),
+            dense=self._holding((what, "dense"), choices, index),
+            expert=self._holding((what, "expert"), choices, index),
             choices=choices,
             index=index,
             known=self._known,
         )
 
-    def _holding(self, key: object, choices: tuple[Holding, ...], index: Any) -> Holding:
+    def _holding(self, key: tuple[object, str], kinds: tuple[Kind, ...], index: Any) -> Holding:
         columns = self._columns.get(key)
         if columns is None:
+            choices = tuple(getattr(kind, key[1]) for kind in kinds)
             columns = {name: np.array([getattr(one, name) for one in choices], dtype=np.int64) for name in FIGURES}
             columns["closed"] = np.array([one.closed for one in choices], dtype=np.int64).reshape(len(choices), -1)
+            columns["choices"] = choices  # kept: what is known of them goes by their identity
             self._columns[key] = columns
+        choices = columns["choices"]
         figures = {name: columns[name][index] for name in FIGURES}
         return Holding(
             **figures,
