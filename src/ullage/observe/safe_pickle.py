@@ -310,7 +310,7 @@ class PlainReader:
         if length > MAX_TEXT_BYTES:
             too_large(_("{size} of one text").format(size=format_bytes(length)))
         raw = self.window.take(length)
-        self.num_opcodes += length // 64
+        self.num_opcodes += length // 16
         self.stack.append(str(raw, "utf-8", "surrogatepass") if is_text else raw)
 
     def _line(self, opcode: int) -> None:

@@ -70,28 +70,48 @@ class EventSink(Sink):
 
     def _forget(self, items: list[Any], stacks: list[int], reader: PlainReader) -> None:
         """Take the events and what is in them out of the memo; keep what a number still may be read for."""
-        self._memo.catch_up(reader.num_memoized)
-        known: dict[int, int] = {}
-        for item, stack in zip(items, stacks, strict=True):
-            known[id(item)] = NOTHING
-            for value in item.values():
-                if type(value) in (str, tuple):
-                    known[id(value)] = self._memo.other(value)
-            known[id(item.get("frames"))] = stack + 1
-        memo, codes = reader.memo, self._memo.codes
-        for number in range(self._last, reader.num_memoized):
-            value = memo.get(number)
-            if id(value) in known and value is not None:
-                codes[number] = known[id(value)]
-                del memo[number]
+        known = _known(items, self._memo)
+        known.update((id(item.get("frames")), stack + 1) for item, stack in zip(items, stacks, strict=True))
+        _forget(known, self._memo, reader, self._last)
         self._last = reader.num_memoized
 
 
 class Discard(Sink):
     """A list whose items nobody looks at."""
 
+    def __init__(self, memo: LaneMemo, num_memoized: int) -> None:
+        super().__init__()
+        self._memo, self._last = memo, num_memoized
+
     def take(self, items: list[Any], reader: PlainReader) -> None:
-        """Let them go."""
+        """Let them go, with the lists in them."""
+        known = _known([item for item in items if isinstance(item, dict)], self._memo)
+        _forget(known, self._memo, reader, self._last)
+        self._last = reader.num_memoized
+        reader.taken()
+
+
+def _known(items: list[Any], memo: LaneMemo) -> dict[int, int]:
+    """Return, by their id, what is left of dicts and of the values in them when they are gone."""
+    known: dict[int, int] = {}
+    for item in items:
+        known[id(item)] = NOTHING
+        for value in item.values():
+            if type(value) in (str, tuple):
+                known[id(value)] = memo.other(value)
+            elif type(value) is list:
+                known[id(value)] = NOTHING
+    return known
+
+
+def _forget(known: dict[int, int], memo: LaneMemo, reader: PlainReader, first: int) -> None:
+    """Take what is known out of the reader's memo."""
+    memo.catch_up(reader.num_memoized)
+    for number in range(first, reader.num_memoized):
+        value = reader.memo.get(number)
+        if value is not None and id(value) in known:
+            memo.codes[number] = known[id(value)]
+            del reader.memo[number]
 
 
 class StreamFinder:
@@ -120,7 +140,7 @@ class StreamFinder:
         if key == TRACES and self._traces is None:
             self._traces = Traces()
             return self._traces
-        return Discard() if key in LEFT_OUT else None
+        return Discard(self._memo, reader.num_memoized) if key in LEFT_OUT else None
 
     def forgotten(self, reader: PlainReader) -> Callable[[int], Any]:
         """Return what reads the numbers that are no longer in the memo."""
