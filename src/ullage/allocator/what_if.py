@@ -9,7 +9,7 @@ from ullage.allocator.constants import DEFAULT_LARGE_SEGMENT_BYTES
 from ullage.allocator.events import Workload
 from ullage.allocator.keys import DEFAULT_VERSION
 from ullage.allocator.run import Outcome, run_workload
-from ullage.allocator.settings import AllocatorSettings, parse_settings
+from ullage.allocator.settings import AllocatorSettings, parse_settings, split_entries
 from ullage.errors import InputError
 from ullage.i18n import _
 
@@ -121,10 +121,12 @@ def _same(settings: AllocatorSettings, recorded: AllocatorSettings) -> bool:
     )
 
 
-def _rank(outcome: Outcome) -> tuple[bool, int, int, int]:
-    """Order: those that live, the least reserved, the fewest calls; of the dead, who came furthest."""
+def _rank(outcome: Outcome) -> tuple[bool, int, int, int, int]:
+    """Order: those that live, the least reserved, the fewest settings and calls; of the dead, who came furthest."""
     step = -outcome.death.step if outcome.death else 0
-    return outcome.death is not None, step, outcome.peak_reserved_bytes, outcome.counters.num_driver_calls
+    num_settings = len(split_entries(outcome.settings.text))
+    calls = outcome.counters.num_driver_calls
+    return outcome.death is not None, step, outcome.peak_reserved_bytes, num_settings, calls
 
 
 def _worth_it(result: Comparison, outcome: Outcome) -> bool:
