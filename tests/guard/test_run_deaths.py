@@ -85,6 +85,15 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it():
     assert judge(ended(lost + TORCHRUN.format(code=1))).kind == "cascade"
 
 
+def test_a_message_long_before_the_end_is_not_the_death_and_settings_of_the_start_count():
+    start = traceback(OOM) + "vllm serve m --gpu-memory-utilization 0.87\n"
+    steps = "".join(f"step {number}: loss 1.0, and everything is well\n" for number in range(40_000))
+    assert judge(ended(start + steps + traceback("ValueError: no such layer"))).kind == "crash"
+    death = judge(ended(start + steps + traceback(OOM)))
+    assert death.kind == "device_oom"
+    assert dict(death.found.settings)["gpu_memory_utilization"] == "0.87"
+
+
 def test_the_kernels_kills_count_where_they_are_ours():
     killed = ended("step 3\n", exit_code=137, signal=9, pid=50)
     assert judge(killed).kind == "killed"

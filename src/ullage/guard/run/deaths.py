@@ -9,14 +9,17 @@ from __future__ import annotations
 import io
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ullage.errors import InputError
 from ullage.guard import CANNOT_FIT_EXIT_CODE, RESTART_EXIT_CODE
 from ullage.guard.run.child import Ended
 from ullage.i18n import _
 from ullage.observe.inspection import Inspection, inspect_stream
+from ullage.observe.scan import scan
 
+#: A message further from the end than this is not what ended the command: it went on writing.
+WINDOW_BYTES = 512 << 10
 #: Kinds of death that a smaller plan may mend, those that come and go, and those that a restart repeats.
 OF_MEMORY = ("device_oom", "library_oom", "kv_pool", "start_budget", "host_oom")
 TRANSIENT = ("killed", "host_killed", "cascade", "stall")
@@ -115,10 +118,7 @@ def _asked(ended: Ended, worker: int | None, words: bytes) -> Death | None:
 
 
 def _failed(ended: Ended, words: bytes, worker: int | None, num_kills: int, killed_pids: tuple[int, ...]) -> Death:
-    try:
-        found = inspect_stream(io.BytesIO(words)) if words else None
-    except InputError:
-        found = None
+    found = _inspected(words)
     root = found.facts[0] if found is not None and found.facts else None
     kind = _KINDS.get(root.kind, "") if root is not None else ""
     if found is not None and kind in OF_MEMORY:
@@ -142,7 +142,20 @@ def _failed(ended: Ended, words: bytes, worker: int | None, num_kills: int, kill
     return _ordinary(ended, words, worker, found)
 
 
+def _inspected(words: bytes) -> Inspection | None:
+    """Inspect the end of a log; the settings that an engine printed at its start count too."""
+    try:
+        found = inspect_stream(io.BytesIO(words[-WINDOW_BYTES:])) if words else None
+    except InputError:
+        return None
+    if found is not None and len(words) > WINDOW_BYTES:
+        settings = {**scan(io.BytesIO(words[:-WINDOW_BYTES])).collected.settings, **dict(found.settings)}
+        found = replace(found, settings=tuple(sorted(settings.items())))
+    return found
+
+
 def _ordinary(ended: Ended, words: bytes, worker: int | None, found: Inspection | None) -> Death:
+    words = words[-WINDOW_BYTES:]
     error = _first_error(words)
     if match := _DISK_FULL.search(words):
         sentence = _("the disk is full: {words}").format(words=match.group(0).decode())
