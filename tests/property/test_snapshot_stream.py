@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ullage.errors import InputError
-from ullage.observe.safe_pickle import Limits
+from ullage.observe.pickle_limits import Limits
 from ullage.observe.snapshot import parse_snapshot, read_snapshot
 
 MiB = 2**20

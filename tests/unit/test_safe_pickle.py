@@ -12,6 +12,7 @@ import pytest
 
 from ullage.errors import InputError
 from ullage.observe import event_lane, pickle_opcodes, pickle_window, safe_pickle, snapshot_stream
+from ullage.observe.pickle_limits import Limits
 from ullage.observe.snapshot import parse_snapshot, read_snapshot
 
 MARKER = "ULLAGE_PICKLE_RAN"
@@ -216,7 +217,7 @@ def test_argument_lengths_are_those_of_the_language(opcode):
 
 
 def test_limits_are_kept():
-    limits = safe_pickle.Limits(file_bytes=1000, opcodes=100, containers=10)
+    limits = Limits(file_bytes=1000, opcodes=100, containers=10)
     for value in ("x" * 2000, [1] * 200 + ["a"] * 2, [[] for _ in range(20)]):
         with pytest.raises(InputError, match="limit"):
             safe_pickle.loads(pickle.dumps(value), limits=limits)

@@ -26,6 +26,7 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.observe import safe_pickle
 from ullage.observe.event_lane import StackNumber
+from ullage.observe.pickle_limits import Limits
 from ullage.observe.snapshot_stream import MAX_DEVICES, EventSink, StreamFinder
 
 TOP_KEYS = {
@@ -91,7 +92,7 @@ class Snapshot:
 def read_snapshot(
     path: Path,
     *,
-    limits: safe_pickle.Limits | None = None,
+    limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
     """Read a snapshot file, without running anything in it, and in bounded memory.
