@@ -1,5 +1,6 @@
 """calculon: run by benchmarks/layouts.py with the folder of its source."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -15,7 +16,10 @@ from calculon.llm.llm import Llm  # noqa: E402
 from calculon.system import System  # noqa: E402
 
 #: Its words know no gated blocks, grouped queries or vocabulary: Llama-3-70B's sizes, else GPT's layer.
-LLAMA = {"name": "llama", "hidden": 8192, "feedforward": 28672, "seq_size": 4096, "attn_heads": 64, "attn_size": 128, "num_blocks": 80}
+LLAMA = {
+    "name": "llama", "hidden": 8192, "feedforward": 28672, "seq_size": 4096, "attn_heads": 64, "attn_size": 128,
+    "num_blocks": 80,
+}  # fmt: skip
 SYSTEM = System(calculon.io.read_json_file(str(FOLDER / "systems" / "h100_80g_nvl8.json")))
 
 
@@ -31,10 +35,8 @@ def answer(tensor, pipeline, micro_batch):
     }  # fmt: skip
     model = Llm(Llm.Application(LLAMA), logging.getLogger("calculon"))
     model.compile(SYSTEM, Llm.Execution.from_json(execution))
-    try:
+    with contextlib.suppress(Llm.Error):  # more than the card has: that is known only when all is worked out
         model.run(SYSTEM)
-    except Llm.Error:  # more than the card has: that is known only when all is worked out
-        pass
     return model.get_mem_tier1_cap_req()
 
 

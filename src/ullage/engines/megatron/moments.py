@@ -57,16 +57,13 @@ def rank_parts(tables: Tables, parts: tuple[Chunk, ...]) -> RankParts:
 
 def composition(job: TrainingJob, parts: tuple[Chunk, ...]) -> tuple[object, ...]:
     """What decides :class:`RankParts`: equal for ranks that hold the same kinds of layers in the same order."""
-    return tuple(
-        (
-            chunk.pp_rank == 0,
-            chunk.embedding,
-            chunk.head,
-            chunk.mtp,
-            *((id(layer), times) for layer, times in layer_runs(job, chunk.layers)),
-        )
-        for chunk in parts
-    )
+    return tuple((chunk.pp_rank == 0, *contents(job, chunk)) for chunk in parts)
+
+
+def contents(job: TrainingJob, chunk: Chunk) -> tuple[object, ...]:
+    """What a chunk holds: equal for chunks that cost the same."""
+    kinds = [(id(layer), times) for layer, times in layer_runs(job, chunk.layers)]
+    return (chunk.embedding, chunk.head, chunk.mtp, *kinds)
 
 
 def rank_of(tables: Tables, parts: tuple[Chunk, ...], shared: RankParts, *, first_rank: int) -> TrainingRank:

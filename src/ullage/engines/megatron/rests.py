@@ -91,16 +91,28 @@ def tensors_apart(job: TrainingJob, parts: list[Side], buffers: list[Any]) -> tu
     tied = numpy.stack([table[2] for table in tables], axis=1)[present].tolist()
     held = numpy.stack([size[first] for size in buffers], axis=1).tolist()
     for at, choice in enumerate(present.tolist()):
-        batch, key = Batch(held[at]), (*tied[at], *times)
+        batch, key = Batch(held[at]), _joined(tied[at], times)
         found = None if batch.placed else known.get(key)
         if found is None:
-            sides = [_placement(job, holding.choices[choice])[0] for holding, _times in runs]
-            which = [number if mark else 0 for mark, number in zip(tied[at], times, strict=True)]
-            found = _one_after_the_other(job, sides, which, batch if batch.placed else None)
+            sides = {mark: _placement(job, run[0].choices[choice])[0] for mark, run in zip(tied[at], runs, strict=True)}
+            number = [each for _mark, each in key]
+            used = [sides[mark] for mark, _number in key]
+            found = _one_after_the_other(job, used, number, batch if batch.placed else None)
             if not batch.placed:
                 known[key] = found
         free[at] += found + (0 if batch.placed else batch.fixed_bytes - batch.num_bytes)
     return free[row], (4 + large * 2)[row]
+
+
+def _joined(marks: list[int], times: list[int]) -> tuple[tuple[int, int], ...]:
+    """Leave out what places nothing, and join what then comes in a row."""
+    found: list[tuple[int, int]] = []
+    for mark, number in zip(marks, times, strict=True):
+        if mark and found and found[-1][0] == mark:
+            found[-1] = (mark, found[-1][1] + number)
+        elif mark:
+            found.append((mark, number))
+    return tuple(found)
 
 
 def _table(job: TrainingJob, holding: Any) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from ullage.engines.megatron.costs import chunk_cost
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.layout import Chunk, Groups
-from ullage.engines.megatron.moments import composition, loads_of, moments_of, pass_group
+from ullage.engines.megatron.moments import contents, loads_of, moments_of, pass_group
 from ullage.engines.megatron.schedule import Load, both_ways, fullest, settled
 from ullage.engines.megatron.tables import Tables
 from ullage.plan.layouts import Layouts
@@ -33,7 +33,7 @@ _NO_GROUPS = Groups(data=1, expert_data=1, expert=1, expert_tensor=1)
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkBytes:
-    """Bytes of one chunk, an element for each distinct size of a micro-batch.
+    """Bytes of one chunk, an element for each recompute and distinct size of a micro-batch.
 
     Attributes:
         kept: of one micro-batch; on_top: during the fullest moment of a pass, by direction (forward: True).
@@ -57,12 +57,13 @@ class Moments:
     """The distinct (sizes, recompute, accumulation) of layouts.
 
     Attributes:
-        number: of each layout among them; size: of each of them, its sizes; groups: (which, recompute, accumulation).
+        number: of each layout among them; cost: of each of them, its sizes and recompute; groups: those of one
+            accumulation.
     """
 
     number: Any
-    size: Any
-    groups: list[tuple[Any, int, int]]
+    cost: Any
+    groups: list[tuple[Any, int]]
 
 
 class Passes:
@@ -90,25 +91,20 @@ class Passes:
             num_micro_batches=self._given.grad_accum[rows],
             group=pass_group(job, self._settings),
         )
-        recompute = self._given.recompute[rows]
-        first, number = distinct(self._size[rows], recompute, passes)
-        groups = [
-            (own, int(recompute[first[own[0]]]), int(passes[first[own[0]]]))
-            for own in split(np.arange(len(first)), recompute[first], passes[first])
-        ]
-        return Moments(number=number, size=self._size[rows][first], groups=groups)
+        cost = self._given.recompute[rows] * self._number + self._size[rows]
+        first, number = distinct(cost, passes)
+        groups = [(own, int(passes[first[own[0]]])) for own in split(np.arange(len(first)), passes[first])]
+        return Moments(number=number, cost=cost[first], groups=groups)
 
     def of_class(self, job: TrainingJob, alike: list[tuple[Chunk, ...]], moments: Moments) -> Passing:
         """Return the fullest moment of the passes of equal ranks, layout by layout."""
-        kept, on_top, pp_rank = (numbers(len(moments.size)) for _array in range(3))
-        loads: dict[int, dict[tuple[int, ...], tuple[int, list[Load]]]] = {}
-        for own, recompute, passes in moments.groups:
-            if passes not in loads:
-                loads[passes] = _loads(replace(job, grad_accum=passes), self._settings, alike)
-            chunks = [self._chunk(recompute, chunk) for chunk in alike[0]]
-            at = moments.size[own]
+        kept, on_top, pp_rank = (numbers(len(moments.cost)) for _array in range(3))
+        chunks = [self._chunk(chunk) for chunk in alike[0]]
+        for own, passes in moments.groups:
+            loads = _loads(replace(job, grad_accum=passes), self._settings, alike)
+            at = moments.cost[own]
             best = numbers(len(own), -1)
-            for live, (rank, kinds) in loads[passes].items():
+            for live, (rank, kinds) in loads.items():
                 more = chunks[kinds[0].virtual].on_top[kinds[0].forward]
                 for load in kinds[1:]:
                     more = np.maximum(more, chunks[load.virtual].on_top[load.forward])
@@ -121,19 +117,29 @@ class Passes:
         number = moments.number
         return Passing(kept=kept[number], on_top=on_top[number], pp_rank=pp_rank[number])
 
-    def _chunk(self, recompute: int, chunk: Chunk) -> ChunkBytes:
-        key = (recompute, *composition(self._template, (replace(chunk, pp_rank=0),)))
+    def _chunk(self, chunk: Chunk) -> ChunkBytes:
+        key = contents(self._template, chunk)
         if key not in self._chunks:
-            tables = self._tables[recompute]
-            cost = chunk_cost(tables, chunk)
-            on_top = {}
-            for forward in (True, False):
-                fullest_moment = numbers(self._number)
-                for _moment, terms in moments_of(tables, cost, forward=forward):
-                    fullest_moment = np.maximum(fullest_moment, sum(term.bytes for term in terms))
-                on_top[forward] = fullest_moment
-            self._chunks[key] = ChunkBytes(kept=np.broadcast_to(cost.saved.bytes, self._number), on_top=on_top)
+            each = [self._one(tables, chunk) for tables in self._tables]
+            self._chunks[key] = ChunkBytes(
+                kept=np.concatenate([one[0] for one in each]),
+                on_top={
+                    True: np.concatenate([one[1] for one in each]),
+                    False: np.concatenate([one[2] for one in each]),
+                },
+            )
         return self._chunks[key]
+
+    def _one(self, tables: Tables, chunk: Chunk) -> tuple[Any, Any, Any]:
+        """Under one recompute: bytes kept, and on top in the fullest moment forward and backward."""
+        cost = chunk_cost(tables, chunk)
+        found = [np.broadcast_to(cost.saved.bytes, self._number)]
+        for forward in (True, False):
+            most = numbers(self._number)
+            for _moment, terms in moments_of(tables, cost, forward=forward):
+                most = np.maximum(most, sum(term.bytes for term in terms))
+            found.append(most)
+        return found[0], found[1], found[2]
 
 
 def _loads(
