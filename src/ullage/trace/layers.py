@@ -13,8 +13,9 @@ from ullage.trace.job import TraceJob
 from ullage.trace.positions import clean_path
 from ullage.trace.unroll import CannotUnrollError, Stack, grow
 
-#: Units that are run: the first, the one that is repeated, the last; and one more for the check.
-UNITS = 3
+#: Units that are run, and one more for the check: the one that is repeated has a neighbour on each side, and what is
+#: outside can tell the first two from the last two.
+UNITS = 4
 #: Longest pattern of alternating layers that is looked for.
 MAX_PERIOD = 12
 _NOT_KINDS = frozenset(("layer_idx", "training"))

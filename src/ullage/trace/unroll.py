@@ -2,9 +2,10 @@
 
 The stream is cut into runs: maximal stretches that belong to one unit (one layer, or one period of layers that
 alternate) or to none. Every pass over the layers, up or down, touches each unit once, so that the n-th allocation of
-one unit corresponds to the n-th of every other. A run that frees an allocation of another unit names it by distance; so
-the runs of a middle unit can be repeated with numbers of their own. That this gives the stream of the larger model is not
-believed but checked: the small trace, unrolled by one, must equal a real trace with one unit more (:func:`grow`).
+one unit corresponds to the n-th of every other. A run that frees an allocation of another unit names it by distance;
+so the runs of a middle unit can be repeated with numbers of their own. That this gives the stream of the larger model
+is not believed but checked: the small trace, unrolled by one, must equal a real trace with one unit more
+(:func:`grow`).
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ class _Labels:
         self.stack = stack
         self.pattern = re.compile(re.escape(stack.path) + r"\.(\d+)(?=\.|$)")
 
-    def unit(self, path: str) -> int | None:
+    def layer(self, path: str) -> int | None:
+        """Return which of the layers that repeat a path lies in, -1 for another layer, None for no layer."""
         found = self.pattern.match(path)
         if found is None:
             return None
-        unit = (int(found.group(1)) - self.stack.first) // self.stack.period
-        return unit if 0 <= unit < self.stack.units else -1
+        layer = int(found.group(1)) - self.stack.first
+        return layer if 0 <= layer < self.stack.units * self.stack.period else -1
 
     def moved(self, path: str, layers: int) -> str:
         if not layers:
@@ -99,25 +101,58 @@ def _cut(trace: Trace, stack: Stack) -> _Cut:
 
 def _units(trace: Trace, labels: _Labels) -> list[int]:
     """Return the unit of each event: that of the module that ran, else that of the parameter it is for."""
-    by_place = [labels.unit(place.module) for place in trace.places]
+    by_place = [labels.layer(place.module) for place in trace.places]
     by_owner: dict[str, int | None] = {}
     found: list[int] = []
     for event, where in zip(trace.events, trace.where, strict=True):
-        unit, one = by_place[where], trace.allocations[event if event >= 0 else ~event]
-        if unit is None:
+        layer, one = by_place[where], trace.allocations[event if event >= 0 else ~event]
+        if layer is None:
             if one.owner not in by_owner:
-                by_owner[one.owner] = labels.unit(one.owner)
-            unit = by_owner[one.owner]
-        outside = unit is None or one.category == WORKSPACE  # taken by whichever layer runs first
-        found.append(-1 if outside or unit is None else unit)
-    return found
+                by_owner[one.owner] = labels.layer(one.owner)
+            layer = by_owner[one.owner]
+        outside = layer is None or one.category == WORKSPACE  # taken by whichever layer runs first
+        found.append(-1 if outside or layer is None else layer)
+    period = labels.stack.period
+    units = [layer // period if layer >= 0 else -1 for layer in _between(found)]
+    return _together(trace, units, labels.stack.units)
 
 
-def unroll(trace: Trace, stack: Stack, copies: int, slopes: dict[int, int] | None = None) -> Trace:
+def _together(trace: Trace, units: list[int], num_units: int) -> list[int]:
+    """Give frees of what every unit made (casts of weights, when autocast is left) to the units that made it."""
+    maker = {event: unit for event, unit in zip(trace.events, units, strict=True) if event >= 0}
+    start = 0
+    while start < len(units):
+        end = start
+        while end < len(units) and units[end] < 0:
+            end += 1
+        made = [maker[~event] if event < 0 else -1 for event in trace.events[start:end]]
+        if len({unit for unit in made if unit >= 0}) == num_units:
+            units[start:end] = made
+        start = end + 1
+    return units
+
+
+def _between(layers: list[int]) -> list[int]:
+    """Give what happens between a layer and its neighbour to the one before: a loop drops a layer's output there."""
+    last, start = -1, 0
+    for index, layer in enumerate(layers):
+        if layer < 0:
+            continue
+        if last >= 0 and abs(layer - last) == 1 and index > start:
+            layers[start:index] = [last] * (index - start)
+        last, start = layer, index + 1
+    return layers
+
+
+#: What an allocation outside the units grows by with each of them: bytes, and elements of each axis.
+Slope = tuple[int, tuple[int, ...]]
+
+
+def unroll(trace: Trace, stack: Stack, copies: int, slopes: dict[int, Slope] | None = None) -> Trace:
     """Return the trace with the middle unit repeated ``copies`` times more.
 
     Args:
-        slopes: bytes that an allocation outside the units grows by for each copy, by its number.
+        slopes: how allocations outside the units grow for each copy, by their numbers.
 
     Raises:
         CannotUnrollError: the trace has no such structure.
@@ -126,7 +161,7 @@ def unroll(trace: Trace, stack: Stack, copies: int, slopes: dict[int, int] | Non
 
 
 class _Unroller:
-    def __init__(self, trace: Trace, stack: Stack, copies: int, slopes: dict[int, int]) -> None:
+    def __init__(self, trace: Trace, stack: Stack, copies: int, slopes: dict[int, Slope]) -> None:
         self.trace, self.stack, self.copies, self.slopes = trace, stack, copies, slopes
         self.labels = _Labels(stack)
         self.cut = _cut(trace, stack)
@@ -188,11 +223,16 @@ class _Unroller:
 
     def _allocation(self, number: int, place: int, moved: int) -> Allocation:
         old = self.trace.allocations[number]
-        size = old.size_bytes + self.copies * self.slopes.get(number, 0)
         owner = self._moved(old.owner, moved) if old.owner else ""
-        if place == old.place and owner == old.owner and size == old.size_bytes:
+        slope = self.slopes.get(number)
+        if slope is not None:
+            shape = tuple(size + self.copies * each for size, each in zip(old.shape, slope[1], strict=True))
+            return replace(
+                old, place=place, owner=owner, size_bytes=old.size_bytes + self.copies * slope[0], shape=shape
+            )
+        if place == old.place and owner == old.owner:
             return old
-        return replace(old, place=place, owner=owner, size_bytes=size)
+        return replace(old, place=place, owner=owner)
 
     def _moved(self, path: str, moved: int) -> str:
         if self.labels.behind(path):
@@ -222,8 +262,8 @@ def grow(small: Trace, larger: Trace, stack: Stack, copies: int) -> Trace:
     return unroll(small, stack, copies, slopes)
 
 
-def _slopes(grown: Trace, small: Trace, larger: Trace, stack: Stack) -> dict[int, int]:
-    """Return the bytes by which allocations outside the units grow with each unit.
+def _slopes(grown: Trace, small: Trace, larger: Trace, stack: Stack) -> dict[int, Slope]:
+    """Return how allocations outside the units grow with each unit.
 
     Raises:
         CannotUnrollError: more than sizes outside the units differs.
@@ -233,15 +273,17 @@ def _slopes(grown: Trace, small: Trace, larger: Trace, stack: Stack) -> dict[int
     cut = _cut(small, stack)
     outside = array("q", (number for number, made in enumerate(cut.made) if made[0] < 0))
     place_of = _outside_numbers(grown, replace(stack, units=stack.units + 1))
-    slopes: dict[int, int] = {}
+    slopes: dict[int, Slope] = {}
     for number, (mine, real) in enumerate(zip(grown.allocations, larger.allocations, strict=True)):
         same = (mine.op, mine.category, mine.owner) == (real.op, real.category, real.owner)
+        same = same and len(mine.shape) == len(real.shape)
         if not same or grown.places[mine.place] != larger.places[real.place]:
             raise CannotUnrollError
-        if mine.size_bytes != real.size_bytes:
+        if (mine.size_bytes, mine.shape) != (real.size_bytes, real.shape):
             if number not in place_of:
                 raise CannotUnrollError
-            slopes[outside[place_of[number]]] = real.size_bytes - mine.size_bytes
+            grows = tuple(more - less for less, more in zip(mine.shape, real.shape, strict=True))
+            slopes[outside[place_of[number]]] = (real.size_bytes - mine.size_bytes, grows)
     return slopes
 
 
