@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from ullage.account.calibrated import calibrated_ledger
@@ -10,25 +10,32 @@ from ullage.account.parameters import Counts, count
 from ullage.catalog.calibration import with_calibration
 from ullage.engines.serving import Amount
 from ullage.engines.training import TrainingRank, TrainingStep, step
-from ullage.errors import UllageError
 from ullage.fitting import EXIT_CODES, parse_reserve
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
-from ullage.spec.training import Recompute, TrainingJob
+from ullage.spec.training import TrainingJob
 
 DEFAULT_RESERVE = "20%"
 Walker = Callable[[TrainingJob], TrainingStep]
 
 
 class TrainingAdvice(Frozen):
-    """One change of the job, the memory it frees on the fullest rank, its cost, and what to type."""
+    """One change of the job, the memory it frees on the fullest rank, its cost, and what to type.
+
+    ``flags`` are of ``ullage fit``, ``typed`` is in the framework's own words; ``slower`` is the rough share of a step's
+    time that the change adds, ``source`` where that is from; ``key`` names the change in the catalogue.
+    """
 
     change: str
     gain_bytes: int
     cost: str
     flags: str
     verdict: str
+    key: str = ""
+    typed: str = ""
+    slower: float = 0.0
+    source: str = ""
 
 
 class TrainingFit(Frozen):
@@ -77,7 +84,9 @@ def fit_training(
     job = with_calibration(job) if calibrated else job
     result = judge(walker(job), reserve)
     if advise:
-        result = replace(result, advice=tuple(_advice(result, job, reserve, walker)))
+        from ullage.plan.advice.weigh import training_advice
+
+        result = replace(result, advice=training_advice(result, job, reserve, walker))
     return result
 
 
@@ -120,46 +129,3 @@ def _calibrated(answer: TrainingStep) -> TrainingStep:
         for rank in answer.ranks
     )
     return replace(answer, ranks=ranks)
-
-
-def _advice(result: TrainingFit, job: TrainingJob, reserve: str, walker: Walker) -> Iterator[TrainingAdvice]:
-    """Yield the changes that free memory, cheapest first; where the job does not fit, those that mend it."""
-    tried = []
-    for change, cost, flags, changed in _candidates(job):
-        try:
-            after = judge(walker(changed), reserve)
-        except UllageError:  # this framework does not do it, or the layout forbids it
-            continue
-        gain = result.ledger.device_used.bytes - after.ledger.device_used.bytes
-        if gain > result.total_bytes.value / 100:
-            tried.append(TrainingAdvice(change=change, gain_bytes=gain, cost=cost, flags=flags, verdict=after.verdict))
-    mending = [item for item in tried if item.verdict != "does_not_fit"]
-    yield from (mending or sorted(tried, key=lambda item: -item.gain_bytes))[:3]
-
-
-def _candidates(job: TrainingJob) -> Iterator[tuple[str, str, str, TrainingJob]]:
-    """Yield (change, cost, flags, changed job), the cheapest in time first."""
-    if job.loss in (None, "plain"):
-        yield _("fused loss"), _("none; needs the kernel"), "--loss fused", replace(job, loss="fused")
-    parallel = job.parallel
-    if parallel.zero_stage == 0 and parallel.data_parallel_size > 1 and parallel.fsdp is None:
-        sharded = replace(parallel, zero_stage=1)
-        yield _("optimizer states sharded"), _("a little communication"), "--zero 1", replace(job, parallel=sharded)
-    if job.recompute.kind == "none":
-        selective = replace(job, recompute=Recompute(kind="selective"))
-        yield _("selective recompute"), _("a few per cent of time"), "--recompute selective", selective
-    if job.micro_batch_size > 1:
-        half = job.micro_batch_size // 2
-        smaller = replace(job, micro_batch_size=half, grad_accum=job.grad_accum * 2)
-        flags = f"--micro-batch {half} --grad-accum {job.grad_accum * 2}"
-        yield _("half the micro-batch, twice the accumulation"), _("smaller products"), flags, smaller
-    if job.recompute.kind != "full":
-        full = replace(job, recompute=Recompute(kind="full"))
-        yield _("full recompute"), _("about a third more compute"), "--recompute full", full
-    if job.optimizer in ("adamw", "adam"):
-        yield (
-            _("8-bit moments"),
-            _("a little accuracy: measure it"),
-            "--optimizer adamw_8bit",
-            replace(job, optimizer="adamw_8bit"),
-        )

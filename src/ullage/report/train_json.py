@@ -58,6 +58,8 @@ def training_json(result: TrainingFit) -> dict[str, Any]:
                 "gain_bytes": item.gain_bytes,
                 "cost": item.cost,
                 "flags": item.flags,
+                "typed": item.typed,
+                "slower": item.slower,
                 "verdict": item.verdict,
             }
             for item in result.advice
