@@ -1,7 +1,9 @@
 """The guard's own light checkpoint: model, optimizer, scheduler, scaler, random state, position; on disk or in memory.
 
 Each rank writes its own part (``PATH.rank-N``) beside the last one; only when every rank has written do all rename,
-so that a full disk on one leaves the old set whole on all.
+so that a full disk on one leaves the old set whole on all. A rank that is killed between these renames leaves parts of
+two steps: until all have renamed the one before is kept (``PATH.rank-N.before``), and the newest step that all ranks
+have is restored.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Checkpoint:
 
     def exists(self, votes: Votes) -> bool:
         """True where every rank has its part."""
-        mine = bool(self._memory) if self.path is None else self._file(votes).exists()
+        mine = bool(self._memory) if self.path is None else any(each.exists() for each in self._files(votes))
         return all(votes.exchange(mine))
 
     def save(self, votes: Votes, step: int, parts: Mapping[str, Any]) -> str:
@@ -64,7 +66,7 @@ class Checkpoint:
     def _write(self, votes: Votes, whole: Any) -> str:
         import torch
 
-        target = self._file(votes)
+        target, before = self._files(votes)
         temporary = target.with_name(f".{target.name}.tmp")
         problem = ""
         try:
@@ -77,7 +79,11 @@ class Checkpoint:
             problem = _("the disk is full") if number in (errno.ENOSPC, errno.EDQUOT) else str(error)[:200]
         agreed = votes.vote(SHRINK if problem else OK)
         if agreed.code == OK:
+            if target.exists():
+                target.replace(before)
             temporary.replace(target)
+            votes.exchange(True)  # all have the new part: only now the old one may go
+            before.unlink(missing_ok=True)
             return ""
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -87,6 +93,9 @@ class Checkpoint:
     def restore(self, votes: Votes, parts: Mapping[str, Any]) -> tuple[int, Any]:
         """Load the last checkpoint on every rank; return its step and position."""
         whole = self._read(votes)
+        common = min(votes.exchange(whole["step"]))
+        if whole["step"] != common and self.path is not None and self._files(votes)[1].exists():
+            whole = self._read(votes, before=True)
         steps = set(votes.exchange(whole["step"]))
         if len(steps) != 1:
             raise InputError(
@@ -102,14 +111,15 @@ class Checkpoint:
         set_random_state(_unplain(whole["random"]))
         return int(whole["step"]), whole["position"]
 
-    def _read(self, votes: Votes) -> Any:
+    def _read(self, votes: Votes, *, before: bool = False) -> Any:
         import torch
 
         if self.path is None:
             if not self._memory:
                 raise InputError(_("there is no checkpoint yet"))
             return torch.load(io.BytesIO(self._memory), weights_only=True)
-        target = self._file(votes)
+        newest, older = self._files(votes)
+        target = newest if newest.exists() and not before else older
         try:
             whole = torch.load(target, weights_only=True, map_location="cpu")
         except Exception as error:
@@ -120,9 +130,11 @@ class Checkpoint:
             raise InputError(_("this is no checkpoint of the guard"), where=str(target))
         return whole
 
-    def _file(self, votes: Votes) -> Path:
+    def _files(self, votes: Votes) -> tuple[Path, Path]:
+        """Return this rank's part and the one before it."""
         assert self.path is not None
-        return self.path.with_name(f"{self.path.name}.rank-{votes.rank}")
+        name = f"{self.path.name}.rank-{votes.rank}"
+        return self.path.with_name(name), self.path.with_name(f"{name}.before")
 
 
 def _localized(value: Any) -> Any:

@@ -120,6 +120,7 @@ class Supervisor:
             backoff_seconds=options.backoff_seconds,
         )
         while True:
+            self._plan_lost = False
             ended, death = self._attempt(setting)
             after = self._refreshed(setting)
             step = self._decide(policy, setting, ended, death, after)
@@ -135,8 +136,8 @@ class Supervisor:
             return step, after
 
     def _decide(self, policy: Policy, setting: Setting, ended: Ended, death: Death, after: Setting) -> Restart | Stop:
+        # the job was right to refuse a plan that cannot be read
         if self._plan_lost and death.kind == "crash" and policy.num_restarts < policy.max_restarts:
-            self._plan_lost = False  # once: the job was right to refuse a plan that cannot be read
             policy.num_restarts += 1
             sentences = (_("the plan was written anew"),)
             return Restart(setting=after, sentences=sentences, delay_seconds=self.options.backoff_seconds)
