@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,8 @@ def guarded(call: Callable[[], Any]) -> Any:
             remedy=_("replace it in the traced step by one that has a meta kernel (torch.library.register_fake)"),
         ) from error
     except Exception as error:
+        if os.environ.get("ULLAGE_DEBUG"):
+            raise
         raise InputError(
             _("the step failed on meta tensors: {kind}: {why}").format(
                 kind=type(error).__name__, why=_first_sentence(error)
