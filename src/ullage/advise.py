@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from itertools import combinations
 
 from ullage.engines.serving import EngineStart
 from ullage.errors import InputError
-from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge, replicas
-from ullage.frozen import Frozen
+from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge
 from ullage.i18n import _
-from ullage.spec.machine import Machine
-from ullage.spec.model import LatentAttention
+from ullage.plan.advice.serving import Change, candidates, machine_text, shell
 from ullage.spec.serving import ServingJob
-from ullage.units import cdiv, format_bytes
+from ullage.units import format_bytes
+
+__all__ = ["Change", "advice", "candidates", "fit_line", "gain_text", "launch_line", "next_command"]
 
 _RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
-MIN_BATCHED_TOKENS = 2048
-#: Shares of the device worth trying; SGLang's must leave room for activations and graphs, so smaller ones come first.
-FRACTIONS = {"vllm": (0.95,), "sglang": (0.88, 0.92, 0.95)}
-MIN_CONTEXT = 1024
 #: Where all is well, the answer comes before further advice: a few changes that are known to win much (the share of the
 #: device, the attention layout, the formats of cache and weights).
-ROOMY_PRICES = (1, 4, 5, 6)
+ROOMY = ("memory_fraction", "dp_attention", "kv_cache_dtype", "quantization")
 MAX_TRIED_WHEN_IT_FITS = 3
-
-
-class Change(Frozen):
-    """A candidate: the job changed in one field. ``price`` orders them, cheapest first."""
-
-    price: int
-    change: str
-    cost: str
-    flags: str
-    job: ServingJob
-    context: int | None = None
+#: Changes from which pairs are made when none mends it alone, and pairs that are tried.
+IN_PAIRS, MOST_PAIRS = 6, 10
 
 
 def advice(
     result: FitResult, *, reserve: str, starter: Callable[[ServingJob], EngineStart], limit: int = 3
 ) -> tuple[Advice, ...]:
-    """Return the changes that help, the cheapest that mends the verdict first.
+    """Return the changes that help: those that mend the verdict, the cheapest first, then those that gain most.
 
-    When the job fits, only changes that give noticeably more room (1 % of the device) are named.
+    Where no single change makes it fit, pairs are tried. When the job fits, only ``limit`` changes that give noticeably
+    more room (1 % of the device) are named.
     """
-    found: list[tuple[tuple[int, int], Advice]] = []
     changes = sorted(candidates(result), key=lambda change: change.price)
     if result.verdict == "fits":
-        changes = [change for change in changes if change.price in ROOMY_PRICES][:MAX_TRIED_WHEN_IT_FITS]
+        changes = _roomy(changes)[:MAX_TRIED_WHEN_IT_FITS]
+    found = _helpful(changes, result, reserve, starter)
+    if result.verdict != "fits" and not any(rank == 0 for rank, _change, _item in found):
+        best = min((rank for rank, _change, _item in found), default=_RANK[result.verdict])
+        pairs = _helpful(_pairs(found), result, reserve, starter)
+        found += [pair for pair in pairs if pair[0] < best][:2]
+    mended = _RANK[result.verdict]
+    found.sort(key=lambda one: (one[0], one[1].price) if one[0] < mended else (mended, -_worth(one)))
+    return tuple(item for _rank, _change, item in found)[: limit if result.verdict == "fits" else None]
+
+
+def _worth(one: tuple[int, Change, Advice]) -> float:
+    return one[2].gain_bytes / one[1].price
+
+
+def _roomy(changes: list[Change]) -> list[Change]:
+    """Return the changes for a job that fits: of several sizes of one, the largest."""
+    kept = {change.key: change for change in changes if change.key in ROOMY}
+    return list(kept.values())
+
+
+def _helpful(
+    changes: list[Change], result: FitResult, reserve: str, starter: Callable[[ServingJob], EngineStart]
+) -> list[tuple[int, Change, Advice]]:
+    """Return the changes that help, one of each kind: the mildest of those with the best verdict."""
+    found: dict[str, tuple[int, Change, Advice]] = {}
     for change in changes:
         tried = _try(change, result, reserve, starter)
         if tried is None:
@@ -55,14 +67,35 @@ def advice(
         item, rank = tried
         wins = item.gain_bytes >= result.total_bytes.value / 100
         wins = wins or item.max_concurrency >= max(1.1 * result.max_concurrency.value, 1)
+        wins = wins or rank < _RANK[result.verdict]
         if rank > _RANK[result.verdict] or item.gain_bytes <= 0 or not wins:
             continue
-        found.append(((rank, change.price), item))
-        if sum(key[0] == _RANK["fits"] for key, _item in found) >= limit:
-            break  # nothing that comes later is both cheaper and better
-    found.sort(key=lambda pair: pair[0])
-    mending = [pair for pair in found if pair[0][0] < _RANK["does_not_fit"]]
-    return tuple(item for _key, item in (mending or found)[:limit])
+        other = found.get(change.key)
+        stronger = rank == _RANK["does_not_fit"] and other is not None and item.gain_bytes > other[2].gain_bytes
+        if other is None or rank < other[0] or stronger:
+            found[change.key] = (rank, change, item)
+    return sorted(found.values(), key=lambda one: (one[0], one[1].price))
+
+
+def _pairs(found: list[tuple[int, Change, Advice]]) -> list[Change]:
+    """Return pairs of what helps a little, the cheapest first."""
+    best = sorted(found, key=lambda one: -_worth(one))[:IN_PAIRS]
+    pairs = [
+        Change(
+            key=f"{one.key}+{two.key}",
+            price=one.price + two.price,
+            change=_(" and ").join((one.change, two.change)),
+            cost="; ".join(dict.fromkeys((one.cost, two.cost))),
+            flags=f"{one.flags} {two.flags}".strip(),
+            typed=f"{one.typed} {two.typed}".strip(),
+            given=one.given,
+            fields=(*one.fields, *two.fields),
+            context=one.context or two.context,
+        )
+        for one, two in combinations((change for _rank, change, _item in best), 2)
+        if not dict(one.fields).keys() & dict(two.fields).keys()
+    ]
+    return sorted(pairs, key=lambda pair: pair.price)[:MOST_PAIRS]
 
 
 def _try(
@@ -86,6 +119,8 @@ def _try(
         gain_bytes=_gain(result, after),
         cost=change.cost,
         flags=change.flags,
+        typed=change.typed,
+        key=change.key,
         verdict=after.verdict,
         max_concurrency=as_int(after.max_concurrency.value) or 0,
         max_context=after.max_context,
@@ -100,142 +135,6 @@ def _gain(before: FitResult, after: FitResult) -> int:
         free = [result.pool.value - result.need.kv_cache_bytes for result in (before, after)]
         less = max(less, free[1] - free[0])
     return int(less)
-
-
-def candidates(result: FitResult) -> Iterator[Change]:
-    """Yield the changes that apply to this job."""
-    yield from _settings(result)
-    yield from _layouts(result)
-    yield from _formats(result)
-    yield from _smaller_context(result)
-
-
-def _settings(result: FitResult) -> Iterator[Change]:
-    job, given = result.job, result.asked
-    tokens, seqs, fraction = job.max_num_batched_tokens, job.max_num_seqs, job.memory_fraction
-    for share in FRACTIONS.get(job.engine, ()):
-        if fraction is not None and fraction < share:
-            flag = "--gpu-memory-utilization" if job.engine == "vllm" else "--memory-fraction"
-            yield Change(
-                price=1,
-                change=_("give the engine {share:.0%} of the device").format(share=share),
-                cost=_("less is left for anything else on the card"),
-                flags=f"{flag} {share}",
-                job=replace(given, memory_fraction=share),
-            )
-    if tokens is not None and tokens > MIN_BATCHED_TOKENS:
-        lower = max(MIN_BATCHED_TOKENS, tokens // 4)
-        yield Change(
-            price=2,
-            change=_("steps of {count:,} tokens").format(count=lower),
-            cost=_("long prompts take more steps"),
-            flags=f"--max-batched-tokens {lower}",
-            job=replace(given, max_num_batched_tokens=lower),
-        )
-    per_replica = cdiv(result.concurrency, replicas(job))
-    if seqs is not None and seqs > max(16, per_replica):
-        fewer = max(16, per_replica)
-        yield Change(
-            price=3,
-            change=_("at most {count:,} requests at a time").format(count=fewer),
-            cost=_("further requests wait"),
-            flags=f"--max-num-seqs {fewer}",
-            job=replace(given, max_num_seqs=fewer),
-        )
-    if result.ledger.find("cuda_graphs") and not job.enforce_eager:
-        yield Change(
-            price=7,
-            change=_("no CUDA graphs"),
-            cost=_("slower decoding"),
-            flags="--enforce-eager",
-            job=replace(given, enforce_eager=True),
-        )
-    if job.redundant_experts:
-        yield Change(
-            price=4,
-            change=_("no redundant experts"),
-            cost=_("the load of the experts is less even"),
-            flags="--redundant-experts 0",
-            job=replace(given, redundant_experts=0),
-        )
-
-
-def _layouts(result: FitResult) -> Iterator[Change]:
-    job, parallel = result.job, result.job.parallel
-    if job.engine not in ELASTIC_POOLS:
-        return
-    latent = any(isinstance(mixer, LatentAttention) for layer in job.model.layers for mixer in layer.mixers)
-    tensor = parallel.tensor_parallel_size
-    if latent and tensor > 1 and not parallel.dp_attention and parallel.data_parallel_size == 1:
-        spread = (
-            replace(parallel, dp_attention=True, data_parallel_size=tensor)
-            if job.engine == "sglang"
-            else replace(parallel, tensor_parallel_size=1, data_parallel_size=tensor, expert_parallel=True)
-        )
-        typed = "--dp-attention" if job.engine == "sglang" else f"--tp 1 --dp {tensor} --ep"
-        yield Change(
-            price=4,
-            change=_("attention data-parallel over {count} GPUs").format(count=tensor),
-            cost=_("attention weights on every GPU; one request is held by one GPU"),
-            flags=typed,
-            job=replace(result.asked, parallel=spread),
-        )
-    machine = job.machine
-    more = replace(machine, num_nodes=machine.num_nodes * 2) if tensor >= machine.gpus_per_node else machine
-    if more is machine:
-        doubled = replace(parallel, tensor_parallel_size=tensor * 2)
-    else:
-        doubled = replace(parallel, pipeline_parallel_size=parallel.pipeline_parallel_size * 2)
-    if machine.gpus_per_node < machine.gpu.gpus_per_node and more is not machine:
-        more = replace(machine, gpus_per_node=machine.gpus_per_node * 2)
-        doubled = replace(parallel, tensor_parallel_size=tensor * 2)
-    extra = more.num_gpus - machine.num_gpus
-    yield Change(
-        price=9 if extra else 3,
-        change=_("{count} GPUs of this kind").format(count=more.num_gpus)
-        if extra
-        else _("tensor parallel over {count} GPUs").format(count=tensor * 2),
-        cost=_("{count} more GPUs").format(count=extra) if extra else _("more communication"),
-        flags=f"--on {machine_text(more)} --tp {doubled.tensor_parallel_size} --pp {doubled.pipeline_parallel_size}",
-        job=replace(result.asked, machine=more, parallel=doubled),
-    )
-
-
-def _formats(result: FitResult) -> Iterator[Change]:
-    job = result.job
-    if job.engine in ELASTIC_POOLS and job.kv_cache_dtype in (None, "auto", "bfloat16", "float16", "bf16", "fp16"):
-        name = "fp8" if job.engine == "vllm" else "fp8_e4m3"
-        yield Change(
-            price=5,
-            change=_("KV cache in FP8"),
-            cost=_("a little accuracy: measure it"),
-            flags=f"--kv-dtype {name}",
-            job=replace(result.asked, kv_cache_dtype=name),
-        )
-    if job.engine in ELASTIC_POOLS and job.model.quantization is None and job.quantization is None:
-        yield Change(
-            price=6,
-            change=_("weights in FP8"),
-            cost=_("some accuracy: measure it"),
-            flags="--quantization fp8",
-            job=replace(result.asked, quantization="fp8"),
-        )
-
-
-def _smaller_context(result: FitResult) -> Iterator[Change]:
-    if result.verdict == "fits" or result.context <= MIN_CONTEXT:
-        return
-    shorter = min(result.context // 2, result.max_context or result.context // 2)
-    if shorter < MIN_CONTEXT:
-        shorter = MIN_CONTEXT
-    yield Change(
-        price=8,
-        change=_("requests of at most {count:,} tokens").format(count=shorter),
-        cost=_("longer requests are refused"),
-        flags=f"--context {shorter}",
-        job=replace(result.asked, max_model_len=shorter),
-        context=shorter,
-    )
 
 
 def next_command(result: FitResult) -> str:
@@ -260,17 +159,11 @@ def fit_line(result: FitResult) -> str:
         job.model.name,
         f"--on {machine_text(machine)}",
     ]
-    parts.append(f"--engine {job.engine}@{_shell(job.engine_version)}")
+    parts.append(f"--engine {job.engine}@{shell(job.engine_version)}")
     if job.engine in ELASTIC_POOLS:
         parts.append(f"--tp {job.parallel.tensor_parallel_size}")
     parts.append(f"--context {result.context} --concurrency {result.concurrency}")
     return " ".join(parts)
-
-
-def machine_text(machine: Machine) -> str:
-    """Return a machine as it is typed after ``--on``: ``8xH200``, ``2x8xH20``."""
-    nodes = f"{machine.num_nodes}x" if machine.num_nodes > 1 else ""
-    return f"{nodes}{machine.gpus_per_node}x{_shell(machine.gpu.name)}"
 
 
 def _merge_flags(line: str, flags: str) -> str:
@@ -281,10 +174,6 @@ def _merge_flags(line: str, flags: str) -> str:
             at = words.index(name)
             del words[at : at + (1 if value.startswith("--") or not value else 2)]
     return " ".join(words + new)
-
-
-def _shell(text: str) -> str:
-    return text if text.replace("-", "").replace(".", "").isalnum() else "'" + text.replace("'", "") + "'"
 
 
 def launch_line(result: FitResult) -> str:

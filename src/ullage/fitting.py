@@ -52,12 +52,17 @@ class Point(Frozen):
 
 
 class Advice(Frozen):
-    """One change and what it gives: ``gain_bytes`` of head-room per GPU, at ``cost``; ``flags`` are what to type."""
+    """One change and what it gives: ``gain_bytes`` of head-room per GPU, at ``cost``.
+
+    ``flags`` are of ``ullage fit``, ``typed`` is in the engine's own words; ``key`` names the change in the catalogue.
+    """
 
     change: str
     gain_bytes: int
     cost: str
     flags: str = ""
+    typed: str = ""
+    key: str = ""
     verdict: str = ""
     max_concurrency: int = 0
     max_context: int = 0

@@ -41,6 +41,7 @@ def fit_json(result: FitResult) -> dict[str, Any]:
                 "gain_bytes": item.gain_bytes,
                 "cost": item.cost,
                 "flags": item.flags,
+                "typed": item.typed,
                 "verdict": item.verdict,
                 "max_concurrency": item.max_concurrency,
                 "max_context": item.max_context,

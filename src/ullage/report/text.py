@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from ullage.fitting import FitResult, job_summary
+from ullage.fitting import Advice, FitResult, job_summary
 from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term
 from ullage.report.json import metrics as metrics_of
@@ -22,6 +22,8 @@ BAR_WIDTH = 16
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 #: Terms below this share of the device are shown as one line.
 SMALL_SHARE = 0.002
+#: Changes that are printed; JSON has all.
+ADVICE_SHOWN = 5
 
 
 def print_fit(result: FitResult, *, metrics: bool = False, console: Console | None = None) -> None:
@@ -206,11 +208,16 @@ def _print_advice(out: Console, result: FitResult) -> None:
         return
     title = _("More room") if result.verdict == "fits" else _("Cheapest changes")
     out.print(f"\n[bold]{title}[/bold]")
-    for item in result.advice:
+    for item in result.advice[:ADVICE_SHOWN]:
         gives = _("{size} per GPU, {verdict}, {count:,} requests").format(
             size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict), count=item.max_concurrency
         )
-        print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(item.cost)})[/dim]")
+        print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(_costs(item))})[/dim]")
+
+
+def _costs(item: Advice) -> str:
+    """Return the cost of an advice and how it is typed."""
+    return "; ".join(part for part in (item.cost, item.typed or item.flags) if part)
 
 
 def _print_notes(out: Console, result: FitResult) -> None:

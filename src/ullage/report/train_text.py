@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.i18n import _
-from ullage.report.text import MARKS, print_line, print_list, print_terms, verdict_word
+from ullage.report.text import ADVICE_SHOWN, MARKS, print_line, print_list, print_terms, verdict_word
 from ullage.report.train_json import job_summary
 from ullage.report.train_json import metrics as metrics_of
 from ullage.training_fit import TrainingFit
@@ -88,9 +88,12 @@ def _print_advice(out: Console, result: TrainingFit) -> None:
         return
     title = _("More room") if result.verdict == "fits" else _("Cheapest changes")
     out.print(f"\n[bold]{title}[/bold]")
-    for item in result.advice:
+    for item in result.advice[:ADVICE_SHOWN]:
         gives = _("{size} less on the fullest GPU, {verdict}").format(
             size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict)
         )
-        typed = f"[dim]({escape(item.cost)}; {escape(item.flags)})[/dim]"
+        words = "; ".join(part for part in (item.cost, item.typed or item.flags) if part)
+        typed = f"[dim]({escape(words)})[/dim]"
         print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} {typed}")
+    if len(result.advice) > ADVICE_SHOWN:
+        out.print("  " + _("{count} more with --json").format(count=len(result.advice) - ADVICE_SHOWN))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ullage.i18n import _
 from ullage.plan.advice import costs
-from ullage.plan.advice.change import Change
+from ullage.plan.advice.change import Change, Cost
 from ullage.plan.advice.typed import typed
+from ullage.spec.model import MoEFFN
 from ullage.spec.training import Recompute, TrainingJob
 from ullage.units import cdiv, dtype_bytes
 
@@ -30,7 +31,7 @@ def layouts(job: TrainingJob) -> Iterator[Change]:
 
 
 def _spread(
-    job: TrainingJob, key: str, change: str, cost: costs.Cost, flags: str, *, passes: int = 1, **fields: Any
+    job: TrainingJob, key: str, change: str, cost: Cost, flags: str, *, passes: int = 1, **fields: Any
 ) -> Change:
     """Return a change of the layout; ``passes`` times as many passes keep the global batch."""
     name = {"sp": "sequence_parallel"}.get(key, key)
@@ -99,11 +100,11 @@ def _axes(job: TrainingJob) -> Iterator[Change]:
     """Yield twice the ranks along one axis; data parallelism gives them, and passes keep the global batch."""
     parallel, machine = job.parallel, job.machine
     half, left = divmod(parallel.data_parallel_size, 2)
-    if parallel.expert_parallel_size * 2 <= parallel.data_parallel_size * parallel.tensor_parallel_size:
-        if any(getattr(block, "num_experts", 0) for layer in job.model.layers for block in layer.ffns):
-            size = parallel.expert_parallel_size * 2
-            change = _("experts over {size} GPUs").format(size=size)
-            yield _spread(job, "ep", change, costs.wider("expert"), f"--ep {size}", expert_parallel_size=size)
+    size = parallel.expert_parallel_size * 2
+    mixture = any(isinstance(block, MoEFFN) for layer in job.model.layers for block in layer.ffns)
+    if mixture and size <= parallel.data_parallel_size * parallel.tensor_parallel_size:
+        change = _("experts over {size} GPUs").format(size=size)
+        yield _spread(job, "ep", change, costs.wider("expert"), f"--ep {size}", expert_parallel_size=size)
     if left or half == 0:
         return
     size = parallel.context_parallel_size * 2
@@ -134,7 +135,7 @@ def offloads(job: TrainingJob, num_active: int) -> Iterator[Change]:
     for what, known in engines.items():
         if offloaded.get(what) or job.engine not in known:
             continue
-        pairs = tuple((*job.offload, (what, "cpu")))
+        pairs = (*job.offload, (what, "cpu"))
         if what == "params" and job.engine == "deepspeed":
             pairs = tuple(dict([*pairs, ("optimizer", "cpu")]).items())
         names = {"optimizer": _("optimizer states on the host"), "params": _("parameters and states on the host")}
@@ -144,8 +145,12 @@ def offloads(job: TrainingJob, num_active: int) -> Iterator[Change]:
             cost=costs.over_pcie(job, _moved(job), num_active),
             flags=" ".join(f"--offload {name}={where}" for name, where in pairs if name not in offloaded),
             typed=typed(job, f"offload.{what}"),
-            apply=lambda job, pairs=pairs: replace(job, offload=tuple(dict([*job.offload, *pairs]).items())),
+            apply=_offloading(pairs),
         )
+
+
+def _offloading(pairs: tuple[tuple[str, str], ...]) -> Callable[[TrainingJob], TrainingJob]:
+    return lambda job: replace(job, offload=tuple(dict([*job.offload, *pairs]).items()))
 
 
 def _moved(job: TrainingJob) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -18,90 +18,115 @@ LEAST_WEIGHT = 0.01
 
 
 class Tried(Frozen):
-    """A change with what it did: the room won per GPU and the verdict after it. ``context``: of the caller."""
+    """A change with what it did: the room won per GPU and the verdict after it. ``result``: what the caller keeps."""
 
     change: Change
     gain_bytes: int
     verdict: str
-    context: Any = None
+    result: Any = None
+
+    @property
+    def rank(self) -> int:
+        """0 fits, 1 tight, 2 does not fit."""
+        return VERDICTS[self.verdict]
+
+    @property
+    def worth(self) -> float:
+        """Gain per cost."""
+        return self.gain_bytes / (LEAST_WEIGHT + max(0.0, self.change.cost.weight))
 
 
-class Trial(Protocol):
-    """Run the fit on a changed job; None where the engine refuses it."""
-
-    def __call__(self, change: Change) -> Tried | None: ...
-
-
-def ordered(changes: Iterable[Change], trial: Trial, *, before: str, least_bytes: float) -> list[Tried]:
-    """Try the changes and return those that help.
-
-    First those that mend the verdict (fits before tight), the cheapest first; where no single one makes it fit, pairs
-    or more that do together; then the rest by gain per cost. Of several sizes of one change, one is told.
+class Search:
+    """Runs the fit on changed jobs, as often as it may.
 
     Args:
-        changes: the catalogue for this job.
-        trial: runs the fit on a changed job.
-        before: the verdict without any.
+        trial: runs the fit on a changed job; None where the engine refuses the change.
+        before: the verdict without any change.
         least_bytes: gains below this are not worth a change.
+        most_trials: runs of the fit that may be spent.
     """
-    helpful = []
-    for change in changes:
-        tried = trial(change)
-        if tried is not None and _helps(tried, before, least_bytes):
-            helpful.append(tried)
-    single = _one_of_each(helpful)
-    enough = [tried for tried in single if VERDICTS[tried.verdict] < VERDICTS[before]]
-    together: list[Tried] = []
-    if before != "fits" and not any(tried.verdict == "fits" for tried in enough):
-        best = min((VERDICTS[tried.verdict] for tried in enough), default=VERDICTS[before])
-        together = [tried for tried in _together(helpful, trial) if VERDICTS[tried.verdict] < best]
-    rest = [tried for tried in single if tried not in enough]
-    enough.sort(key=lambda tried: (VERDICTS[tried.verdict], tried.change.cost.weight, -tried.gain_bytes))
-    rest.sort(key=lambda tried: -_worth(tried))
-    return sorted([*enough, *together], key=lambda tried: VERDICTS[tried.verdict]) + rest
+
+    def __init__(
+        self, trial: Callable[[Change], Tried | None], *, before: str, least_bytes: float, most_trials: int
+    ) -> None:
+        self._trial, self._left = trial, most_trials
+        self._before, self._least = VERDICTS[before], least_bytes
+
+    def advice(self, changes: Iterable[Change]) -> list[Tried]:
+        """Return what helps.
+
+        First what mends the verdict (fits before tight), the cheapest first; where no single change makes it fit,
+        a few together that do; then the rest by gain per cost.
+        """
+        families: dict[str, list[Change]] = {}
+        for change in changes:
+            families.setdefault(change.key, []).append(change)
+        single = [tried for sizes in families.values() if (tried := self._of_family(sizes)) is not None]
+        enough = sorted(
+            (tried for tried in single if tried.rank < self._before),
+            key=lambda tried: (tried.rank, tried.change.cost.weight, -tried.gain_bytes),
+        )
+        rest = sorted((tried for tried in single if tried.rank >= self._before), key=lambda tried: -tried.worth)
+        best = enough[0].rank if enough else self._before
+        together = [tried for tried in self._together(single) if tried.rank < best] if best else []
+        return sorted([*enough, *together], key=lambda tried: tried.rank) + rest
+
+    def _try(self, change: Change) -> Tried | None:
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        return self._trial(change)
+
+    def _helpful(self, change: Change) -> Tried | None:
+        tried = self._try(change)
+        if tried is None or tried.rank > self._before or tried.gain_bytes <= 0:
+            return None
+        return tried if tried.gain_bytes >= self._least or tried.rank < self._before else None
+
+    def _of_family(self, sizes: list[Change]) -> Tried | None:
+        """Return the mildest size of one change that does as much for the verdict as the strongest, which is last."""
+        strongest: Tried | None = None
+        for change in sorted(sizes, key=lambda change: -change.cost.weight):
+            tried = self._helpful(change)
+            if strongest is None or (tried is not None and tried.gain_bytes > strongest.gain_bytes):
+                strongest = tried or strongest
+            if tried is not None and tried.rank < self._before:
+                break
+            if tried is not None and change.cost.weight > min(size.cost.weight for size in sizes):
+                return strongest  # a milder size does not mend what this one leaves
+        if strongest is None or strongest.rank >= self._before:
+            return strongest
+        for change in sorted(sizes, key=lambda change: change.cost.weight):
+            if change.cost.weight >= strongest.change.cost.weight:
+                break
+            tried = self._helpful(change)
+            if tried is not None and tried.rank <= strongest.rank:
+                return tried
+        return strongest
+
+    def _together(self, single: list[Tried]) -> list[Tried]:
+        """Return combinations that mend it where one alone does not: pairs, else a few of the best."""
+        best = sorted(single, key=lambda tried: -tried.worth)[:IN_PAIRS]
+        found: list[Tried] = []
+        for pair in sorted(_pairs(best), key=lambda pair: pair.cost.weight):
+            tried = self._try(pair)
+            if tried is not None:
+                found.append(tried)
+            if sum(one.rank == 0 for one in found) == 2:
+                break
+        for count in range(3, MOST_TOGETHER + 1):
+            if any(one.rank == 0 for one in found) or len(best) < count:
+                break
+            tried = self._try(joined([one.change for one in best[:count]]))
+            if tried is not None:
+                found.append(tried)
+        return sorted(found, key=lambda tried: (tried.rank, tried.change.cost.weight))[:2]
 
 
-def _helps(tried: Tried, before: str, least_bytes: float) -> bool:
-    if VERDICTS[tried.verdict] > VERDICTS[before]:
-        return False
-    return tried.gain_bytes >= least_bytes or (tried.gain_bytes > 0 and VERDICTS[tried.verdict] < VERDICTS[before])
-
-
-def _worth(tried: Tried) -> float:
-    return tried.gain_bytes / max(LEAST_WEIGHT, LEAST_WEIGHT + tried.change.cost.weight)
-
-
-def _one_of_each(helpful: Iterable[Tried]) -> list[Tried]:
-    """Return one size of each change: the cheapest of those with the best verdict, else the one that gains most."""
-    kept: dict[str, Tried] = {}
-    for tried in helpful:
-        other = kept.get(tried.change.key)
-        if other is None or _mildness(tried) < _mildness(other):
-            kept[tried.change.key] = tried
-    return list(kept.values())
-
-
-def _mildness(tried: Tried) -> tuple[float, ...]:
-    rank = VERDICTS[tried.verdict]
-    return (rank, -tried.gain_bytes) if rank == VERDICTS["does_not_fit"] else (rank, tried.change.cost.weight)
-
-
-def _together(helpful: list[Tried], trial: Trial) -> list[Tried]:
-    """Return combinations that mend it where one alone does not: pairs, else a few of the best, one on another."""
-    strongest: dict[str, Tried] = {}
-    for tried in sorted(helpful, key=lambda tried: -_worth(tried)):
-        strongest.setdefault(tried.change.key, tried)
-    best = list(strongest.values())[:IN_PAIRS]
-    pairs = [joined([one.change, two.change]) for at, one in enumerate(best) for two in best[at + 1 :]]
-    found = [tried for pair in pairs if (tried := trial(pair)) is not None]
-    fits = sorted((t for t in found if t.verdict == "fits"), key=lambda tried: tried.change.cost.weight)
-    if fits:
-        return fits[:2]
-    for count in range(3, MOST_TOGETHER + 1):
-        tried = trial(joined([one.change for one in best[:count]])) if len(best) >= count else None
-        if tried is not None and tried.verdict == "fits":
-            return [tried]
-    return sorted((t for t in found if t.verdict == "tight"), key=lambda tried: tried.change.cost.weight)[:2]
+def _pairs(best: list[Tried]) -> Iterator[Change]:
+    for at, one in enumerate(best):
+        for two in best[at + 1 :]:
+            yield joined([one.change, two.change])
 
 
 def joined(changes: list[Change]) -> Change:
@@ -119,7 +144,23 @@ def joined(changes: list[Change]) -> Change:
         key="+".join(change.key for change in changes),
         change=_(" and ").join(change.change for change in changes),
         cost=Cost(words=words, slower=sum(change.cost.slower for change in changes), kind=kinds[0].kind),
-        flags=" ".join(change.flags for change in changes if change.flags),
+        flags=merged_flags(*(change.flags for change in changes)),
         typed=" ".join(change.typed for change in changes if change.typed),
         apply=apply,
     )
+
+
+def merged_flags(*lines: str) -> str:
+    """Return flags of several lines as one; a flag that is said twice is told as it was said last."""
+    found: dict[str, str] = {}
+    for line in lines:
+        name = ""
+        for word in line.split():
+            if word.startswith("--"):
+                name = word if word != "--offload" else f"{word} "  # may be given several times
+                found[name] = found.get(name, "") if name.endswith(" ") else ""
+            elif name.endswith(" "):
+                found[name] = f"{found[name]} --offload {word}".removeprefix(" --offload ")
+            else:
+                found[name] = word
+    return " ".join(f"{name.strip()} {value}".strip() for name, value in found.items())

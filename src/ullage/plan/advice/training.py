@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ullage.i18n import _
@@ -55,6 +55,11 @@ def _free(job: TrainingJob) -> Iterator[Change]:
     for kind in ("liger",) if job.engine in HUGGING_FACE else ("chunked", "fused"):
         if job.loss in (None, "plain"):
             yield _loss(job, kind)
+    yield from _kernels(job)
+
+
+def _kernels(job: TrainingJob) -> Iterator[Change]:
+    """Yield other kernels for the same sums."""
     if not job.compile and job.engine in ("torchtitan", "fsdp2", *HUGGING_FACE):
         yield Change(
             key="compile",
@@ -105,11 +110,13 @@ def _batches(job: TrainingJob) -> Iterator[Change]:
             change=_("a micro-batch of {micro} with {passes} passes a step").format(micro=micro, passes=passes),
             cost=costs.smaller_batch(times),
             flags=f"--micro-batch {micro} --grad-accum {passes}",
-            typed=typed(job, "micro_batch", micro=micro, passes=passes, of_step=micro * passes),
-            apply=lambda job, micro=micro, times=times: replace(
-                job, micro_batch_size=micro, grad_accum=job.grad_accum * times
-            ),
+            typed=typed(job, "micro_batch", micro=micro, passes=passes),
+            apply=_batch(micro, times),
         )
+
+
+def _batch(micro: int, times: int) -> Callable[[TrainingJob], TrainingJob]:
+    return lambda job: replace(job, micro_batch_size=micro, grad_accum=job.grad_accum * times)
 
 
 def _recompute(job: TrainingJob) -> Iterator[Change]:

@@ -55,7 +55,7 @@ _WORDS: dict[str, dict[str, str]] = {
     },
     "torchtitan": {
         "compile": "--compile.enable",
-        "micro_batch": "--training.local_batch_size {micro} --training.global_batch_size {of_step} x ranks",
+        "micro_batch": "--training.local_batch_size {micro}",
         "recompute.selective": "--activation_checkpoint.mode selective",
         "recompute.every": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option 2",
         "recompute.full": "--activation_checkpoint.mode full",

@@ -8,7 +8,7 @@ from ullage.errors import UllageError
 from ullage.i18n import _
 from ullage.plan.advice.change import Change
 from ullage.plan.advice.costs import LESS_RESERVE
-from ullage.plan.advice.order import Tried, ordered
+from ullage.plan.advice.order import Search, Tried, merged_flags
 from ullage.plan.advice.training import changes_of_training
 from ullage.spec.training import TrainingJob
 from ullage.training_fit import TrainingAdvice, TrainingFit, Walker, judge
@@ -18,6 +18,11 @@ from ullage.units import format_bytes
 #: that fits.
 LEAST_SHARE = 0.01
 ROOMY_WEIGHT = 0.06
+#: Runs of the fit that are spent: some 10 ms each where a step is summed up, and up to half a second where every tensor
+#: of it is placed.
+MOST_TRIALS = 60
+MOST_TRIALS_PLACED = 14
+SUMMED_UP = ("megatron", "hf_trainer", "single", "ddp")
 
 
 def training_advice(
@@ -36,14 +41,20 @@ def training_advice(
 
     def trial(change: Change) -> Tried | None:
         try:
-            after = judge(walker(change.apply(job)), reserve)
+            changed = change.apply(job)
+            after = judge(walker(changed), reserve)
         except UllageError:  # this framework does not do it, or the layout forbids it
             return None
-        return Tried(change=change, gain_bytes=used - after.ledger.device_used.bytes, verdict=after.verdict)
+        gain = used - after.ledger.device_used.bytes
+        return Tried(change=change, gain_bytes=gain, verdict=after.verdict, result=changed)
 
-    least = LEAST_SHARE * result.total_bytes.value
-    found = tuple(_told(tried) for tried in ordered(changes, trial, before=result.verdict, least_bytes=least))
-    return (*found, *_less_reserve(result))
+    search = Search(
+        trial,
+        before=result.verdict,
+        least_bytes=LEAST_SHARE * result.total_bytes.value,
+        most_trials=MOST_TRIALS if job.engine in SUMMED_UP else MOST_TRIALS_PLACED,
+    )
+    return (*(_told(tried) for tried in search.advice(changes)), *_less_reserve(result))
 
 
 def _told(tried: Tried) -> TrainingAdvice:
@@ -52,13 +63,21 @@ def _told(tried: Tried) -> TrainingAdvice:
         change=change.change,
         gain_bytes=tried.gain_bytes,
         cost=change.cost.words,
-        flags=change.flags,
+        flags=_flags(tried),
         verdict=tried.verdict,
         key=change.key,
         typed=change.typed,
         slower=round(change.cost.slower, 4),
         source=change.cost.source,
     )
+
+
+def _flags(tried: Tried) -> str:
+    """Return the flags, with the passes and replicas that all changes together leave."""
+    job: TrainingJob = tried.result
+    told = tried.change.flags
+    now = {"--grad-accum": job.grad_accum, "--dp": job.parallel.data_parallel_size}
+    return merged_flags(told, *(f"{name} {value}" for name, value in now.items() if name in told.split()))
 
 
 def _less_reserve(result: TrainingFit) -> tuple[TrainingAdvice, ...]:
