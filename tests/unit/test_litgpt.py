@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import need_shared
@@ -47,7 +48,20 @@ def test_trained_parameters_are_litgpts(method: str, trained: int) -> None:
     assert adapter_bytes(one)[0] * 32 == trained
 
 
+def test_parallel_blocks_keep_their_input_once() -> None:
+    """GPT-NeoX: attention and feed-forward read the same tensor; read one after the other each keeps one of its own."""
+    found = catalog.find("stabilityai/stablelm-base-alpha-3b")
+    assert found is not None
+    model = catalog.load_entry(found)
+    assert all(layer.parallel for layer in model.layers)
+    apart = replace(model, layers=tuple(replace(layer, parallel=False) for layer in model.layers))
+    stream = 512 * 4096 * 2
+    more = allocated(job(model=apart)) - allocated(job(model=model))
+    assert more == pytest.approx(len(model.layers) * stream, rel=0.1)
+
+
 def test_rules_by_version() -> None:
+    assert rules_of("2023-09").narrow_norm and not rules_of("2023-10-27").narrow_norm
     assert rules_of("8641822 (2023-10, torch 2.1.0)").longest_first
     assert not rules_of("26857050").narrow_norm
     assert rules_of("2025-01").stable_embedding and not rules_of("2024-05").stable_embedding

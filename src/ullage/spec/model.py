@@ -134,7 +134,8 @@ class HyperConnections(Frozen):
 class Layer(Frozen):
     """One decoder layer. Most have one mixer and one feed-forward block; a hybrid's layer may have either, or two.
 
-    Equal layers are equal values, so that work per kind of layer is done once.
+    Equal layers are equal values, so that work per kind of layer is done once. ``parallel``: attention and feed-forward
+    block both read the layer's input, each through a norm of its own (GPT-NeoX); a layer with one norm is so anyway.
     """
 
     mixers: tuple[Mixer, ...]
@@ -142,6 +143,7 @@ class Layer(Frozen):
     norms: tuple[Norm, ...]
     residual: HyperConnections | None = None
     extras: tuple[ExtraTensor, ...] = ()
+    parallel: bool = False
 
 
 class MtpModule(Frozen):

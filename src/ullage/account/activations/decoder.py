@@ -42,8 +42,8 @@ class Slice:
 def decoder_graph(layer: spec.Layer, hidden_size: int, slice_: Slice, style: Style, training: Training) -> Graph:
     """Return the graph of a layer.
 
-    Formula: norm, attention, sum, norm, feed-forward, sum; layers with one norm share it (parallel residual), layers
-        with four have norms after the blocks too (Gemma 2).
+    Formula: norm, attention, sum, norm, feed-forward, sum; layers with one norm share it, parallel layers
+        with two read their input twice (GPT-NeoX), layers with four have norms after the blocks too (Gemma 2).
 
     Raises:
         UnknownArchitectureError: a part of the layer has no graph.
@@ -70,7 +70,7 @@ def decoder_graph(layer: spec.Layer, hidden_size: int, slice_: Slice, style: Sty
             rows = slice_.num_split_tokens * hidden_size
             out = build.op(f"dropped{number}", stream, (out,), aside_bytes=rows)
         residual = build.add(f"sum{number}", stream, out, residual)
-        if not shared:
+        if not shared and not layer.parallel:
             x = residual
     return Graph(ops=tuple(build.ops), input_bytes=stream)
 

@@ -41,6 +41,8 @@ def layer_table(
                 _("what training keeps of a {part} layer is not known yet").format(part=type(part).__name__)
             )
         found += table(part, hidden_size, shape, implementation)
-    for norm in layer.norms:
-        found += norm_table(norm, shape, implementation)
+    for number, norm in enumerate(layer.norms):
+        rows = norm_table(norm, shape, implementation)
+        # the layer's input is one tensor, whichever of its norms keeps it
+        found += [one for one in rows if one.name != "input"] if layer.parallel and number else rows
     return tuple(found)

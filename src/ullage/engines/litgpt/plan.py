@@ -18,11 +18,12 @@ from ullage.spec.training import Lora, TrainingJob
 from ullage.units import cdiv, dtype_bytes, round_up
 
 CHUNK_TOKENS = 128
-#: Dropout of the 2023 scripts, which took it from a constant. Source: litgpt@8641822:finetune/lora.py:lora_dropout.
 OLD_DROPOUT = 0.05
+#: Published figures name this commit of 2023-10-16, but appeared on 2023-10-27 and hold what fp32 norms hold.
+LABELS = {"8641822": "2023-10-27"}
 #: First block with an adapter. Source: litgpt@26857050:litgpt/adapter.py:Config.adapter_start_layer.
 ADAPTER_START = 2
-_DATE = re.compile(r"20\d\d-\d\d")
+_DATE = re.compile(r"20\d\d-\d\d(?:-\d\d)?")
 #: bitsandbytes: 4-bit values, a scale per 64, scales of scales per 256.
 BLOCK, NESTED = 64, 256
 
@@ -32,8 +33,9 @@ class Rules:
     """What differs by version.
 
     Attributes:
-        narrow_norm: RMSNorm in the compute dtype. Source: litgpt@8641822:lit_gpt/rmsnorm.py:RMSNorm.forward; the fp32
-            form since 2024-02 (litgpt@26857050:litgpt/model.py:RMSNorm.forward).
+        narrow_norm: RMSNorm in the compute dtype; in fp32 since 2023-10-24 (litgpt@6178c7cc:lit_gpt/rmsnorm.py).
+        default_dropout: adapters have dropout although nothing says so: a constant of the 2023 scripts.
+            Source: litgpt@8641822:finetune/lora.py:lora_dropout.
         fused_optimizer: AdamW in one kernel; before, the foreach form with temporaries.
         longest_first: the first micro-batch is the longest sample; later ones are shorter.
             Source: litgpt@8641822:finetune/lora.py:train.
@@ -42,6 +44,7 @@ class Rules:
     """
 
     narrow_norm: bool
+    default_dropout: float
     fused_optimizer: bool
     longest_first: bool
     stable_embedding: bool
@@ -49,11 +52,16 @@ class Rules:
 
 def rules_of(version: str) -> Rules:
     """Return the rules of a version: the lit-gpt of 2023, or litgpt since."""
-    old = "8641822" in version or "2023" in version
     found = _DATE.search(version)
-    date = found.group() if found else ""
+    labelled = next((date for label, date in LABELS.items() if label in version), None)
+    date = labelled or (found.group() if found else "")
+    old = date.startswith("2023")
     return Rules(
-        narrow_norm=old, fused_optimizer=not old, longest_first=old, stable_embedding=not old and date >= "2024-10"
+        narrow_norm=old and date < "2023-10-24",
+        default_dropout=OLD_DROPOUT if old else 0.0,
+        fused_optimizer=not old,
+        longest_first=old,
+        stable_embedding=date >= "2024-10",
     )
 
 
@@ -61,9 +69,8 @@ def lora_of(job: TrainingJob) -> Lora | None:
     """The low-rank pairs of the job, under litgpt's names of the modules."""
     if job.lora is None or job.method not in ("lora", "qlora"):
         return None
-    if rules_of(job.engine_version).narrow_norm and not job.lora.dropout:
-        return replace(job.lora, dropout=OLD_DROPOUT)
-    return job.lora
+    default = rules_of(job.engine_version).default_dropout
+    return replace(job.lora, dropout=job.lora.dropout or default)
 
 
 def training_of(job: TrainingJob) -> Training:

@@ -37,7 +37,7 @@ def step(job: TrainingJob) -> TrainingStep:
         walk.step()
     rank = rank_of(
         timeline,
-        Doubt(modelled=0.2 if rules.narrow_norm else 0.08),
+        Doubt(modelled=0.08),
         rank=0,
         num_ranks=job.machine.num_gpus,
         pp_rank=0,

@@ -76,7 +76,7 @@ def read_gptj(keys: Keys) -> Model:
 def read_neox(keys: Keys) -> Model:
     """Read GPT-NeoX and Pythia: q, k and v in one projection, an output embedding of its own."""
     hidden, bias = keys.integer("hidden_size"), keys.flag("attention_bias", True)
-    keys.skip("use_parallel_residual")
+    parallel = keys.flag("use_parallel_residual", True)
     attention = common.gqa(
         keys, hidden, qkv_bias=bias, o_bias=bias, fused_qkv="query_key_value", prefix="attention", o_name="dense"
     )
@@ -84,7 +84,7 @@ def read_neox(keys: Keys) -> Model:
         keys, gated=False, bias=True, up_name="dense_h_to_4h", down_name="dense_4h_to_h", activation="gelu"
     )
     norms = common.pre_norms(hidden, "layer", bias=True)
-    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms)
+    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms, parallel=parallel)
     return _frame(
         keys,
         hidden,
@@ -192,7 +192,7 @@ def read_falcon(keys: Keys) -> Model:
     names = ["ln_attn", "ln_mlp"] if two_parallel else ["input_layernorm"]
     names += [] if parallel or new else ["post_attention_layernorm"]
     norms = common.norms(hidden, *names, kind="layer", bias=True)
-    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms)
+    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms, parallel=two_parallel)
     frame = {**TRANSFORMER, "embedding_name": "transformer.word_embeddings"}
     return _frame(keys, hidden, layer, "n_layer", tied_default=True, **frame)
 
