@@ -68,6 +68,8 @@ class Sign(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
+                if gradient is None:  # no part of this parameter is on this rank
+                    continue
                 self.seen.append((gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone())
                 with torch.no_grad():
                     parameter.sub_(gradient.sign())
@@ -124,7 +126,25 @@ def wrapped(kind, net, size):
         for layer in net.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(net, mesh=mesh)
+    if kind.startswith("fsdp1"):
+        return _flat(net, kind)
     return net
+
+
+def _flat(net, kind):
+    """FSDP1 with a flat parameter per layer; that of the last layer is the root's."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+
+    options = {
+        "fsdp1": {},
+        "fsdp1-orig": {"use_orig_params": True, "forward_prefetch": True},
+        "fsdp1-grad-op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP, "use_orig_params": True},
+        "fsdp1-no-shard": {"sharding_strategy": ShardingStrategy.NO_SHARD},
+        "fsdp1-mixed": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    }[kind] | {"device_id": torch.device("cpu")}
+    for number in range(3):
+        net.layers[number] = FullyShardedDataParallel(net.layers[number], **options)
+    return FullyShardedDataParallel(net, **options)
 
 
 def weights(net):

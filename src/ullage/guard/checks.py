@@ -27,9 +27,11 @@ def check(model: Any, optimizer: Any) -> None:
                 _("a pipeline's ranks are at different micro-batches when one fails: a window cannot be redone"),
                 remedy=_("guard each restart with ullage run"),
             )
-        if type(module).__name__ == "FullyShardedDataParallel":
+        if type(module).__name__ == "FullyShardedDataParallel" and not home.startswith("torch."):
             raise InputError(
-                _("FSDP1 gathers and reduces where no vote can stand before it"),
+                _("the FSDP of {package} gathers and reduces where no vote can stand before it").format(
+                    package=home.split(".")[0]
+                ),
                 remedy=_("use fully_shard (FSDP2), or guard each restart with ullage run"),
             )
     _check_graphs(model)
@@ -70,8 +72,11 @@ def parallel_of(model: Any, votes: Votes, *, always_vote: bool) -> Parallel:
     """Return how the ranks of this model agree within a window."""
     sharded = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     replicated = [module for module in model.modules() if type(module).__name__ == "DistributedDataParallel"]
+    flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     if replicated:
         return _ddp(model, replicated, votes)
+    if flat:
+        return _fsdp1(model, votes, always_vote)
     if sharded:
         return _fsdp2(model, votes, always_vote)
     return Parallel(votes)
@@ -102,6 +107,19 @@ def _ddp_obstacles(module: Any) -> Iterator[str]:
     ]
     if missing:
         yield _("this version of torch has a DDP without {names}").format(names=", ".join(missing))
+
+
+def _fsdp1(model: Any, votes: Votes, always_vote: bool) -> Parallel:
+    from ullage.guard.fsdp1 import Fsdp1, obstacles
+
+    while type(model).__name__ != "FullyShardedDataParallel":
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            raise InputError(_("FullyShardedDataParallel must be applied to the whole model, as the last call"))
+        model = inner
+    for reason in obstacles(model):
+        raise InputError(reason, remedy=_("use fully_shard (FSDP2), or guard each restart with ullage run"))
+    return Fsdp1(model, votes, always_vote=always_vote)
 
 
 def _fsdp2(model: Any, votes: Votes, always_vote: bool) -> Parallel:

@@ -330,9 +330,7 @@ class Guard:
         if self.settings.clip is not None:
             self.settings.clip()
         elif clip is not None:
-            import torch
-
-            torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+            self.parallel.clip(self.parameters, clip)
         scale = scaler.get_scale() if scaler is not None else 0.0
         if scaler is not None:
             scaler.step(self.optimizer)
@@ -346,7 +344,7 @@ class Guard:
     def _parts(self) -> dict[str, Any]:
         settings = self.settings
         return {
-            "model": self.model,
+            "model": self.parallel.saved(self.model),
             "optimizer": self.optimizer,
             "scheduler": settings.scheduler,
             "scaler": settings.scaler,
