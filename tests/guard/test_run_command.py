@@ -456,7 +456,7 @@ def test_a_training_job_that_cannot_fit_is_what_the_ledger_says_of_its_last_plan
     assert found["attempts"][-1]["plan"]["knobs"] == {"micro_batch": 1, "grad_accum": 16, "recompute": "full"}
     last = {**job, "micro_batch_size": 1, "grad_accum": 16, "recompute": {"kind": "full"}}
     path.write_text(json.dumps({"job": last}))
-    main(["fit", str(path), "--json"])
+    main(["fit", str(path), "--json", "--no-advice"])
     fit = json.loads(capsys.readouterr().out)
     need = found["need"]
     assert (need["verdict"], need["need_bytes"]) == (fit["verdict"], fit["worst"]["device_used_bytes"])

@@ -111,12 +111,11 @@ def _training(job: TrainingJob, plan: Plan) -> Need:
         job = replace(job, micro_batch_size=micro, grad_accum=passes)
     if plan.get("recompute") == "full":
         job = replace(job, recompute=Recompute(kind="full"))
-    result = fit_training(job)
+    result = fit_training(job, advise=False)  # each piece of advice costs another walk: `ullage fit` gives them
     return Need(
         verdict=result.verdict,
         need_bytes=int(result.ledger.device_used.bytes),
         total_bytes=int(result.total_bytes.value),
-        advice=tuple((item.change, item.flags) for item in result.advice),
     )
 
 
