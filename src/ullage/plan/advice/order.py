@@ -13,6 +13,8 @@ VERDICTS = {"fits": 0, "tight": 1, "does_not_fit": 2}
 #: Changes from which pairs are made when none is enough alone, and most changes in one advice.
 IN_PAIRS = 6
 MOST_TOGETHER = 4
+#: Runs of the fit that are kept for combinations.
+KEPT_FOR_PAIRS = 4
 #: Least weight in gain per cost: a free change is not infinitely good.
 LEAST_WEIGHT = 0.01
 
@@ -43,14 +45,21 @@ class Search:
         trial: runs the fit on a changed job; None where the engine refuses the change.
         before: the verdict without any change.
         least_bytes: gains below this are not worth a change.
+        needed_bytes: what has to be gained; pairs whose gains add up to less are tried last.
         most_trials: runs of the fit that may be spent.
     """
 
     def __init__(
-        self, trial: Callable[[Change], Tried | None], *, before: str, least_bytes: float, most_trials: int
+        self,
+        trial: Callable[[Change], Tried | None],
+        *,
+        before: str,
+        least_bytes: float,
+        needed_bytes: float,
+        most_trials: int,
     ) -> None:
-        self._trial, self._left = trial, most_trials
-        self._before, self._least = VERDICTS[before], least_bytes
+        self._trial, self._left = trial, most_trials - KEPT_FOR_PAIRS
+        self._before, self._least, self._needed = VERDICTS[before], least_bytes, needed_bytes
 
     def advice(self, changes: Iterable[Change]) -> list[Tried]:
         """Return what helps.
@@ -106,15 +115,17 @@ class Search:
 
     def _together(self, single: list[Tried]) -> list[Tried]:
         """Return combinations that mend it where one alone does not: pairs, else a few of the best."""
+        self._left += KEPT_FOR_PAIRS
         best = sorted(single, key=lambda tried: -tried.worth)[:IN_PAIRS]
         found: list[Tried] = []
-        for pair in sorted(_pairs(best), key=lambda pair: pair.cost.weight):
-            tried = self._try(pair)
+        pairs = [(one.gain_bytes + two.gain_bytes, joined([one.change, two.change])) for one, two in _pairs(best)]
+        for _gain, pair in sorted(pairs, key=lambda pair: (pair[0] < self._needed, pair[1].cost.weight)):
+            tried = self._try(pair) if self._left > 1 else None  # one is left for more than two
             if tried is not None:
                 found.append(tried)
             if sum(one.rank == 0 for one in found) == 2:
                 break
-        for count in range(3, MOST_TOGETHER + 1):
+        for count in range(MOST_TOGETHER, 2, -1) if self._left == 1 else range(3, MOST_TOGETHER + 1):
             if any(one.rank == 0 for one in found) or len(best) < count:
                 break
             tried = self._try(joined([one.change for one in best[:count]]))
@@ -123,10 +134,10 @@ class Search:
         return sorted(found, key=lambda tried: (tried.rank, tried.change.cost.weight))[:2]
 
 
-def _pairs(best: list[Tried]) -> Iterator[Change]:
+def _pairs(best: list[Tried]) -> Iterator[tuple[Tried, Tried]]:
     for at, one in enumerate(best):
         for two in best[at + 1 :]:
-            yield joined([one.change, two.change])
+            yield one, two
 
 
 def joined(changes: list[Change]) -> Change:

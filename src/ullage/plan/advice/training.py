@@ -52,7 +52,7 @@ def _free(job: TrainingJob) -> Iterator[Change]:
             typed=typed(job, "attention"),
             apply=lambda job: replace(job, attention="flash"),
         )
-    for kind in ("liger",) if job.engine in HUGGING_FACE else ("chunked", "fused"):
+    for kind in ("fused", "liger") if job.engine in HUGGING_FACE else ("chunked", "fused"):
         if job.loss in (None, "plain"):
             yield _loss(job, kind)
     yield from _kernels(job)
@@ -171,13 +171,13 @@ def _optimizers(job: TrainingJob) -> Iterator[Change]:
             typed="--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             apply=_short_moments,
         )
-    if job.lora is not None and job.base_quantization is None and job.engine in HUGGING_FACE:
+    if job.lora is not None and job.base_quantization is None and job.engine in (*HUGGING_FACE, "litgpt"):
         yield Change(
             key="base_quantization",
             change=_("the frozen base in 4 bits"),
             cost=costs.QUANTISED_BASE,
             flags="--base-quantization nf4",
-            typed="load_in_4bit=True, bnb_4bit_quant_type='nf4'",
+            typed=typed(job, "base_quantization"),
             apply=lambda job: replace(job, base_quantization="nf4", method="qlora"),
         )
 

@@ -22,6 +22,7 @@ _TRAINER = {
     "zero.3": '"zero_optimization": {{"stage": 3}}',
     "fsdp": "fsdp: full_shard auto_wrap",
     "lora": _PEFT,
+    "base_quantization": "load_in_4bit: true, bnb_4bit_quant_type: nf4",
     "seq_len": "max_length: {half}",
 }
 _FSDP = {
@@ -88,7 +89,11 @@ _WORDS: dict[str, dict[str, str]] = {
         "offload.params": "fsdp_cpu_offload=True",
         "seq_len": "tokenizer.max_seq_len={half}",
     },
-    "litgpt": {"micro_batch": "--train.micro_batch_size {micro}", "seq_len": "--train.max_seq_length {half}"},
+    "litgpt": {
+        "micro_batch": "--train.micro_batch_size {micro}",
+        "seq_len": "--train.max_seq_length {half}",
+        "base_quantization": "--quantize bnb.nf4",
+    },
 }
 
 

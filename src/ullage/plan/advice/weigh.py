@@ -52,6 +52,7 @@ def training_advice(
         trial,
         before=result.verdict,
         least_bytes=LEAST_SHARE * result.total_bytes.value,
+        needed_bytes=used + result.reserve_bytes - result.total_bytes.value,
         most_trials=MOST_TRIALS if job.engine in SUMMED_UP else MOST_TRIALS_PLACED,
     )
     return (*(_told(tried) for tried in search.advice(changes)), *_less_reserve(result))
