@@ -48,7 +48,7 @@ JUDGED = {
     "5006d72c529d": ("kv_pool", "--mem-fraction-static 0.9"),
     "a6ba4ed983f9": ("capacity", "--mem-fraction-static 0.80"),
     "192d1cdf862e": ("kv_pool", "--mem-fraction-static 0.9"),
-    "6787a054011c": ("capacity", "--max-batch-prefill-tokens"),
+    "6787a054011c": ("fragmentation", "--max-batch-prefill-tokens"),
     "975f8b695a18": ("capacity", "smaller batch"),
     "d0ff4fedca3f": ("other_process", "XLA_PYTHON_CLIENT_PREALLOCATE=false"),
     "a787d09a2397": ("capacity", "smaller batch"),

@@ -186,7 +186,8 @@ def _capacity(case: Case) -> list[Piece]:
     fits_together = (books.free or 0) + books.unallocated >= books.requested
     material = books.unallocated >= MATERIAL_SHARE * (books.capacity or 0)
     if conf is not None and books.unallocated and (fits_together or material):
-        found.insert(1, conf)
+        hopeless = case.finding.confidence == "certain"  # joined pieces would not have been enough
+        found.insert(len(found) if hopeless else 1, conf)
     return found
 
 

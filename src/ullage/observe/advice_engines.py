@@ -57,15 +57,16 @@ def _kv_vllm(case: Case) -> Iterator[Piece]:
             needed // 2,
             _("some accuracy; not if it is fp8 already"),
         )
-    yield _piece(
-        _("the weights over more GPUs"), "--tensor-parallel-size N", 0, _("GPUs; an MLA cache is kept on each of them")
-    )
     if length is None:
+        change = _("a smaller profiled peak: fewer tokens at once")
         yield _piece(
-            _("a smaller profiled peak: fewer tokens at once"), "--max-num-batched-tokens 2048 --max-num-seqs 64"
+            change, "--max-num-batched-tokens 2048 --max-num-seqs 64", 0, _("long prompts take more steps; queueing")
         )
         yield _piece(_("no CUDA graphs"), "--enforce-eager", 0, _("slower decoding"))
         yield _piece(_("quantised weights"), "", 0, _("some accuracy"))
+    yield _piece(
+        _("the weights over more GPUs"), "--tensor-parallel-size N", 0, _("GPUs; an MLA cache is kept on each of them")
+    )
 
 
 def _raised_share(case: Case, share: float | None, gap: int) -> Piece:
@@ -97,9 +98,14 @@ def _kv_sglang(case: Case) -> Iterator[Piece]:
         0,
         _("less is left for activations and graphs"),
     )
-    yield _piece(_("the weights over more GPUs"), "--tp-size N", 0, _("GPUs"))
-    yield _piece(_("less beside the static share"), "--chunked-prefill-size 2048 --cuda-graph-max-bs 16")
+    yield _piece(
+        _("less beside the static share"),
+        "--chunked-prefill-size 2048 --cuda-graph-max-bs 16",
+        0,
+        _("long prompts take more steps; slower large batches"),
+    )
     yield _piece(_("quantised weights"), "--quantization fp8", 0, _("some accuracy"))
+    yield _piece(_("the weights over more GPUs"), "--tp-size N", 0, _("GPUs"))
 
 
 def start_budget(case: Case) -> Iterator[Piece]:

@@ -52,7 +52,8 @@ def judge_device(fact: Fact, books: Books) -> Finding:
         return hopeless
     if books.free >= books.requested:
         return _waiting(books, books.free)
-    return _foreign(books, books.capacity, books.free) or _pieces(books) or _outside(books) or _full(books)
+    findings = (_foreign(books, books.capacity, books.free), _pieces(books), _outside(books), _unaccounted(fact, books))
+    return next((finding for finding in findings if finding is not None), None) or _full(books)
 
 
 def _cap(fact: Fact, books: Books) -> Finding | None:
@@ -184,6 +185,25 @@ def _outside(books: Books) -> Finding | None:
         "this process holds {outside} outside PyTorch: NCCL or NVSHMEM buffers, CUDA graphs, or a library's workspaces"
     ).format(outside=format_bytes(outside))
     return Finding(cause="outside", confidence="likely", why=why, gap_bytes=books.requested - (books.free or 0))
+
+
+def _unaccounted(fact: Fact, books: Books) -> Finding | None:
+    """Return a finding where live tensors and the request would fit, and nobody says who holds the rest.
+
+    cudaMallocAsync prints no reserved figure: what is neither allocated nor free is its pool, in pieces, as far as
+    another process does not hold it.
+    """
+    capacity, free, allocated = books.capacity or 0, books.free or 0, books.allocated or 0
+    rest = capacity - free - allocated
+    if fact.detail("allocator") != "cudaMallocAsync" or books.reserved is not None:
+        return None
+    if rest <= ORDINARY_OUTSIDE_BYTES or rest + free - ORDINARY_OUTSIDE_BYTES // 2 < books.requested:
+        return None
+    why = _(
+        "{rest} of the {total} card are neither live tensors nor free, and {asked} were asked for: cudaMallocAsync's "
+        "pool in pieces, or another process, and the message does not say which"
+    ).format(rest=format_bytes(rest), total=format_bytes(capacity), asked=format_bytes(books.requested))
+    return Finding(cause="fragmentation", confidence="unsure", why=why, gap_bytes=books.requested - free)
 
 
 def _full(books: Books) -> Finding:
