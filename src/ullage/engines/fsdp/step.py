@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
@@ -36,7 +37,10 @@ def step(job: TrainingJob) -> TrainingStep:
     rules = rules_of(job.engine_version)
     if _by_default_foundry(job):
         assumed.append(_("loss: the fused cross entropy that LLM Foundry takes by itself"))
-    plan = plan_of(job, rules, loss=_foundry_loss if _by_default_foundry(job) else None)
+    xtuner = "xtuner" in job.engine_version.lower()
+    if xtuner and job.loss is None:
+        assumed.append(_("loss: XTuner's default, cross entropy in the compute dtype"))
+    plan = plan_of(job, rules, loss=_loss_by_default(job), split_root=xtuner)
     limit = job.machine.gpu.total_bytes - CONTEXT_BYTES
     timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower(), limit_bytes=limit))
     walk = Walk(plan, timeline, _sharder(job, timeline))
@@ -57,6 +61,22 @@ def step(job: TrainingJob) -> TrainingStep:
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
 
 
+def _loss_by_default(job: TrainingJob) -> Callable[[LossPlan], LossPlan] | None:
+    """What a framework's own default makes of the loss, where the job does not say which one runs."""
+    if _by_default_foundry(job):
+        return _foundry_loss
+    return _xtuner_loss if job.loss is None and "xtuner" in job.engine_version.lower() else None
+
+
+def _xtuner_loss(plan: LossPlan) -> LossPlan:
+    """Logits and loss in the compute dtype; embedding and head are units of their own.
+
+    Source: InternLM/xtuner@02d761b:xtuner/v1/loss/ce_loss.py:CrossEntropyLoss (mode "eager" by default),
+        xtuner/v1/model/dense/dense.py:Dense.fully_shard.
+    """
+    return replace(plan, kind="native", upcast=False, shift_copies=False, returned=False)
+
+
 def _by_default_foundry(job: TrainingJob) -> bool:
     """Whether LLM Foundry's own default decides about the loss."""
     return job.loss is None and "foundry" in job.engine_version.lower()
@@ -72,13 +92,13 @@ def _foundry_loss(plan: LossPlan) -> LossPlan:
 
 
 def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:
-    """What a fused loss, and units of their own for embedding and head, would save where nothing rules them out.
+    """What a fused loss, a fused optimizer step, and units for embedding and head would save where nothing rules it out.
 
     Which modules are wrapped, and which loss runs, is the training script's choice; fsdp_qlora's is known.
     """
     if "fsdp_qlora" in job.engine_version:
         return 0
-    other = job if job.loss is not None else replace(job, loss="fused")
+    other = replace(job, loss=job.loss or "fused", optimizer_impl=job.optimizer_impl or "fused")
     walked = Timeline(Allocator())
     plan = plan_of(other, rules_of(job.engine_version), split_root=job.engine == "fsdp2")
     walk = Walk(plan, walked, _sharder(job, walked))
