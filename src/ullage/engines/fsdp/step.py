@@ -92,7 +92,7 @@ def _foundry_loss(plan: LossPlan) -> LossPlan:
 
 
 def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:
-    """What a fused loss, a fused optimizer step, and units for embedding and head would save where nothing rules it out.
+    """What a fused loss and optimizer step, and units for embedding and head, would save where nothing rules them out.
 
     Which modules are wrapped, and which loss runs, is the training script's choice; fsdp_qlora's is known.
     """
