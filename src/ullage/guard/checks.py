@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,10 +140,15 @@ def _fsdp2(model: Any, votes: Votes, always_vote: bool) -> Parallel:
     return found
 
 
-def check_loss_fn(loss_fn: Any) -> None:
-    """A generator or coroutine function would return no loss."""
-    if inspect.isgeneratorfunction(loss_fn) or inspect.iscoroutinefunction(loss_fn):
-        raise InputError(_("loss_fn must return the loss of the micro-batch it is given"))
+def check_schedule(parallel: Parallel, settings: Any) -> None:
+    """A schedule of the job's own runs its backwards where DDP and FSDP would reduce in each of them."""
+    if settings.schedule and type(parallel) is not Parallel:
+        raise InputError(
+            _("a schedule of the job's own cannot run inside DDP or FSDP"),
+            remedy=_("reduce the gradients behind guard.gradients, before guard.update"),
+        )
+    if settings.schedule and (settings.scaler is not None or settings.backward is not None):
+        raise InputError(_("with schedule=True the backward is the job's own: neither scaler nor backward is used"))
 
 
 def check_fit(job: Any, reserve: str) -> str:

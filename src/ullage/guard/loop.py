@@ -55,6 +55,7 @@ class Guard:
         checks.check(model, optimizer)
         self.votes = Votes(self.settings.group)
         self.parallel = checks.parallel_of(model, self.votes, always_vote=self.settings.votes == "always")
+        checks.check_schedule(self.parallel, self.settings)
         self.budget = Budget(self.settings.reserve, self.settings.memory_fraction)
         self.state = WindowState(model)
         self.switches = Switches(model, self.settings.recompute, self.settings.offload)
@@ -181,6 +182,8 @@ class Guard:
     def _run(self, batches: Sequence[Any], pieces: Sequence[Piece], loss_fn: Any) -> Any:
         """Run the micro-batches forward and backward; return the weighted sum of their losses."""
         split, total = self.settings.split or split_batch, None
+        if self.settings.schedule:
+            return loss_fn([(split(batches[each.batch], each.start, each.stop), each.weight) for each in pieces])
         for number, piece in enumerate(pieces):
             with self.parallel.micro(number == len(pieces) - 1):
                 micro = split(batches[piece.batch], piece.start, piece.stop)
@@ -284,7 +287,8 @@ class Guard:
     def _after_good(self, tally: Tally) -> None:
         for words in self.budget.end(self.windows):
             self.say(words)
-        sizes, limit = known_shapes(self.plan), self.settings.micro_batch
+        sizes = known_shapes(self.plan)
+        limit = min(self.settings.micro_batch, int(self.plan.get("micro_batch", self.settings.micro_batch)))
         current = micro_batch_for(self.plan, tally.shape, limit)
         if tally.code == SHRINK:
             self._advice = ""

@@ -24,6 +24,8 @@ class Settings(Frozen):
         max_grad_norm: Clip the norm of the gradients of the window.
         clip: Called instead of the usual clipping, after unscaling.
         backward: Called with the weighted loss instead of ``loss.backward()``.
+        schedule: ``loss_fn`` is given the window as a list of (micro-batch, weight), and runs all forwards and
+            backwards itself, as the schedule of a pipeline does; it returns the loss, detached.
         group: The ranks that must agree; all by default.
         loss_reduction: What ``loss_fn`` returns: ``mean`` over the counted items, or ``sum`` (divided by you).
         count: Weight of a micro-batch, such as its tokens; the number of its samples by default.
@@ -41,7 +43,7 @@ class Settings(Frozen):
         reserve: What must stay free of the device, as in ``ullage fit``.
         memory_fraction: Cap of the device's memory for PyTorch, which leaves the rest to NCCL and others.
         raise_after: Good windows before a larger micro-batch is tried again; 0: never.
-        votes: ``auto`` or ``always``: whether FSDP2 votes before collectives whose order is known.
+        votes: ``auto`` or ``always``: whether FSDP votes before collectives whose order is known.
         on_event: Called with each sentence that the guard logs.
     """
 
@@ -53,6 +55,7 @@ class Settings(Frozen):
     max_grad_norm: float | None = None
     clip: Callable[[], Any] | None = None
     backward: Callable[[Any], None] | None = None
+    schedule: bool = False
     group: Any = None
     loss_reduction: str = "mean"
     count: Callable[[Any], int] | None = None
