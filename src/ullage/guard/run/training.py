@@ -30,12 +30,13 @@ class Smaller:
     flags: tuple[tuple[tuple[str, ...], str, str], ...] = ()
 
 
-def smaller_micro_batch(micro: int) -> int:
+def smaller_micro_batch(micro: int, reached: int = 0) -> int:
     """Return the largest divisor of a micro-batch that is at most half of it: 8 → 4, 6 → 3, 5 → 1.
 
-    A divisor keeps the global batch: micro x accumulation stays the same.
+    A divisor keeps the global batch: micro x accumulation stays the same. ``reached``: what a guard in the job has
+    gone down to already, which is to be halved in its place.
     """
-    return next((size for size in range(micro // 2, 0, -1) if micro % size == 0), 1)
+    return next((size for size in range((reached or micro) // 2, 0, -1) if micro % size == 0), 1)
 
 
 def next_smaller(words: Sequence[str], death: Death, plan: Plan) -> Smaller | None:
@@ -73,7 +74,13 @@ def _fewer_workers(words: Sequence[str]) -> Iterator[Smaller]:
 
 
 def _micro_batch(words: Sequence[str], trainer: Trainer | None, plan: Plan) -> Iterator[Smaller]:
-    known = plan.get("micro_batch") or min(known_shapes(plan).values(), default=None)
+    guarded = min(known_shapes(plan).values(), default=0)  # what the guard in the job has gone down to
+    known = plan.get("micro_batch")
+    if trainer is None and known is None and guarded > 1:
+        new = smaller_micro_batch(guarded)
+        sentence = _("micro-batch {old} becomes {new}: the guard in the job keeps the global batch")
+        yield Smaller(sentence=sentence.format(old=guarded, new=new), knobs=(("micro_batch", new),))
+        return
     if trainer is None:
         micro, passes = (known, plan.get("grad_accum", 1)) if known is not None else _from_file(words)
         flags = _file_flags(words)
@@ -84,9 +91,12 @@ def _micro_batch(words: Sequence[str], trainer: Trainer | None, plan: Plan) -> I
         flags = ((trainer.micro, trainer.micro_flag), (trainer.accumulation, trainer.accumulation_flag))
         if trainer.whole and _whole_unknown(line, trainer):
             return
-    if not isinstance(micro, int) or not isinstance(passes, int) or isinstance(micro, bool) or micro <= 1:
+    if not isinstance(micro, int) or not isinstance(passes, int) or isinstance(micro, bool):
         return
-    new = smaller_micro_batch(micro)
+    reached = min(micro, guarded or micro)
+    if reached <= 1:
+        return
+    new = smaller_micro_batch(micro, reached)
     more = passes * (micro // new)
     sentence = _("micro-batch {old} becomes {new}, accumulation {passes} becomes {more}: the global batch stays")
     changed = [(*flags[0], str(new))] if flags else []
