@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from ullage.account.activations import kernels
+from ullage.account.activations.backward import backward_points
 from ullage.account.activations.layer import layer_table
 from ullage.account.activations.logits import LossRecipe, liger_chunk, loss_peak
-from ullage.account.activations.recompute import backward_bytes, is_recomputed, layer_memory
+from ullage.account.activations.recompute import is_recomputed, layer_memory
 from ullage.account.activations.saved import Implementation, SavedTensor, Shape, table_bytes
 from ullage.errors import UnknownArchitectureError
 from ullage.spec import model as spec
@@ -109,13 +110,13 @@ def test_a_part_without_a_table_is_an_error() -> None:
 
 def test_recompute_leaves_the_input_or_what_no_module_gives_back() -> None:
     table = layer_table(DENSE, HIDDEN, SHAPE, FLASH)
-    stream, work = TOKENS * HIDDEN * 2, backward_bytes(DENSE, HIDDEN, SHAPE, FLASH)
-    full = layer_memory(
-        table, recomputed=True, recompute=Recompute(kind="full"), input_bytes=stream, backward_bytes=work
-    )
+    stream, points = TOKENS * HIDDEN * 2, backward_points(DENSE, HIDDEN, SHAPE, FLASH, table)
+    backward = tuple((point.extra_bytes, point.num_weights) for point in points)
+    work = max(extra for extra, _weights in backward)
+    full = layer_memory(table, recomputed=True, recompute=Recompute(kind="full"), input_bytes=stream, backward=backward)
     assert (full.kept_bytes, full.working_bytes) == (stream, table_bytes(table) + work)
     some = Recompute(kind="modules", modules=("mlp",))
-    modules = layer_memory(table, recomputed=False, recompute=some, input_bytes=stream, backward_bytes=work)
+    modules = layer_memory(table, recomputed=False, recompute=some, input_bytes=stream, backward=backward)
     assert modules.kept_bytes == table_bytes(table) - TOKENS * 2 * (HIDDEN + 4 * INNER)
     assert modules.kept_bytes + modules.working_bytes == table_bytes(table) + work
     assert work == TOKENS * 2 * (HIDDEN + 3 * INNER - INNER)

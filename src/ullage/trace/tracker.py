@@ -44,8 +44,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and write down what it makes."""
         kwargs = kwargs or {}
-        if func in self._accumulation.OPERATORS and self._accumulation.is_in_place(args):
-            return args[0].add_(args[1])
+        func = self._accumulation.in_place(func, args)
         handler = HANDLERS.get(func)
         out = handler(self, func, args, kwargs) if handler is not None else NotImplemented
         if out is NotImplemented:

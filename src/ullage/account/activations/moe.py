@@ -41,10 +41,20 @@ def moe_table(
 
 
 def _router(ffn: spec.MoEFFN, hidden_size: int, keeper: Keeper) -> tuple[SavedTensor, ...]:
-    """Return the router's part: its input (shared with the experts'), the scores, and what top-k keeps."""
+    """Return the router's part: its input (shared with the experts'), the scores, and what top-k keeps.
+
+    Source: transformers@5.23.0:models/deepseek_v3/modeling_deepseek_v3.py:DeepseekV3TopkRouter.forward (fp32 copies of
+        input and weight); models/mixtral/modeling_mixtral.py:MixtralTopKRouter.forward.
+    """
     tokens = keeper.shape.num_split_tokens
+    wide: tuple[SavedTensor, ...] = ()
+    if keeper.implementation.router_wide:
+        copy = keeper.keep("router.input as fp32", tokens * hidden_size, "bsh", "float32")
+        wide = (keeper.keep("router.weight as fp32", ffn.num_experts * hidden_size, "Eh", "float32"),)
+        wide = (copy, *wide) if keeper.implementation.trained else wide
     return (
         *keeper.keep_input("input", tokens * hidden_size, "bsh"),
+        *wide,
         keeper.keep("router.scores", tokens * ffn.num_experts, "bsE", keeper.implementation.router_dtype),
         keeper.keep("router.top_k weights", tokens * ffn.top_k, "bsK", keeper.implementation.router_dtype),
         keeper.keep("router.top_k indices", tokens * ffn.top_k, "bsK", "int64"),

@@ -91,13 +91,14 @@ class Implementation(Frozen):
         rotary: "native" or "fused".
         moe: "loop" (Transformers eager experts), "grouped" (grouped GEMM after permutation), "megatron".
         compute_dtype, residual_dtype: of activations.
-        autocast: fp32 weights under autocast: casts are cached per forward.
+        autocast: products run under autocast (fp32 weights or adapters); casts are cached per forward.
         dropout: attention and hidden dropout keep masks.
         trained: parameters of the base are trained; False: frozen base (LoRA), whose linear inputs need not be kept.
         repeat_kv: keys and values are copied to the number of query heads before the kernel (eager attention always;
             SDPA with a mask, or before ``enable_gqa``).
         pads_values: the kernel wants equal head sizes, so MLA's narrower values are padded (FlashAttention 2).
-        router_dtype: of the router's scores.
+        router_dtype: of the router's scores, and of the weights that the experts' outputs are multiplied by.
+        router_wide: the router's product runs on fp32 copies of its input and of its weight.
         ffn_dtype: of feed-forward blocks where it is not the compute dtype (quantised linears answer in the format of
             their input).
         softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).
@@ -116,6 +117,7 @@ class Implementation(Frozen):
     repeat_kv: bool = False
     pads_values: bool = False
     router_dtype: str = "float32"
+    router_wide: bool = False
     softmax_dtype: str = "float32"
     ffn_dtype: str | None = None
 

@@ -35,8 +35,9 @@ NOT_REENTRANT: Version = (5, 0)
 #: likewise; @4.48.1:integrations/flash_attention.py.
 REPEATED_BEFORE: Version = (4, 48)
 REPEATS_FOR_FLASH = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM")
-#: Source: transformers@5.23.0:models/gpt2/modeling_gpt2.py:eager_attention_forward (no fp32 softmax).
-PLAIN_SOFTMAX = ("GPT2LMHeadModel",)
+#: Source: transformers@5.23.0:models/gpt2/modeling_gpt2.py:eager_attention_forward (no fp32 softmax);
+#: models/gpt_oss/modeling_gpt_oss.py:eager_attention_forward.
+PLAIN_SOFTMAX = ("GPT2LMHeadModel", "GptOssForCausalLM")
 #: Source: transformers@5.23.0:models/gemma2/modeling_gemma2.py:Gemma2RMSNorm,
 #: models/gpt_oss/modeling_gpt_oss.py:GptOssRMSNorm.
 LATE_CAST = (
@@ -45,6 +46,50 @@ LATE_CAST = (
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
+)
+#: Models that have no SDPA: attention is written out where nothing else is asked for.
+#: Source: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:GptOssPreTrainedModel (_supports_sdpa False), and
+#: gemma2, gemma4, mimo_v2_flash, deepseek_v4 likewise.
+NO_SDPA = (
+    "GptOssForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma4ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "DeepseekV4ForCausalLM",
+)
+#: Routers that multiply in fp32, with fp32 copies of input and weight.
+#: Source: transformers@5.23.0:models/deepseek_v3/modeling_deepseek_v3.py:DeepseekV3TopkRouter.forward; the others
+#: likewise.
+WIDE_ROUTER = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "Dots1ForCausalLM",
+    "ExaoneMoeForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "GlmMoeDsaForCausalLM",
+    "KimiLinearForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "NemotronHForCausalLM",
+    "SolarOpenForCausalLM",
+)
+#: Those of them that score with a softmax in fp32; the others take a sigmoid of the product.
+#: Source: transformers@5.23.0:models/deepseek_v2/modeling_deepseek_v2.py:DeepseekV2TopkRouter.forward.
+SOFTMAX_ROUTER = ("DeepseekV2ForCausalLM",)
+#: Routers whose weights go back to the compute dtype before the experts' outputs are multiplied.
+#: Source: transformers@5.23.0:models/qwen3_moe/modeling_qwen3_moe.py:Qwen3MoeTopKRouter.forward and those likewise;
+#: models/gpt_oss/modeling_gpt_oss.py:GptOssTopKRouter.forward (softmax in the compute dtype).
+NARROW_ROUTING = (
+    "GptOssForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "OlmoeForCausalLM",
+    "FlexOlmoForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "HunYuanMoEV1ForCausalLM",
+    "LongcatFlashForCausalLM",
 )
 #: Source: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:GptOssExperts._apply_gate.
 CLAMPED = ("GptOssForCausalLM",)
@@ -102,8 +147,8 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
         assumed.append(_("transformers {version}, the newest whose rules are known").format(version="5.23"))
     attention = job.attention
     if attention is None:
-        attention = "sdpa"
-        assumed.append(_("attention: sdpa, the default of transformers"))
+        attention = "eager" if job.model.architecture in NO_SDPA else "sdpa"
+        assumed.append(_("attention: {kind}, the default of transformers").format(kind=attention))
     loss = job.loss or "plain"
     if job.loss is None:
         assumed.append(_("loss: cross entropy of PyTorch"))
@@ -188,7 +233,7 @@ def fused_kernels(job: TrainingJob) -> frozenset[str]:
 
 def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], prepared: bool) -> Implementation:
     architecture = job.model.architecture
-    attention = job.attention or "sdpa"
+    attention = job.attention or ("eager" if architecture in NO_SDPA else "sdpa")
     repeats = attention == "sdpa" and not job.packing
     if attention == "flash":
         repeats = version < REPEATED_BEFORE and architecture in REPEATS_FOR_FLASH
@@ -203,15 +248,37 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
         moe="grouped" if version >= GROUPED_EXPERTS else "loop",
         compute_dtype=compute,
         residual_dtype="float32" if prepared or job.precision.params == "float32" else compute,
-        autocast=job.precision.params == "float32" and compute != "float32",
+        autocast=_autocasts(job),
         dropout=float(dict(job.flags).get("dropout", "0")),
         trained=job.method == "full",
         repeat_kv=repeats,
         pads_values=attention == "flash",
         # bitsandbytes@0.43.3:nn/modules.py:Linear4bit.forward: the output is cast to the input's dtype.
         ffn_dtype="float32" if prepared else None,
+        router_dtype=compute if _narrow_routing(job) else "float32",
+        router_wide=architecture in WIDE_ROUTER and version >= GROUPED_EXPERTS and not _autocasts(job),
         softmax_dtype=compute if architecture in PLAIN_SOFTMAX else "float32",
     )
+
+
+def _autocasts(job: TrainingJob) -> bool:
+    """Return whether products run under autocast: fp32 weights or fp32 adapters and a narrower compute dtype.
+
+    Source: transformers@5.23.0:trainer.py:Trainer (bf16 → accelerate's autocast); peft@0.19.1: autocast_adapter_dtype.
+    """
+    return job.lora is not None or job.precision.params == "float32" != job.precision.compute
+
+
+def _narrow_routing(job: TrainingJob) -> bool:
+    """Return whether experts' outputs are multiplied by weights in the compute dtype.
+
+    Under autocast the product of a router is narrow, and a sigmoid leaves it so; a softmax makes it fp32.
+    Source: torch@2.13.0:aten/src/ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32).
+    """
+    architecture = job.model.architecture
+    if architecture in NARROW_ROUTING:
+        return True
+    return _autocasts(job) and architecture in WIDE_ROUTER and architecture not in SOFTMAX_ROUTER
 
 
 def _loss(job: TrainingJob, version: Version) -> LossRecipe:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from ullage.account.activations.backward import backward_points
 from ullage.account.activations.layer import layer_table
 from ullage.account.activations.norms import norm_table
-from ullage.account.activations.recompute import LayerMemory, backward_bytes, is_recomputed, layer_memory
+from ullage.account.activations.recompute import LayerMemory, is_recomputed, layer_memory
 from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
 from ullage.account.lora import adapter_table
 from ullage.account.parameters import layer_parameters
@@ -29,7 +30,6 @@ class Pass(Frozen):
 
     layers: tuple[LayerMemory, ...]
     grad_bytes: tuple[int, ...]
-    partial_grad_bytes: tuple[int, ...]
     stream_bytes: int
     head_input_bytes: int
     frame_bytes: int
@@ -53,32 +53,42 @@ def forward_pass(job: TrainingJob, recipe: Recipe) -> Pass:
     model, shape, implementation = job.model, micro_batch(job), recipe.implementation
     width = dtype_bytes(implementation.residual_dtype)
     stream = int(shape.num_tokens * model.hidden_size * width)
-    memory: dict[tuple[spec.Layer, bool], LayerMemory] = {}
+    memory: dict[tuple[spec.Layer, bool, bool], LayerMemory] = {}
     layers: list[LayerMemory] = []
     for index, layer in enumerate(model.layers):
         again = is_recomputed(job.recompute, index, len(model.layers))
-        key = (layer, again)
+        blind = not index and not again and _no_gradient_before(job, recipe)
+        key = (layer, again, blind)
         if key not in memory:
-            memory[key] = _layer(job, recipe, layer, again=again, stream=stream)
+            memory[key] = _layer(job, recipe, layer, again=again, stream=stream, blind=blind)
         layers.append(memory[key])
-    width_of_grads = dtype_bytes(job.precision.grads)
     return Pass(
         layers=tuple(layers),
         grad_bytes=tuple(_grads(job, layer, recipe) for layer in model.layers),
-        partial_grad_bytes=tuple(
-            int(_last_linear(layer, model.hidden_size) * width_of_grads) if implementation.trained else 0
-            for layer in model.layers
-        ),
         stream_bytes=stream,
         head_input_bytes=int(shape.num_tokens * model.hidden_size * dtype_bytes(implementation.compute_dtype)),
         frame_bytes=_frame(job, recipe, shape),
     )
 
 
-def _layer(job: TrainingJob, recipe: Recipe, layer: spec.Layer, *, again: bool, stream: int) -> LayerMemory:
-    """Return one layer: its table, its adapters', and what its backward needs."""
+def _no_gradient_before(job: TrainingJob, recipe: Recipe) -> bool:
+    """Return whether nothing before the first adapter has a gradient, so that the first norm keeps nothing.
+
+    Source: peft@0.19.1:peft_model.py:PeftModel._prepare_model_for_gradient_checkpointing (embeddings that require a
+        gradient, only where layers are recomputed); utils/other.py:prepare_model_for_kbit_training.
+    """
+    lora = job.lora
+    return lora is not None and not lora.trained_modules and job.recompute.kind == "none" and not recipe.norms_fp32
+
+
+def _layer(
+    job: TrainingJob, recipe: Recipe, layer: spec.Layer, *, again: bool, stream: int, blind: bool
+) -> LayerMemory:
+    """Return one layer: its table, its adapters', and what its backward needs. ``blind``: no gradient comes before."""
     shape, implementation, hidden = micro_batch(job), recipe.implementation, job.model.hidden_size
     table: tuple[SavedTensor, ...] = layer_table(layer, hidden, shape, implementation)
+    if blind and layer.norms:
+        table = tuple(row for row in table if row.module != layer.norms[0].name)
     if job.lora is not None:
         top_k = max((ffn.top_k for ffn in layer.ffns if isinstance(ffn, spec.MoEFFN)), default=1)
         table += adapter_table(
@@ -89,12 +99,16 @@ def _layer(job: TrainingJob, recipe: Recipe, layer: spec.Layer, *, again: bool, 
             num_tokens=shape.num_tokens,
             num_routed_tokens=shape.num_routed_tokens(top_k),
         )
+    width = dtype_bytes(job.precision.grads) if implementation.trained else 0
+    more = stream if again and recipe.reentrant else 0
+    more += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
+    points = tuple(
+        (point.extra_bytes + more, int(point.num_weights * width))
+        for point in backward_points(layer, hidden, shape, implementation, table, recomputed=again)
+    )
     if again:
         table = _without_input(table, layer, implementation.residual_dtype)
-    work = backward_bytes(layer, hidden, shape, implementation)
-    work += stream if again and recipe.reentrant else 0
-    work += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
-    return layer_memory(table, recomputed=again, recompute=job.recompute, input_bytes=stream, backward_bytes=work)
+    return layer_memory(table, recomputed=again, recompute=job.recompute, input_bytes=stream, backward=points)
 
 
 def _without_input(table: tuple[SavedTensor, ...], layer: spec.Layer, residual: str) -> tuple[SavedTensor, ...]:
@@ -128,15 +142,6 @@ def _grads(job: TrainingJob, layer: spec.Layer, recipe: Recipe) -> int:
     return int(elements * dtype_bytes(job.precision.grads))
 
 
-def _last_linear(layer: spec.Layer, hidden_size: int) -> int:
-    """Return the elements of the down projections, whose gradients stand when a block's product is differentiated."""
-    found = 0
-    for ffn in layer.ffns:
-        copies = ffn.num_experts if isinstance(ffn, spec.MoEFFN) else 1
-        found = max(found, hidden_size * ffn.intermediate_size * copies)
-    return found
-
-
 def _frame(job: TrainingJob, recipe: Recipe, shape: Shape) -> int:
     """Return what is kept outside the layers.
 
@@ -147,10 +152,21 @@ def _frame(job: TrainingJob, recipe: Recipe, shape: Shape) -> int:
     """
     implementation = recipe.implementation
     found = sum(table_bytes(norm_table(norm, shape, implementation)) for norm in job.model.final_norms)
+    if implementation.attention in ("eager", "unfused") and job.recompute.kind == "full":
+        found += _masks(job, shape, int(dtype_bytes(implementation.compute_dtype)))
     found += 2 * job.seq_len * _rotary_width(job.model) * int(dtype_bytes(implementation.compute_dtype))
     if recipe.scaled_embeddings and job.lora is not None:
         found += shape.num_tokens * job.model.hidden_size * int(dtype_bytes(implementation.compute_dtype))
     return found
+
+
+def _masks(job: TrainingJob, shape: Shape, width: int) -> int:
+    """Return the masks of attention written out: one of b s s per kind of attention, held as arguments of checkpoints.
+
+    Source: transformers@5.23.0:masking_utils.py:eager_mask, create_sliding_window_causal_mask.
+    """
+    kinds = {bool(getattr(mixer, "window", None)) for layer in job.model.layers for mixer in layer.mixers}
+    return shape.num_tokens * job.seq_len * width * len(kinds)
 
 
 def _rotary_width(model: spec.Model) -> int:
@@ -162,21 +178,31 @@ def _rotary_width(model: spec.Model) -> int:
     return 0
 
 
-def worst_backward(one_pass: Pass, *, grads_before: int, all_grads: bool) -> tuple[int, int]:
-    """Return (layer, bytes) of the backward that needs most: checkpoints, working set and gradients so far.
+class Fullest(Frozen):
+    """The fullest moment of a backward pass: a layer, one of its points, and the gradients of weights by then."""
+
+    layer: int
+    point: int
+    grad_bytes: int
+
+
+def worst_backward(one_pass: Pass, *, grads_before: int, all_grads: bool) -> Fullest:
+    """Return the moment of the backward that needs most: checkpoints, working set and gradients so far.
 
     Args:
         one_pass: the micro-batch.
         grads_before: gradients that the head's and final norm's backward left.
         all_grads: the gradients of every layer stand already (an earlier micro-batch made them).
     """
-    best, kept, grads = (0, 0), one_pass.kept_bytes, grads_before
+    best, found = -1, Fullest(layer=0, point=0, grad_bytes=0)
+    kept, grads = one_pass.kept_bytes, 0 if all_grads else grads_before
     for index in range(len(one_pass.layers) - 1, -1, -1):
         layer = one_pass.layers[index]
-        total = kept + layer.working_bytes + grads + one_pass.partial_grad_bytes[index]
-        best = max(best, (total, index))
+        for number, (extra, own) in enumerate(layer.points):
+            with_own = grads + (0 if all_grads else own)
+            if kept + extra + with_own > best:
+                best = kept + extra + with_own
+                found = Fullest(layer=index, point=number, grad_bytes=with_own)
         kept -= layer.kept_bytes
-        if not all_grads:
-            grads += one_pass.grad_bytes[index]
-        best = max(best, (kept + grads + one_pass.stream_bytes, index))
-    return best[1], best[0]
+        grads += 0 if all_grads else one_pass.grad_bytes[index]
+    return found

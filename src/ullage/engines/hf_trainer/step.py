@@ -21,6 +21,8 @@ from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, dtype_bytes
 
+#: Up to here the gradient of an embedding is one kernel. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu.
+FEW_INDICES = 3072
 #: How far sums of activations were off against published peaks (docs/training.md).
 ACTIVATION_ERROR = 0.05
 
@@ -99,10 +101,12 @@ def _held(job: TrainingJob, recipe: Recipe) -> States:
 
 def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...]]]:
     """Return (name, terms besides weights and states) of each moment."""
-    found = [("loss", _loss(walk)), ("backward", _backward(walk)), ("optimizer step", _optimizer_step(walk))]
+    found = [("loss", _loss(walk)), ("backward", _backward(walk))]
+    if walk.recipe.implementation.trained and not fsdp.is_sharded(walk.job):
+        found.append(("embedding backward", _embedding_backward(walk)))
     if first_step:
-        return [(f"first step: {name}", terms) for name, terms in found[:2]]
-    return found
+        return [(f"first step: {name}", terms) for name, terms in found]
+    return [*found, ("optimizer step", _optimizer_step(walk))]
 
 
 def _after(walk: Walk) -> tuple[Term, ...]:
@@ -132,10 +136,7 @@ def _kept_gradients(walk: Walk) -> Term:
 
 def _loss(walk: Walk) -> tuple[Term, ...]:
     """Return the moment of the loss: all layers have run, nothing has been released."""
-    head = _head_gradient(walk)
-    after_head = walk.loss.backward_bytes // 2 + head if walk.job.loss == "plain" else 0
-    peak = max(walk.loss.forward_bytes, walk.loss.backward_bytes, after_head)
-    frames = [one.frame_bytes + one.head_input_bytes for one in (walk.one_pass, walk.low_pass)]
+    peak, frames = _loss_and_frames(walk)
     return (
         _kept_gradients(walk),
         _shortened(
@@ -150,24 +151,50 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
     )
 
 
+def _loss_and_frames(walk: Walk) -> tuple[int, list[int]]:
+    """Return the bytes of the loss at its worst point, and what the final norm and the head keep at that point.
+
+    A frozen head does not keep its input: the model's forward holds it, and lets go before the backward. When the
+    gradient of a trained head is made, that of the logits and that of its input stand beside it.
+    """
+    head, passes = _head_gradient(walk), (walk.one_pass, walk.low_pass)
+    logits = walk.job.micro_batch_size * walk.job.seq_len * walk.job.model.vocab_size
+    narrow = int(logits * dtype_bytes(walk.job.precision.compute))
+    after_head = narrow + head + passes[0].head_input_bytes if walk.job.loss == "plain" else 0
+    backward = max(walk.loss.backward_bytes, after_head)
+    lets_go = walk.job.loss == "plain" and not head
+    away = passes[0].head_input_bytes if lets_go else 0
+    if walk.loss.forward_bytes > backward - away:
+        away = 0
+    peak = max(walk.loss.forward_bytes, backward)
+    if lets_go and not away:
+        peak = walk.loss.forward_bytes
+    return peak, [one.frame_bytes + one.head_input_bytes - away for one in passes]
+
+
 def _backward(walk: Walk) -> tuple[Term, ...]:
     """Return the moment of the worst layer's backward."""
     if fsdp.is_sharded(walk.job):
         return _sharded_backward(walk)
     accumulates = walk.job.grad_accum > 1
     head = 0 if accumulates else _head_gradient(walk)
-    layer, _most = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
-    grads = head + (0 if accumulates else sum(walk.one_pass.grad_bytes[layer + 1 :]))
+    worst = worst_backward(walk.one_pass, grads_before=head, all_grads=accumulates)
+    layer = worst.layer
     temporary = accumulation_bytes(walk.states.trained, dtype=walk.job.precision.grads) if accumulates else 0
-    kept = [sum(one.kept_bytes for one in each.layers[: layer + 1]) for each in (walk.one_pass, walk.low_pass)]
-    work = [
-        each.layers[layer].working_bytes + each.partial_grad_bytes[layer] for each in (walk.one_pass, walk.low_pass)
-    ]
-    gradients = exact("gradients", grads, formula=f"of what lies above layer {layer}")
+    passes = (walk.one_pass, walk.low_pass)
+    kept = [sum(one.kept_bytes for one in each.layers[: layer + 1]) for each in passes]
+    work = [each.layers[layer].points[worst.point][0] for each in passes]
+    gradients = exact("gradients", worst.grad_bytes, formula=f"of what was differentiated, down to layer {layer}")
     return (
         _kept_gradients(walk) if accumulates else gradients,
-        _shortened(walk, _near("kept_activations", *kept)),
-        _near("layer_backward", *work, formula=f"layer {layer}: recomputed tensors and gradients of activations"),
+        _shortened(
+            walk, _near("kept_activations", *(one + min(0, less) for one, less in zip(kept, work, strict=True)))
+        ),
+        _near(
+            "layer_backward",
+            *(max(0, one) for one in work),
+            formula=f"layer {layer}: recomputed tensors and gradients of activations",
+        ),
         exact("accumulation_temporary", temporary, formula="the new gradient of the largest tensor"),
     )
 
@@ -189,6 +216,27 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
         _near("layer_backward", *(each.layers[layer].working_bytes for each in passes), formula=f"layer {layer}"),
         *held,
         *fsdp.gathered_terms(walk.job, trained=trained, backward=True),
+    )
+
+
+def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
+    """Return the end of the backward: all gradients, and what the embedding's takes.
+
+    Formula: more than 3072 tokens: 6 tables of indices 8bs and fp32 rows 4bsh, + the gradient of the residual stream.
+        A tied head's gradient is a view, so that the sum with the embedding's is a tensor of its own: 2 x Vh more.
+        With earlier micro-batches the new gradient stands beside the sum: Vh more.
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel;
+        torch/csrc/autograd/input_buffer.cpp:can_accumulate_inplace.
+    """
+    model, tokens = walk.job.model, walk.job.micro_batch_size * walk.job.seq_len
+    weight = int(model.vocab_size * model.hidden_size * dtype_bytes(walk.job.precision.grads))
+    sorting = tokens * (6 * 8 + 4 * model.hidden_size) if tokens > FEW_INDICES else 0
+    accumulates = weight if walk.job.grad_accum > 1 else 0
+    laid = walk.one_pass.stream_bytes + sorting + accumulates
+    more = max(laid + weight, 2 * weight + accumulates) if model.tied_embeddings else laid
+    return (
+        walk.states.gradients,
+        exact("embedding_backward", more, formula="sorted indices, fp32 rows, gradient of the residual stream"),
     )
 
 
