@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--lora", metavar="r=16,...", help=_("adapters through PEFT: r=16,alpha=32,targets=q_proj+v_proj")
     )
+    ranks = parser.add_argument_group(_("the ranks"))
+    ranks.add_argument("--fsdp", type=int, default=0, metavar="N", help=_("shard every layer over N ranks (FSDP2)"))
+    ranks.add_argument("--no-reshard", action="store_true", help=_("keep gathered parameters after forward (FSDP2)"))
+    ranks.add_argument("--ddp", type=int, default=0, metavar="N", help=_("replicas on N ranks (DDP)"))
+    ranks.add_argument(
+        "--world", type=int, default=0, metavar="N", help=_("a fake process group of N ranks for your module:function")
+    )
     kernels = parser.add_argument_group(_("the device"))
     kernels.add_argument("--on", metavar="GPU", help=_("the GPU: its kernels, and whether it fits (H100's kernels)"))
     kernels.add_argument(
@@ -85,10 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     same = (
         "micro_batch", "grad_accum", "steps", "inference", "engine", "dtype", "autocast", "optimizer", "optimizer_impl",
-        "clip", "recompute", "lora", "attention", "routing_skew",
+        "clip", "recompute", "lora", "attention", "routing_skew", "fsdp", "ddp", "world",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in same}
-    return options | {"seq_len": arguments.seq, "unroll": not arguments.no_unroll}
+    return options | {
+        "seq_len": arguments.seq,
+        "unroll": not arguments.no_unroll,
+        "reshard_after_forward": not arguments.no_reshard,
+    }
 
 
 def _print(result: Any, arguments: argparse.Namespace) -> None:

@@ -47,9 +47,10 @@ class Allocation:
         category: "" until the trace is finished.
         owner: path of the parameter that it belongs to, "" where it belongs to none.
         stack: number of the stack in ``Trace.stacks``, -1 where none was taken.
+        stream: on which it was taken, 0 for the one that computes: each has a pool of its own.
     """
 
-    __slots__ = ("category", "dtype", "op", "owner", "place", "shape", "size_bytes", "stack")
+    __slots__ = ("category", "dtype", "op", "owner", "place", "shape", "size_bytes", "stack", "stream")
     size_bytes: int
     place: int
     op: str
@@ -58,6 +59,7 @@ class Allocation:
     dtype: str
     shape: tuple[int, ...]
     stack: int
+    stream: int
 
 
 @dataclass(kw_only=True)
@@ -117,7 +119,8 @@ class Trace:
         builder, numbers = WorkloadBuilder(), {}
         for event in self.events:
             if event >= 0:
-                numbers[event] = builder.allocate(self.allocations[event].size_bytes)
+                one = self.allocations[event]
+                numbers[event] = builder.allocate(one.size_bytes, stream=one.stream)
             else:
                 builder.free(numbers.pop(~event))
         return builder.work

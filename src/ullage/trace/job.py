@@ -16,6 +16,7 @@ IMPLEMENTATIONS = ("foreach", "fused", "forloop")
 #: More tokens than any step holds.
 MOST_TOKENS = 1 << 26
 MOST_STEPS = 64
+MOST_RANKS = 1 << 16
 
 
 class LoraOptions(Frozen):
@@ -40,6 +41,9 @@ class TraceJob(Frozen):
         attention: kernel of scaled dot product attention, or "eager" for the model's written-out formula.
         routing_skew: 0: every expert gets as many tokens.
         unroll: trace few of the layers that repeat and repeat their events.
+        fsdp: ranks over which FSDP2 shards the model, 0: none; ``reshard_after_forward`` as ``fully_shard`` has it.
+        ddp: ranks that hold replicas under DistributedDataParallel, 0: none.
+        world: ranks of the fake process group in which a program wraps its module itself, 0: no group.
     """
 
     micro_batch: int = 1
@@ -59,6 +63,10 @@ class TraceJob(Frozen):
     routing_skew: float = 0.0
     compute_capability: tuple[int, int] = (9, 0)
     unroll: bool = True
+    fsdp: int = 0
+    ddp: int = 0
+    world: int = 0
+    reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
         """Check what would fail far from here."""
@@ -85,6 +93,25 @@ class TraceJob(Frozen):
         ):
             if not 1 <= count <= most:
                 raise InputError(_("{name}: {value} is outside 1 to {most}").format(name=name, value=count, most=most))
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        given = {name: count for name in ("fsdp", "ddp", "world") if (count := getattr(self, name))}
+        if len(given) > 1:
+            raise InputError(
+                _("{names} cannot be combined").format(names=", ".join(f"--{name}" for name in given)),
+                remedy=_("wrap your own module and trace it with --world N"),
+            )
+        for name, count in given.items():
+            if not 2 <= count <= MOST_RANKS:
+                raise InputError(
+                    _("{name}: {value} ranks are outside 2 to {most}").format(name=name, value=count, most=MOST_RANKS)
+                )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the process group, 0 without one."""
+        return self.fsdp or self.ddp or self.world
 
     @property
     def implementation(self) -> str:

@@ -113,9 +113,11 @@ def trace_layers(model: Any, config: Any, job: TraceJob, *, stacks: bool) -> tup
         with only(layers, config, [index for index in range(count) if index not in skipped]):
             return trace_model(model, config, job, stacks=stacks).trace
 
-    few = Stack(path=stack.path, first=stack.first, period=stack.period, units=UNITS)
+    # FSDP2's first unit gathers nothing ahead, the last is gathered by the root: both neighbours must be inner ones.
+    units, middle = (UNITS + 1, 2) if job.fsdp else (UNITS, 1)
+    few = Stack(path=stack.path, first=stack.first, period=stack.period, units=units, middle=middle)
     try:
-        grown = grow(traced(UNITS), traced(UNITS + 1), few, stack.units - UNITS)
+        grown = grow(traced(units), traced(units + 1), few, stack.units - units)
     except CannotUnrollError:
         return trace_model(model, config, job, stacks=stacks).trace, 0
-    return grown, count - (stack.units - UNITS) * stack.period
+    return grown, count - (stack.units - units) * stack.period

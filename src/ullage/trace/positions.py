@@ -59,6 +59,10 @@ class Positions:
         """Return the path of a parameter."""
         return self._owners.get(id(parameter), "")
 
+    def stands_for(self, parameter: Any, other: Any) -> None:
+        """Say that a parameter is another in another shape: whole instead of its shard."""
+        self._owners[id(parameter)] = self.owner(other)
+
     def now(self) -> int:
         """Return the number of the place where the program is."""
         if torch._C._current_graph_task_id() == -1:

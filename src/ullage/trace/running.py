@@ -11,9 +11,11 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.trace.api import guarded
 from ullage.trace.events import Trace
+from ullage.trace.fake_ranks import fake_ranks
 from ullage.trace.functions import CudaFunctions
 from ullage.trace.job import TraceJob
 from ullage.trace.models import add_adapters, build_model
+from ullage.trace.parallel import spread
 from ullage.trace.patches import cuda_stand_ins
 from ullage.trace.protocol import Traced, call_function, load_function
 from ullage.trace.shadows import Routing
@@ -92,15 +94,21 @@ def trace_model(model: Any, config: Any, job: TraceJob, *, stacks: bool = False)
         each.grad = None
     tracker, functions = start(job, stacks=stacks)
     batch = token_batch(job, config.vocab_size)
+    with fake_ranks(tracker, job.num_ranks), cuda_stand_ins(tracker, functions), functions:
+        model = guarded(lambda: spread(model, job))
+        _trace_steps(tracker, job, model, batch)
+    return tracker
+
+
+def _trace_steps(tracker: Tracker, job: TraceJob, model: Any, batch: Any) -> None:
     traced = Traced(model, inputs=batch)
-    with cuda_stand_ins(tracker, functions), functions, tracker.watching():
+    with tracker.watching():
         tracker.hold(model)
         if job.inference:
             batch.pop("labels")
             guarded(lambda: run_inference(tracker, job, model, batch, traced.call))
         else:
             guarded(lambda: run_training(tracker, job, model, batch, traced.loss_of))
-    return tracker
 
 
 def start(job: TraceJob, *, stacks: bool) -> tuple[Tracker, CudaFunctions]:
@@ -112,7 +120,7 @@ def start(job: TraceJob, *, stacks: bool) -> tuple[Tracker, CudaFunctions]:
 
 def _run_function(function: Any, job: TraceJob, where: str, *, stacks: bool) -> Done:
     tracker, functions = start(job, stacks=stacks)
-    with cuda_stand_ins(tracker, functions), functions:
+    with fake_ranks(tracker, job.num_ranks), cuda_stand_ins(tracker, functions), functions:
         traced = guarded(lambda: call_function(function, job, where))
         model = traced.module
         _to_meta(model)

@@ -54,26 +54,27 @@ class _Writer:
         self._owners: dict[int, list[dict[str, Any]]] = {}
 
     def run(self, text: str) -> dict[str, Any]:
-        place, blocks = Place(stream=0), {}
-        requests: dict[int, Any] = {}
+        blocks: dict[int, Any] = {}
+        requests: dict[tuple[int, int], Any] = {}
         for event in self.trace.events:
             if event >= 0:
                 one = self.trace.allocations[event]
-                request = requests.get(one.size_bytes)
+                request = requests.get((one.size_bytes, one.stream))
                 if request is None:
-                    request = requests[one.size_bytes] = self.allocator.request(one.size_bytes, place)
+                    request = self.allocator.request(one.size_bytes, Place(stream=one.stream))
+                    requests[one.size_bytes, one.stream] = request
                 self._now = self._frames_of(one)
                 block = self.allocator.malloc(request)
                 assert block is not None  # there is no limit
                 blocks[event] = block
                 self._owners[block.address] = self._now
-                self._entry("alloc", block.address, one.size_bytes)
+                self._entry("alloc", block.address, one.size_bytes, one.stream)
             else:
                 block = blocks.pop(~event)
-                address, size = block.address, self.trace.allocations[~event].size_bytes
+                one, address = self.trace.allocations[~event], block.address
                 self._now = self._owners.pop(address)
-                self._entry("free_requested", address, size)
-                self._entry("free_completed", address, size)
+                self._entry("free_requested", address, one.size_bytes, one.stream)
+                self._entry("free_completed", address, one.size_bytes, one.stream)
                 self.allocator.free(block)
         return {
             "segments": [self._segment(base) for base in sorted(self.allocator.segments)],
@@ -85,13 +86,13 @@ class _Writer:
             "external_annotations": [],
         }
 
-    def _entry(self, action: str, address: int, size: int) -> None:
+    def _entry(self, action: str, address: int, size: int, stream: int) -> None:
         self.entries.append(
             {
                 "action": action,
                 "addr": address,
                 "size": size,
-                "stream": 0,
+                "stream": stream,
                 "time_us": TICK_US * len(self.entries),
                 "compile_context": "N/A",
                 "user_metadata": "",
@@ -99,8 +100,8 @@ class _Writer:
             }
         )
 
-    def _driver(self, kind: int, address: int, size: int, _whose: FreeSet) -> None:
-        self._entry(_DRIVER[kind], address, size)
+    def _driver(self, kind: int, address: int, size: int, whose: FreeSet) -> None:
+        self._entry(_DRIVER[kind], address, size, whose.stream)
 
     def _frames_of(self, one: Allocation) -> list[dict[str, Any]]:
         """Return frames that say what an allocation is: operator, module, phase; then the stack if one was taken."""
@@ -127,7 +128,7 @@ class _Writer:
             "allocated_size": used,
             "active_size": used,
             "requested_size": sum(each.requested for each in in_use),
-            "stream": 0,
+            "stream": blocks[0].free_set.stream,
             "segment_type": "small" if blocks[0].free_set.small else "large",
             "segment_pool_id": (0, 0),
             "is_expandable": blocks[0].expandable,

@@ -37,12 +37,16 @@ class Tracker(TorchDispatchMode):
         self._workspaces: set[bool] = set()
         self._accumulation = Accumulation()
         self._hooks: list[Any] = []
+        self.stream = 0
+        self.wrappers: tuple[type, ...] = ()  # tensors that run their operators on others, which are traced
         self.kept: list[Any] = []  # what a program would still hold when the trace ends
 
     # ------------------------------------------------------------------------------------------------ operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and write down what it makes."""
+        if self.wrappers and any(issubclass(each, self.wrappers) for each in types):
+            return NotImplemented
         kwargs = kwargs or {}
         func = self._accumulation.in_place(func, args)
         handler = HANDLERS.get(func)
@@ -112,11 +116,12 @@ class Tracker(TorchDispatchMode):
                 size_bytes=size,
                 place=place,
                 op=op,
-                category=category,
+                category=category or (names.COMMUNICATION if self.stream else ""),
                 owner=owner,
                 dtype=dtype,
                 shape=shape,
                 stack=self._stack(),
+                stream=self.stream,
             )
         )
         number = len(trace.allocations) - 1
@@ -162,6 +167,7 @@ class Tracker(TorchDispatchMode):
             allocation = self.trace.allocations[number]
             allocation.category = category
             allocation.owner = owner or allocation.owner
+            allocation.dtype, allocation.shape = str(local.dtype)[6:], tuple(local.shape)
 
     def _owner_of(self, like: Any) -> str:
         """Return the parameter that an optimizer's operator works for: the one that owns its (matching) input."""

@@ -1,0 +1,82 @@
+"""How a traced model is spread over ranks: FSDP2 and DDP, as accelerate and transformers' Trainer wrap it."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ullage.errors import InputError
+from ullage.i18n import _
+from ullage.trace.job import TraceJob
+
+
+def spread(model: Any, job: TraceJob) -> Any:
+    """Return a copy of a model, wrapped as the job says; the model itself where it says nothing.
+
+    A wrapped module cannot be unwrapped, and a trace may run several sizes of one model.
+    """
+    if job.fsdp:
+        model = copy.deepcopy(model)
+        shard(model, job)
+    elif job.ddp:
+        model = replicate(copy.deepcopy(model))
+    return model
+
+
+def units_of(model: Any) -> list[Any]:
+    """Return the modules that are sharded as units: those of the classes that the model says not to split.
+
+    Source: accelerate@1.10:utils/fsdp_utils.py:fsdp2_prepare_auto_wrap_policy (transformer_based_wrap:
+        ``_no_split_modules``).
+
+    Raises:
+        InputError: the model names none.
+    """
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    units = [each for each in model.modules() if type(each).__name__ in classes]
+    if not units:
+        raise InputError(
+            _("the model does not say which of its modules are layers"),
+            remedy=_("wrap your own module with fully_shard and trace it with --world N"),
+        )
+    return units
+
+
+def shard(model: Any, job: TraceJob) -> None:
+    """Shard every decoder layer, and the rest as the root: parameters are gathered in bf16, gradients reduced in fp32.
+
+    The root is not resharded after forward.
+
+    Source: torch@2.13.0:torch/distributed/fsdp/_fully_shard/_fully_shard.py:fully_shard (reshard_after_forward None).
+    """
+    fsdp, meshes = import_module("torch.distributed.fsdp"), import_module("torch.distributed.device_mesh")
+    mesh = meshes.init_device_mesh("meta", (job.fsdp,))
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in units_of(model):
+        fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=job.reshard_after_forward)
+    fsdp.fully_shard(
+        model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if job.reshard_after_forward else False
+    )
+
+
+def replicate(model: Any) -> Any:
+    """Wrap a model in DistributedDataParallel with its defaults: buckets of 25 MiB beside the gradients.
+
+    The first bucket is of 1 MiB until the order of the gradients is known; buckets are made again after the first step.
+
+    Source: torch@2.13.0:torch/nn/parallel/distributed.py:DistributedDataParallel.__init__ (bucket_cap_mb 25,
+        gradient_as_bucket_view False).
+    """
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    wrapped.register_comm_hook(None, _reduced)
+    return wrapped
+
+
+def _reduced(_state: Any, bucket: Any) -> Any:
+    """Return a bucket as reduced in place, as the default of DDP does: the work of a fake group has no result."""
+    done = torch.futures.Future()  # type: ignore[var-annotated]
+    done.set_result(bucket.buffer())
+    return done
