@@ -30,10 +30,13 @@ class Rules:
             2024-09); since, the loss upcasts and shifts the labels. Source: transformers@4.38.2 and @4.46.0:
             models/llama/modeling_llama.py:LlamaForCausalLM.forward, loss/loss_utils.py:ForCausalLMLoss.
         keeps_frozen_inputs: bitsandbytes' 4-bit product keeps its input (until 0.44, 2024-09).
+        whole_scales: the scales of a 4-bit weight are on every rank whole (bitsandbytes); else sharded with the values.
+            Source: torchao@0.7.0:torchao/dtypes/nf4tensor.py:fsdp_pre_all_gather.
     """
 
     upcast_logits: bool
     keeps_frozen_inputs: bool
+    whole_scales: bool = True
 
 
 def rules_of(version: str) -> Rules:
@@ -160,11 +163,11 @@ def plan_of(
     blocks = _blocks(job, style, training, slice_)
     weights = []
     for index, block in enumerate(blocks):
-        weights += _weights(job, block.group, list(of_layer(model, index)))
+        weights += _weights(job, rules, block.group, list(of_layer(model, index)))
         weights += [("weights", one.stored_bytes) for one in block.more if not _offloaded(job)]
     frame = [one for _section, one in frame_parameters(model)]
     root = base_group(job, "root", frame, root=True)
-    weights += _weights(job, root, [])
+    weights += _weights(job, rules, root, [])
     front = base_group(job, "embedding", frame[:1]) if split_root else root
     back = base_group(job, "norm and head", frame[1:], root=True) if split_root else root
     groups = [one for block in blocks for one in (block.group, *block.more)] + [root]
@@ -218,12 +221,14 @@ def _checkpoint(job: TrainingJob, index: int) -> Checkpoint | None:
     return None
 
 
-def _weights(job: TrainingJob, group: Group, parameters: list[Parameter]) -> list[tuple[str, int]]:
+def _weights(job: TrainingJob, rules: Rules, group: Group, parameters: list[Parameter]) -> list[tuple[str, int]]:
     """What stays on the device of a unit: its shard, and the scales of quantised weights."""
     found = [] if _offloaded(job) else [("weights", group.stored_bytes)]
     if job.base_quantization:
         linear = [one for one in parameters if one.role in (Role.LINEAR, Role.EXPERT)]
-        found += [("weights", quantisation_state_bytes(math.prod(one.shape) * one.copies)) for one in linear]
+        ranks = 1 if rules.whole_scales else num_ranks(job)
+        sizes = [quantisation_state_bytes(math.prod(one.shape) * one.copies) for one in linear]
+        found += [("weights", cdiv(size, ranks)) for size in sizes]
     return found
 
 

@@ -14,7 +14,9 @@ from ullage.account.activations.graph import Graph, Kept
 from ullage.account.timeline import Buffer, Timeline
 from ullage.units import cdiv
 
-LossKind = Literal["plain", "compiled", "vocab_parallel", "listed_chunks", "chunked", "fused", "native"]
+LossKind = Literal[
+    "plain", "compiled", "compiled_chunks", "vocab_parallel", "listed_chunks", "chunked", "fused", "native"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class LossPlan:
 
     Attributes:
         kind: "plain" cross_entropy(logits.float()); "compiled" the same through torch.compile (logits are read and
-            their gradient written, nothing in fp32 is stored); "vocab_parallel" torch's loss-parallel functions;
+            their gradient written, nothing in fp32 is stored); "compiled_chunks" the same over a list of chunks, whose
+            logits go one after the other; "vocab_parallel" torch's loss-parallel functions;
             "native" cross_entropy in the dtype of the logits; "listed_chunks" head and loss in chunks that all stay
             (litgpt); "chunked" forward and backward of one chunk at a time (torchtitan, torchtune); "fused" no logits
             kept (Liger).
@@ -197,6 +200,18 @@ def _compiled_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> 
     return grad
 
 
+def _compiled_chunks_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
+    """The backward pass of every chunk's loss frees its logits before the next chunk's gradient is made.
+
+    Source: torchtune@0.6.1:torchtune/modules/loss/ce_chunked_output_loss.py, recipes/lora_finetune_single_device.py
+        (``del logits``); torch@2.13.0:torch/csrc/autograd/engine.cpp (later nodes first: all losses before the head).
+    """
+    timeline.brief("logits_gradient", cdiv(_sizes(plan)[0], plan.num_chunks))
+    timeline.drop(state.buffers.pop("logits"))
+    timeline.drop(state.buffers.pop("rows"))
+    return timeline.take("logits_gradient", _sizes(plan)[0])
+
+
 def _native_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
     """Log-softmax in the dtype of the logits, kept; the logits stay while the caller holds them.
 
@@ -254,6 +269,7 @@ def _chunks(plan: LossPlan, timeline: Timeline, state: LossState, on_weight_grad
 _FORWARDS: dict[str, Callable[[LossPlan, Timeline, LossState, Buffer], None]] = {
     "plain": _plain_forward,
     "compiled": _compiled_forward,
+    "compiled_chunks": _compiled_forward,
     "vocab_parallel": _parallel_forward,
     "native": _native_forward,
     "listed_chunks": _native_forward,
@@ -261,6 +277,7 @@ _FORWARDS: dict[str, Callable[[LossPlan, Timeline, LossState, Buffer], None]] = 
 _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "plain": _plain_backward,
     "compiled": _compiled_backward,
+    "compiled_chunks": _compiled_chunks_backward,
     "vocab_parallel": _parallel_backward,
     "native": _native_backward,
     "listed_chunks": _native_backward,

@@ -34,7 +34,7 @@ def step(job: TrainingJob) -> TrainingStep:
         assumed.append(_("activation checkpointing is on, as in torchtune's recipes for adapters"))
     if job.loss is None:
         assumed.append(_("the loss is taken in {count} chunks, as torchtune does since 0.3").format(count=NUM_CHUNKS))
-    rules = replace(rules_of(job.engine_version), upcast_logits=False, keeps_frozen_inputs=False)
+    rules = replace(rules_of(job.engine_version), upcast_logits=False, keeps_frozen_inputs=False, whole_scales=False)
     plan = plan_of(job, rules, style=style_of(job), loss=lambda last: _loss(job, last))
     timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower()))
     walk = Walk(plan, timeline, Fsdp2(timeline) if num_ranks(job) > 1 else Replicated(timeline))
@@ -72,5 +72,5 @@ def _loss(job: TrainingJob, last: LossPlan) -> LossPlan:
     if job.loss == "plain":
         return replace(last, returned=False)
     if job.compile:
-        return replace(last, kind="compiled", num_chunks=NUM_CHUNKS, returned=False)
+        return replace(last, kind="compiled_chunks", num_chunks=NUM_CHUNKS, returned=False)
     return replace(last, kind="listed_chunks", element_bytes=4, num_chunks=NUM_CHUNKS, returned=False)
