@@ -37,6 +37,9 @@ class _Work(torch.autograd.Function):
 class Net(nn.Module):
     """Four layers; in exact arithmetic every weight and datum is a small whole number in float64."""
 
+    #: The layer after which memory is needed.
+    at = 2
+
     def __init__(self, exact=True):
         super().__init__()
         torch.manual_seed(7)
@@ -52,7 +55,7 @@ class Net(nn.Module):
         inputs = inputs.double() if self.exact else inputs
         for number, layer in enumerate(self.layers):
             inputs = layer(inputs) if self.exact else torch.tanh(layer(inputs))
-            if number == 2:
+            if number == self.at:
                 inputs = _Work.apply(inputs, self.where)
         return inputs
 
