@@ -213,6 +213,16 @@ def test_adapters_leave_no_states_of_the_base() -> None:
     assert states is not None and states.bytes == pytest.approx(trained * 8 / 8, rel=0.05)
 
 
+def test_xtuner_keeps_embedding_and_head_apart_and_its_loss_in_16_bits() -> None:
+    shape = {"model": model("Qwen/Qwen3-8B"), "optimizer_impl": "fused", "loss": None}
+    plain, xtuner = job(**shape), job(**shape, engine_version="XTuner V1 2025-08-29")
+    peaks = [max(ledger.allocated.bytes for ledger in step(one).ranks[0].moments) for one in (plain, xtuner)]
+    assert peaks[1] < peaks[0]
+    assert any("XTuner" in line for line in step(xtuner).job.assumed)
+    said = step(job(**(shape | {"loss": "plain"}), engine_version="XTuner V1"))
+    assert not any("XTuner" in line for line in said.job.assumed)
+
+
 def test_layers_with_shared_and_sandwich_norms_have_graphs() -> None:
     part, ffn = Attention(num_heads=4, num_kv_heads=4, head_dim=16), DenseFFN(intermediate_size=128, gated=False)
     for count in (1, 2, 4):

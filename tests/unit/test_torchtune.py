@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ullage.catalog import models as catalog
@@ -53,3 +55,25 @@ def test_a_frozen_base_has_no_gradients_and_sharding_divides_it() -> None:
 def test_full_training_keeps_weights_gradients_and_states() -> None:
     one = job(method="full", lora=None, recompute=Recompute(kind="full"))
     assert allocated(one) > 8_030_261_248 * (2 + 2 + 4)
+
+
+def test_scales_of_4_bit_tensors_are_sharded_with_the_values() -> None:
+    """torchao's NF4 tensor gathers values and scales alike; bitsandbytes' scales stay whole on every rank."""
+    quantised = job(
+        method="qlora",
+        base_quantization="nf4",
+        machine=parse_machine("8xA100-80GB"),
+        parallel=TrainingParallel(data_parallel_size=8, fsdp="full_shard"),
+    )
+    weights = [
+        step(one).ranks[0].after_step.find("weights").bytes  # type: ignore[union-attr]
+        for one in (quantised, replace(quantised, engine="fsdp2"))
+    ]
+    linear = 8_030_261_248 - 2 * 128_256 * 4096
+    assert weights[1] - weights[0] == pytest.approx(linear / 64 * 7 / 8, rel=0.05)
+
+
+def test_a_compiled_loss_frees_the_logits_of_each_chunk() -> None:
+    logits = 4096 * 128_256 * 2
+    chunked, plain = (allocated(job(compile=True, loss=loss)) for loss in (None, "plain"))
+    assert logits < plain - chunked < 6 * logits
