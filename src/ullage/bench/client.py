@@ -8,6 +8,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ullage.errors import InputError
+from ullage.i18n import _
+
 #: A line of a stream longer than this is no token of a text model.
 MAX_LINE = 1 << 20
 
@@ -132,12 +135,20 @@ def parse_event(data: str) -> tuple[dict[str, Any], str]:
 
 
 async def first_model(client: Any, url: str, headers: dict[str, str]) -> str | None:
-    """Return the first model that the endpoint lists; None when it lists none."""
+    """Return the first model that the endpoint lists; None when it lists none.
+
+    Raises:
+        InputError: nothing answers there.
+    """
     import httpx
 
     try:
         response = await client.get(f"{url}/v1/models", headers=headers, timeout=10.0)
+    except httpx.HTTPError as error:
+        why = str(error) or type(error).__name__
+        raise InputError(_("the endpoint cannot be reached ({why})").format(why=why[:200]), where=url[:200]) from None
+    try:
         listed = response.json()["data"]
         return str(listed[0]["id"]) if response.status_code == 200 and listed else None
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError):
         return None

@@ -86,7 +86,7 @@ def _watch(arguments: argparse.Namespace) -> int:
             _record(watcher, first, arguments)
         if arguments.once:
             _show_once(first, as_json=arguments.json)
-            return EXIT_OK
+            return _ended(watcher, arguments)
         if arguments.port is not None:
             from ullage.guard.watch.endpoint import serve
 
@@ -98,6 +98,11 @@ def _watch(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
         _run(watcher, arguments, open_things)
+    return _ended(watcher, arguments)
+
+
+def _ended(watcher: Watcher, arguments: argparse.Namespace) -> int:
+    """Say it when the recording could not be written to its end."""
     if watcher.recorder is not None and watcher.recorder.error:
         raise InputError(
             _("the recording ended early: {why}").format(why=watcher.recorder.error), where=arguments.record
