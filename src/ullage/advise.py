@@ -86,7 +86,7 @@ def _pairs(found: list[tuple[int, Change, Advice]]) -> list[Change]:
             price=one.price + two.price,
             change=_(" and ").join((one.change, two.change)),
             cost="; ".join(dict.fromkeys((one.cost, two.cost))),
-            flags=f"{one.flags} {two.flags}".strip(),
+            flags=f"{one.flags} {two.flags}" if one.flags and two.flags else "",
             typed=f"{one.typed} {two.typed}".strip(),
             given=one.given,
             fields=(*one.fields, *two.fields),

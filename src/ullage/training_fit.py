@@ -23,8 +23,8 @@ Walker = Callable[[TrainingJob], TrainingStep]
 class TrainingAdvice(Frozen):
     """One change of the job, the memory it frees on the fullest rank, its cost, and what to type.
 
-    ``flags`` are of ``ullage fit``, ``typed`` is in the framework's own words; ``slower`` is the rough share of a step's
-    time that the change adds, ``source`` where that is from; ``key`` names the change in the catalogue.
+    ``flags`` are of ``ullage fit``, ``typed`` is in the framework's own words; ``slower`` is the rough share of a
+    step's time that the change adds, ``source`` where that is from; ``key`` names the change in the catalogue.
     """
 
     change: str

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=int, metavar="N", help=_("of several (the one with most events)"))
     parser.add_argument("--against", metavar="OTHER", help=_("a file of the same kind to compare with"))
-    parser.add_argument("--job", metavar="JOBFILE", help=_("show the job's predicted ledger beside the measured one"))
+    parser.add_argument("--job", metavar="JOBFILE", help=_("show the job's prediction beside it, and advise on it"))
     parser.add_argument(
         "--assert", dest="assertions", action="append", default=[], metavar="LIMIT",
         help=_("exit with 3 unless it holds, such as 'peak < 70GiB', 'leak < 1MiB/step'; several may be given"),

@@ -22,6 +22,8 @@ from ullage.units import format_bytes
 
 if TYPE_CHECKING:
     from ullage.observe.snapshot_answer import Answer
+    from ullage.spec.serving import ServingJob
+    from ullage.spec.training import TrainingJob
 
 #: Patterns of term names, the first that matches says the part; of predictions and of measurements alike.
 _REST = "activations_and_temporaries"
@@ -77,20 +79,18 @@ class Pair(Frozen):
         return self.measured[0] if self.state == "unpredicted" and self.measured is not None else 0
 
 
-def predicted_ledger(path: Path, phase: int = OTHER) -> Ledger:
-    """Return the ledger of a job file's fullest rank, as ``ullage fit JOBFILE`` has it: at its fullest moment.
+def predicted_ledger(job: ServingJob | TrainingJob, phase: int = OTHER) -> Ledger:
+    """Return the ledger of a job's fullest rank, as ``ullage fit JOBFILE`` has it: at its fullest moment.
 
     Args:
-        path: the job file.
+        job: what ran.
         phase: of training, when it was measured: then the fullest moment of that phase.
 
     Raises:
-        InputError: not a job file, or a job that cannot be sized.
+        InputError: a job that cannot be sized.
     """
-    from ullage.read.job_file import read_job_file
     from ullage.spec.training import TrainingJob
 
-    job = read_job_file(path)
     if isinstance(job, TrainingJob):
         from ullage.training_fit import fit_training
 
@@ -103,16 +103,27 @@ def predicted_ledger(path: Path, phase: int = OTHER) -> Ledger:
 
 
 def beside_job(found: Inspection, path: Path) -> Inspection:
-    """Return an inspection with the predicted ledger beside the measured one."""
+    """Return an inspection with the predicted ledger beside the measured one, and the job's changes as advice.
+
+    Raises:
+        InputError: not a job file, or a job that cannot be sized.
+    """
+    from ullage.observe.advice_job import with_job_advice
+    from ullage.read.job_file import read_job_file
+
     answer: Answer | None = found.detail
-    ledger = predicted_ledger(path, OTHER if answer is None else answer.found.phase_at(answer.moment))
+    job = read_job_file(path)
+    ledger = predicted_ledger(job, OTHER if answer is None else answer.found.phase_at(answer.moment))
     measured = found.engine_terms or found.terms
     pairs = _only_allocated(ledger, measured) if _is_message(measured) else pairs_of(ledger.terms(), measured)
     left = sorted((pair for pair in pairs if pair.off_by), key=lambda pair: -pair.off_by)
     notes = tuple(_sentence(pair) for pair in left)
-    if not left:
+    if not any(pair.measured for pair in pairs):
+        notes = (_("the text has no figures of the card that could be compared"),)
+    elif not left:
         notes = (_("every part that was measured lies in its predicted range"),)
-    return replace(found, listings=(_listing(pairs, ledger), *found.listings), notes=(*notes, *found.notes))
+    found = replace(found, listings=(_listing(pairs, ledger), *found.listings), notes=(*notes, *found.notes))
+    return found if answer is not None else with_job_advice(found, job)  # a snapshot has advice of its own replay
 
 
 def _is_message(measured: Iterable[Term]) -> bool:

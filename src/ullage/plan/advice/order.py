@@ -149,13 +149,14 @@ def joined(changes: list[Change]) -> Change:
             job = step(job)
         return job
 
+    flags = [change.flags for change in changes]
     kinds = sorted((change.cost for change in changes), key=lambda cost: -cost.weight)
     words = "; ".join(dict.fromkeys(change.cost.words for change in changes))
     return Change(
         key="+".join(change.key for change in changes),
         change=_(" and ").join(change.change for change in changes),
         cost=Cost(words=words, slower=sum(change.cost.slower for change in changes), kind=kinds[0].kind),
-        flags=merged_flags(*(change.flags for change in changes)),
+        flags=merged_flags(*flags) if all(flags) else "",  # half of what was weighed would mislead
         typed=" ".join(change.typed for change in changes if change.typed),
         apply=apply,
     )
