@@ -30,9 +30,11 @@ def engine_terms(collected: Collected) -> tuple[tuple[Term, ...], str]:
         return (), ""
     total = _whole(figures, collected, engine)
     if total is None:
-        if engine == "vllm":
-            return tuple(terms), _("the log does not print the engine's share of the card, so the rest is not known")
-        return tuple(terms), ""
+        sentences = {
+            "vllm": share_unknown(),
+            "sglang": _("the log does not print what was free before loading, so the rest is not known"),
+        }
+        return tuple(terms), sentences.get(engine, _("the log does not print the card's memory: the rest is not known"))
     inside = [term for term in terms if term.name in names]
     ends = 0 if engine == "vllm" else _end(figures)
     if engine == "sglang" and not ends:
@@ -44,6 +46,31 @@ def engine_terms(collected: Collected) -> tuple[tuple[Term, ...], str]:
     rest = total - sum(term.bytes for term in inside) - ends
     terms.append(_plain("unexplained", rest, _("{total} less the terms").format(total=format_bytes(total))))
     return tuple(terms), ""
+
+
+def share_unknown() -> str:
+    """Return the sentence on a log that does not print the engine's share."""
+    return _("the log does not print the engine's share of the card, so the rest is not known")
+
+
+def rest_of_share(terms: tuple[Term, ...], share: Term) -> Term | None:
+    """Return what vLLM's terms leave of its share of the card, where a job says how much that is.
+
+    Formula: share - (weights + non_torch + activation_peak + kv_cache); CUDA graphs lie beside the share.
+    """
+    inside = [term for term in terms if term.name in _PARTS["vllm"]]
+    if not {"weights", "kv_cache"} <= {term.name for term in inside}:
+        return None
+    if any(term.name == "unexplained" for term in terms):
+        return None
+    return ranged(
+        "unexplained",
+        share.bytes - sum(term.bytes for term in inside),
+        low=share.low_bytes - sum(term.high_bytes for term in inside),
+        high=share.high_bytes - sum(term.low_bytes for term in inside),
+        formula=_("{total}, the job's share of the card, less the terms").format(total=format_bytes(share.bytes)),
+        certainty=Certainty.MEASURED,
+    )
 
 
 def figures_sentence(collected: Collected) -> str:

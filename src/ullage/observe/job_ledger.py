@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from ullage.frozen import Frozen
 from ullage.i18n import _
-from ullage.ledger import Ledger, Term
+from ullage.ledger import Ledger, Term, ranged
 from ullage.observe.attribution_stacks import BACKWARD, FORWARD, OPTIMIZER, OTHER
+from ullage.observe.engine_terms import rest_of_share, share_unknown
 from ullage.observe.inspection import Inspection
 from ullage.observe.measured import Cell, Listing
 from ullage.units import format_bytes
@@ -110,6 +111,7 @@ def beside_job(found: Inspection, path: Path) -> Inspection:
     """
     from ullage.observe.advice_job import with_job_advice
     from ullage.read.job_file import read_job_file
+    from ullage.spec.training import TrainingJob
 
     answer: Answer | None = found.detail
     job = read_job_file(path)
@@ -122,8 +124,31 @@ def beside_job(found: Inspection, path: Path) -> Inspection:
         notes = (_("the text has no figures of the card that could be compared"),)
     elif not left:
         notes = (_("every part that was measured lies in its predicted range"),)
+    if not isinstance(job, TrainingJob):
+        found = _with_rest(found, job)
     found = replace(found, listings=(_listing(pairs, ledger), *found.listings), notes=(*notes, *found.notes))
     return found if answer is not None else with_job_advice(found, job)  # a snapshot has advice of its own replay
+
+
+def _with_rest(found: Inspection, job: ServingJob) -> Inspection:
+    """Add what the terms of a vLLM log leave of the engine's share, which the job knows where the log is silent."""
+    if found.engine != "vllm" or not found.engine_terms:
+        return found
+    from ullage.fitting import device_total, fit_serving
+
+    filled = fit_serving(job, advise=False).job
+    if filled.memory_fraction is None or filled.engine != "vllm":
+        return found
+    total, share = device_total(filled), filled.memory_fraction
+    whole = ranged("share", int(total.value * share), low=int(total.low * share), high=int(total.high * share))
+    rest = rest_of_share(found.engine_terms, whole)
+    if rest is None:
+        return found
+    terms = (*found.engine_terms, rest)
+    notes = tuple(note for note in found.notes if note != share_unknown())
+    return replace(
+        found, engine_terms=terms, terms=terms if found.terms == found.engine_terms else found.terms, notes=notes
+    )
 
 
 def _is_message(measured: Iterable[Term]) -> bool:
