@@ -51,6 +51,8 @@ def backward_points(
     for mixer in layer.mixers:
         if isinstance(mixer, (spec.Attention, spec.LatentAttention)):
             found.append(_attention(mixer, layer, hidden_size, residual, shape, implementation, table))
+            if recomputed and implementation.attention in ("eager", "unfused"):
+                found.append(_scores_again(mixer, layer, hidden_size, residual, shape, implementation, table))
     return tuple(found) or (Point(name="layer", extra_bytes=residual),)
 
 
@@ -206,6 +208,34 @@ def _attention(
     made = output + tokens * (heads * dim + kv_heads * (dim + v_dim)) * width
     made += _kernel_bytes(heads, kv_heads, dim, v_dim, shape, implementation)
     return Point(name="attention", extra_bytes=residual + made - done, num_weights=weights)
+
+
+def _scores_again(
+    mixer: spec.Attention | spec.LatentAttention,
+    layer: spec.Layer,
+    hidden_size: int,
+    residual: int,
+    shape: Shape,
+    implementation: Implementation,
+    table: Table,
+) -> Point:
+    """Attention written out that a checkpoint runs again: scores that only its variables hold.
+
+    Formula: one more copy of the scores; with sinks two more (scores, joined, less their largest, probabilities).
+    Source: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:eager_attention_forward; models/llama/
+        modeling_llama.py:eager_attention_forward.
+    """
+    width, sinks = int(dtype_bytes(implementation.compute_dtype)), bool(getattr(mixer, "sinks", False))
+    scores = shape.num_tokens * _head_sizes(mixer, shape)[0] * (shape.seq_len + sinks) * width
+    later = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
+    later += sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
+    later += _rows(table, "o_proj.input", mixer.prefix) + _rows(table, f"{mixer.prefix}.o_proj.lora")
+    held = residual if implementation.trained else 2 * residual
+    for ffn in layer.ffns:
+        if isinstance(ffn, spec.MoEFFN) and not ffn.shared_intermediate_size and implementation.moe != "loop":
+            rows = shape.num_routed_tokens(ffn.top_k) * (ffn.latent_size or hidden_size)
+            held += int(rows * dtype_bytes(implementation.router_dtype))
+    return Point(name="attention, run again", extra_bytes=held + scores * (2 if sinks else 1) - later)
 
 
 def _kernel_bytes(heads: int, kv_heads: int, dim: int, v_dim: int, shape: Shape, implementation: Implementation) -> int:

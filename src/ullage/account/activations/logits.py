@@ -103,22 +103,26 @@ def _plain_or_fused(recipe: LossRecipe, num_tokens: int, num_logits: int, width:
 def _liger(num_tokens: int, vocab_size: int, hidden_size: int, compute_dtype: str, head_trained: bool) -> LossPeak:
     """Return the peak of the fused linear cross entropy: forward computes the gradients chunk by chunk.
 
-    Formula: chunk = next power of two of ceil(bs / ceil(V/h)); chunk x V x (2 logits + 4 fp32 copy) + gradient of the
-        input 2bsh + gradient of the head 2Vh, with one product of a chunk 2Vh beside it.
+    Formula: chunk = next power of two of ceil(bs / ceil(V/h)); chunk x V logits (their gradient is written over them) +
+        gradient of the input 2bsh + the larger of a chunk's product 2h and, with a trained head, the gradient of the
+        head 2Vh beside its product of a chunk 2Vh and the fp32 copy of that 4Vh.
     Source: liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py:fused_linear_cross_entropy_forward.
+    Known error: versions before 0.6.3 and after 0.7 add the product in place: 6Vh less where the head is trained.
     """
     width = int(dtype_bytes(compute_dtype))
     chunk = liger_chunk(num_tokens, vocab_size, hidden_size)
     head = _bytes(vocab_size * hidden_size * width) if head_trained else 0
     hidden = _bytes(num_tokens * hidden_size * width)
     logits = _bytes(chunk * vocab_size * width)
+    copy = _bytes(vocab_size * hidden_size * 4) if width < 4 else 0
+    made = 2 * head + copy if head else _bytes(chunk * hidden_size * width)
     return LossPeak(
-        forward_bytes=logits + _bytes(num_tokens * 4) + hidden + 2 * head,
+        forward_bytes=logits + _bytes(num_tokens * 4) + hidden + made,
         backward_bytes=hidden + head,
         kept_bytes=hidden + head,
         head_grad_bytes=head,
         formula=f"chunk of {chunk:,} tokens x {vocab_size:,} logits + gradient of the head's input"
-        + (" + 2 x gradient of the head" if head else ""),
+        + (" + gradient of the head, product and fp32 copy" if head else ""),
         source="liger-kernel@0.6.3:ops/fused_linear_cross_entropy.py:fused_linear_cross_entropy_forward",
     )
 

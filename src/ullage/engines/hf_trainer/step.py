@@ -161,7 +161,7 @@ def _loss_and_frames(walk: Walk) -> tuple[int, list[int]]:
     logits = walk.job.micro_batch_size * walk.job.seq_len * walk.job.model.vocab_size
     narrow = int(logits * dtype_bytes(walk.job.precision.compute))
     after_head = narrow + head + passes[0].head_input_bytes if walk.job.loss == "plain" else 0
-    backward = max(walk.loss.backward_bytes, after_head)
+    backward = max(walk.loss.backward_bytes, after_head, head + _norm_backward(walk) - passes[0].head_input_bytes)
     lets_go = walk.job.loss == "plain" and not head
     away = passes[0].head_input_bytes if lets_go else 0
     if walk.loss.forward_bytes > backward - away:
@@ -170,6 +170,18 @@ def _loss_and_frames(walk: Walk) -> tuple[int, list[int]]:
     if lets_go and not away:
         peak = walk.loss.forward_bytes
     return peak, [one.frame_bytes + one.head_input_bytes - away for one in passes]
+
+
+def _norm_backward(walk: Walk) -> int:
+    """Return what the backward of the final norm takes, where it is written out: five fp32 copies of its input.
+
+    Source: transformers@5.23.0:models/llama/modeling_llama.py:LlamaRMSNorm.forward; torch@2.13.0:tools/autograd/
+        derivatives.yaml (mul, pow, rsqrt, mean).
+    """
+    shape = micro_batch(walk.job)
+    written = walk.recipe.implementation.norm in ("native", "late_cast")
+    kinds = {norm.kind for norm in walk.job.model.final_norms}
+    return 5 * 4 * shape.num_tokens * walk.job.model.hidden_size if written and kinds == {"rms"} else 0
 
 
 def _backward(walk: Walk) -> tuple[Term, ...]:
@@ -233,7 +245,8 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     sorting = tokens * (6 * 8 + 4 * model.hidden_size) if tokens > FEW_INDICES else 0
     accumulates = weight if walk.job.grad_accum > 1 else 0
     laid = walk.one_pass.stream_bytes + sorting + accumulates
-    more = max(laid + weight, 2 * weight + accumulates) if model.tied_embeddings else laid
+    view = walk.job.loss != "liger"  # Liger's gradient of the head is a tensor of its own, and is added to
+    more = max(laid + weight, (2 if view else 1) * weight + accumulates) if model.tied_embeddings else laid
     return (
         walk.states.gradients,
         exact("embedding_backward", more, formula="sorted indices, fp32 rows, gradient of the residual stream"),
