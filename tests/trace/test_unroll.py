@@ -59,7 +59,17 @@ def test_a_stream_without_structure_is_refused():
     found = Trace(places=[Place(phase=SETUP, module=f"layers.{index}") for index in range(4)])
     for index in (0, 2, 1, 3):
         found.allocations.append(
-            Allocation(size_bytes=512, place=index, op="x", category=PARAMETER, owner="", dtype="", shape=(), stack=-1, stream=0)
+            Allocation(
+                size_bytes=512,
+                place=index,
+                op="x",
+                category=PARAMETER,
+                owner="",
+                dtype="",
+                shape=(),
+                stack=-1,
+                stream=0,
+            )
         )
         found.events.append(len(found.allocations) - 1)
         found.where.append(index)

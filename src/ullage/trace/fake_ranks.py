@@ -145,6 +145,7 @@ def fake_ranks(tracker: Any, world_size: int) -> Iterator[None]:
         _meshes(stack, dist)
         _propagation(stack)
         _fsdp2(stack, tracker)
+        _ddp(stack, tracker)
         yield
 
 
@@ -215,3 +216,17 @@ def _fsdp2(stack: ExitStack, tracker: Any) -> None:
         (parameter, "init_unsharded_param", init_unsharded_param),
     ):
         stack.enter_context(mock.patch.object(holder, name, value))
+
+
+def _ddp(stack: ExitStack, tracker: Any) -> None:
+    """Say that DDP's buckets, made again after the first backward pass, are for communication."""
+    reducer = torch.distributed.Reducer
+    original = reducer._rebuild_buckets
+
+    def rebuild(self: Any) -> Any:
+        with tracker.taking_for(names.COMMUNICATION):
+            return original(self)
+
+    stack.enter_context(mock.patch.object(reducer, "_rebuild_buckets", rebuild))
+    logger = torch.distributed.Logger  # it has no timer for meta tensors, and says so
+    stack.enter_context(mock.patch.object(logger, "set_runtime_stats_and_log", lambda _self: None))

@@ -103,7 +103,8 @@ def trace_layers(model: Any, config: Any, job: TraceJob, *, stacks: bool) -> tup
     from ullage.trace.running import trace_model
 
     count = getattr(config, "num_hidden_layers", 0)
-    layers = find_layers(model, count) if job.unroll and count else None
+    unroll = job.unroll and not job.ddp  # buckets of a fixed size do not repeat with the layers
+    layers = find_layers(model, count) if unroll and count else None
     stack = find_stack(kinds_of(layers, config), clean_path(layers.path)) if layers is not None else None
     if layers is None or stack is None:
         return trace_model(model, config, job, stacks=stacks).trace, 0

@@ -41,6 +41,7 @@ class Adam8bit(torch.optim.Optimizer):
 
     def _begin(self, parameter: Any) -> None:
         state = self.state[parameter]
+        parameter = getattr(parameter, "_local_tensor", parameter)  # of a shard, this rank's
         if parameter.numel() < LEAST_8BIT:
             state["state1"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["state2"] = torch.zeros_like(parameter, dtype=torch.float32)

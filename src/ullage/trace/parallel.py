@@ -14,16 +14,34 @@ from ullage.trace.job import TraceJob
 
 
 def spread(model: Any, job: TraceJob) -> Any:
-    """Return a copy of a model, wrapped as the job says; the model itself where it says nothing.
+    """Return a copy of a model for one rank, sharded as the job says; the model itself where it says nothing.
 
     A wrapped module cannot be unwrapped, and a trace may run several sizes of one model.
     """
-    if job.fsdp:
+    if job.fsdp or job.ddp:
         model = copy.deepcopy(model)
+    if job.fsdp:
         shard(model, job)
-    elif job.ddp:
-        model = replicate(copy.deepcopy(model))
     return model
+
+
+def check_wrapping(job: TraceJob, traced: Any) -> None:
+    """Refuse what cannot be wrapped from outside, and DDP from inside: its buckets would not be seen.
+
+    Raises:
+        InputError: so.
+    """
+    if job.fsdp:
+        raise InputError(
+            _("which parts of your own module are sharded is yours to say"),
+            remedy=_("call fully_shard in your function and trace it with --world N"),
+        )
+    replicas = any(isinstance(each, torch.nn.parallel.DistributedDataParallel) for each in traced.module.modules())
+    if replicas or (job.ddp and traced.step is not None):
+        raise InputError(
+            _("DistributedDataParallel cannot be traced when your function makes it"),
+            remedy=_("return (module, inputs) unwrapped and trace it with --ddp N"),
+        )
 
 
 def units_of(model: Any) -> list[Any]:
@@ -71,12 +89,12 @@ def replicate(model: Any) -> Any:
         gradient_as_bucket_view False).
     """
     wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
-    wrapped.register_comm_hook(None, _reduced)
+    wrapped.register_comm_hook(None, lambda _state, bucket: _reduced(bucket))
     return wrapped
 
 
-def _reduced(_state: Any, bucket: Any) -> Any:
+def _reduced(bucket: Any) -> Any:
     """Return a bucket as reduced in place, as the default of DDP does: the work of a fake group has no result."""
-    done = torch.futures.Future()  # type: ignore[var-annotated]
+    done: Any = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

@@ -9,13 +9,14 @@ import torch
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.trace import events as names
 from ullage.trace.api import guarded
 from ullage.trace.events import Trace
 from ullage.trace.fake_ranks import fake_ranks
 from ullage.trace.functions import CudaFunctions
 from ullage.trace.job import TraceJob
 from ullage.trace.models import add_adapters, build_model
-from ullage.trace.parallel import spread
+from ullage.trace.parallel import check_wrapping, replicate, spread
 from ullage.trace.patches import cuda_stand_ins
 from ullage.trace.protocol import Traced, call_function, load_function
 from ullage.trace.shadows import Routing
@@ -69,6 +70,8 @@ def _run_language_model(model: Any, config: Any, job: TraceJob, name: str, *, st
     model = prepare(model, job)
     counts = {id(each): each for each in model.parameters()}
     trace, num_traced = trace_layers(model, config, job, stacks=stacks)
+    if job.fsdp:
+        trace.assumed.append(_("FSDP2: every decoder layer is a unit, gathered in bf16 and reduced in fp32"))
     return Done(
         trace=trace,
         name=name,
@@ -104,11 +107,20 @@ def _trace_steps(tracker: Tracker, job: TraceJob, model: Any, batch: Any) -> Non
     traced = Traced(model, inputs=batch)
     with tracker.watching():
         tracker.hold(model)
+        model = _replica(tracker, job, model)
         if job.inference:
             batch.pop("labels")
             guarded(lambda: run_inference(tracker, job, model, batch, traced.call))
         else:
             guarded(lambda: run_training(tracker, job, model, batch, traced.loss_of))
+
+
+def _replica(tracker: Tracker, job: TraceJob, model: Any) -> Any:
+    """Wrap a model in DDP where the job asks for it: its buckets are taken now."""
+    if not job.ddp:
+        return model
+    with tracker.positions.phase(names.SETUP), tracker.taking_for(names.COMMUNICATION):
+        return guarded(lambda: replicate(model))
 
 
 def start(job: TraceJob, *, stacks: bool) -> tuple[Tracker, CudaFunctions]:
@@ -122,10 +134,12 @@ def _run_function(function: Any, job: TraceJob, where: str, *, stacks: bool) -> 
     tracker, functions = start(job, stacks=stacks)
     with fake_ranks(tracker, job.num_ranks), cuda_stand_ins(tracker, functions), functions:
         traced = guarded(lambda: call_function(function, job, where))
+        check_wrapping(job, traced)
         model = traced.module
         _to_meta(model)
         with tracker.watching():
             tracker.hold(model)
+            traced.module = _replica(tracker, job, model)
             guarded(lambda: _steps(tracker, job, traced))
     parameters = list(model.parameters())
     return Done(

@@ -38,6 +38,7 @@ class Tracker(TorchDispatchMode):
         self._accumulation = Accumulation()
         self._hooks: list[Any] = []
         self.stream = 0
+        self._purpose = ""
         self.wrappers: tuple[type, ...] = ()  # tensors that run their operators on others, which are traced
         self.kept: list[Any] = []  # what a program would still hold when the trace ends
 
@@ -116,7 +117,7 @@ class Tracker(TorchDispatchMode):
                 size_bytes=size,
                 place=place,
                 op=op,
-                category=category or (names.COMMUNICATION if self.stream else ""),
+                category=category or self._purpose or (names.COMMUNICATION if self.stream else ""),
                 owner=owner,
                 dtype=dtype,
                 shape=shape,
@@ -128,6 +129,15 @@ class Tracker(TorchDispatchMode):
         trace.events.append(number)
         trace.where.append(place)
         return number
+
+    @contextmanager
+    def taking_for(self, category: str) -> Iterator[None]:
+        """Say what is taken, for as long as the context lasts."""
+        before, self._purpose = self._purpose, category
+        try:
+            yield
+        finally:
+            self._purpose = before
 
     def give_back(self, number: int) -> None:
         """Write down the end of an allocation."""
