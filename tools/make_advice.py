@@ -1,6 +1,7 @@
 """Known cures: is what helped among the first three pieces of advice, and was its gain foretold? → ``docs/advice.md``.
 
-python tools/make_advice.py SHARED        print the tables (SHARED: the folder that holds truth/ and configs/)
+python tools/make_advice.py SHARED                   print the tables (SHARED: the folder of truth/ and configs/)
+python tools/make_advice.py SHARED docs/advice.md    put them into the page
 
 A case of training is a pair of published runs of which the larger is put on a card that it does not fit and the
 smaller does, its margin of error included where that is less than the difference: the cure is what the two differ in.
@@ -334,8 +335,14 @@ def table(found: list[Case]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print the tables."""
-    print("\n".join(table(cases(Path(sys.argv[1])))))
+    """Print the tables, or put them in the place of the page's own."""
+    text = "\n".join(table(cases(Path(sys.argv[1]))))
+    if len(sys.argv) < 3:
+        print(text)
+        return 0
+    page = Path(sys.argv[2])
+    before, _old = re.split(r"^\d+ cases:", page.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE)
+    page.write_text(before + text + "\n", encoding="utf-8")
     return 0
 
 

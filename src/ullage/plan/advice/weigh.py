@@ -18,10 +18,11 @@ from ullage.units import format_bytes
 #: that fits.
 LEAST_SHARE = 0.01
 ROOMY_WEIGHT = 0.06
-#: Runs of the fit that are spent: some 10 ms each where a step is summed up, and up to half a second where every tensor
-#: of it is placed.
+#: Runs of the fit that are spent: some 10 ms each where a step is summed up. Where every tensor of it is placed, a
+#: layer takes about as long, so that the layers of all runs are counted.
 MOST_TRIALS = 60
-MOST_TRIALS_PLACED = 14
+LEAST_TRIALS = 8
+LAYERS_PLACED = 400
 SUMMED_UP = ("megatron", "hf_trainer", "single", "ddp")
 
 
@@ -53,9 +54,15 @@ def training_advice(
         before=result.verdict,
         least_bytes=LEAST_SHARE * result.total_bytes.value,
         needed_bytes=used + result.reserve_bytes - result.total_bytes.value,
-        most_trials=MOST_TRIALS if job.engine in SUMMED_UP else MOST_TRIALS_PLACED,
+        most_trials=_most_trials(job),
     )
     return (*(_told(tried) for tried in search.advice(changes)), *_less_reserve(result))
+
+
+def _most_trials(job: TrainingJob) -> int:
+    if job.engine in SUMMED_UP:
+        return MOST_TRIALS
+    return min(MOST_TRIALS, max(LEAST_TRIALS, LAYERS_PLACED // max(1, len(job.model.layers))))
 
 
 def _told(tried: Tried) -> TrainingAdvice:
