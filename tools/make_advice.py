@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 from ullage.engines.training import step
 from ullage.errors import UllageError
@@ -58,7 +59,7 @@ MESSAGES = {
     "a74ab8f4e155": ("fused attention", ("flash or fused attention",)),
     "a569e78a33bb": ("other processes off the card", ("who holds the card",)),
     "e5e63c2ad941": (
-        "a larger gpu_memory_utilization, or enforce_eager",
+        "enforce_eager, or a larger share",
         ("--gpu-memory-utilization", "--enforce-eager"),
     ),
     "21364d7f0d18": ("a larger gpu_memory_utilization", ("--gpu-memory-utilization",)),
@@ -257,13 +258,13 @@ def _fit(record: Record) -> FitResult:
 
 def message_cases(path: Path) -> Iterator[Case]:
     """Yield the cases of messages whose thread tells a cure."""
-    seen: set[str] = set()
+    found: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         message = json.loads(line)
         key = hashlib.sha256(message["text"].encode()).hexdigest()[:12]
-        if key not in MESSAGES or key in seen:
-            continue
-        seen.add(key)
+        if key in MESSAGES and (key not in found or "fix" in (message["context"] or {})):
+            found[key] = message  # of several with the same words, the thread that tells what helped
+    for key, message in found.items():
         cure, words = MESSAGES[key]
         pieces = [f"{item.change} {item.flags}" for item in inspect_stream(io.BytesIO(message["text"].encode())).advice]
         places = [next((at for at, piece in enumerate(pieces, 1) if word in piece), 0) for word in words]
@@ -271,7 +272,7 @@ def message_cases(path: Path) -> Iterator[Case]:
             kind="message",
             source=message["framework"],
             url=message["source_url"],
-            failed=message["text"].split("\n")[0][:60].replace("|", "/"),
+            failed=f"message {key}",
             cure=cure,
             place=0 if 0 in places else max(places),
         )
