@@ -70,6 +70,7 @@ def _feed_forward(layers: tuple[spec.Layer, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if dense is not None:
         values |= {"intermediate_size": dense.intermediate_size, "hidden_act": dense.activation}
+        values |= {"mlp_bias": dense.bias}
     if experts is None:
         return values
     num_dense = next((at for at, each in enumerate(ffns) if isinstance(each, spec.MoEFFN)), 0)

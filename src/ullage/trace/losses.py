@@ -75,6 +75,8 @@ def use_loss(model: Any, kind: str) -> None:
         if kind == "liger":
             return {"loss": LigerLoss.apply(hidden.reshape(-1, hidden.shape[-1]), model.lm_head.weight)}
         logits = model.lm_head(hidden)
+        if getattr(model.config, "logits_scaling", None):
+            logits = logits / model.config.logits_scaling
         if "head" in kind:
             logits = logits.float()
         return {"loss": _shifted(logits.float(), labels, fused="fused" in kind), "logits": logits}
