@@ -1,4 +1,4 @@
-"""Published runs of the Trainer family as traces: a record's job, run on meta tensors with stand-ins for its kernels."""
+"""Published runs of the Trainer family as traces: a record's job on meta tensors, with stand-ins for kernels."""
 
 from __future__ import annotations
 
