@@ -49,8 +49,10 @@ def _router(ffn: spec.MoEFFN, hidden_size: int, keeper: Keeper) -> tuple[SavedTe
     tokens = keeper.shape.num_split_tokens
     wide: tuple[SavedTensor, ...] = ()
     if keeper.implementation.router_wide:
-        copy = keeper.keep("router.input as fp32", tokens * hidden_size, "bsh", "float32")
-        wide = (keeper.keep("router.weight as fp32", ffn.num_experts * hidden_size, "Eh", "float32"),)
+        # Autocast casts the fp32 copies back, and it is those casts that are kept.
+        dtype = keeper.implementation.compute_dtype if keeper.implementation.autocast else "float32"
+        copy = keeper.keep("router.input copied", tokens * hidden_size, "bsh", dtype)
+        wide = (keeper.keep("router.weight copied", ffn.num_experts * hidden_size, "Eh", dtype),)
         wide = (copy, *wide) if keeper.implementation.trained else wide
     return (
         *keeper.keep_input("input", tokens * hidden_size, "bsh"),

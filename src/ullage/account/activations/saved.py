@@ -98,7 +98,8 @@ class Implementation(Frozen):
             SDPA with a mask, or before ``enable_gqa``).
         pads_values: the kernel wants equal head sizes, so MLA's narrower values are padded (FlashAttention 2).
         router_dtype: of the router's scores, and of the weights that the experts' outputs are multiplied by.
-        router_wide: the router's product runs on fp32 copies of its input and of its weight.
+        router_wide: the router's product runs on copies of its input and of its weight, made fp32 (and, under
+            autocast, narrow again).
         ffn_dtype: of feed-forward blocks where it is not the compute dtype (quantised linears answer in the format of
             their input).
         softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).

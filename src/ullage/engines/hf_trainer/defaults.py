@@ -256,7 +256,7 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
         # bitsandbytes@0.43.3:nn/modules.py:Linear4bit.forward: the output is cast to the input's dtype.
         ffn_dtype="float32" if prepared else None,
         router_dtype=compute if _narrow_routing(job) else "float32",
-        router_wide=architecture in WIDE_ROUTER and version >= GROUPED_EXPERTS and not _autocasts(job),
+        router_wide=architecture in WIDE_ROUTER and version >= GROUPED_EXPERTS,
         softmax_dtype=compute if architecture in PLAIN_SOFTMAX else "float32",
     )
 
