@@ -9,6 +9,8 @@ import pytest
 
 os.environ["ULLAGE_CALIBRATION"] = "off"  # what was measured on this machine must not move what is tested
 
+pytest_plugins = ["small_models"]
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,3 +1,5 @@
+"""Small configs that traces are tested with, written where a test asks for one."""
+
 import json
 
 import pytest
