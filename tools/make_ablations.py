@@ -61,7 +61,6 @@ NOT_MET = {
     ("data parallel", "max_reserved"): "torchtitan from 8 to 128 GPUs, 3 GiB in 82 GiB: not explained",
     ("base quantisation", "device_used"): _CACHED,
     ("LoRA", "device_used"): "rows of a plug-in (see wrong signs)",
-    ("LoRA", "max_allocated"): "rows of a plug-in (see wrong signs); litgpt's adapter v2 is not explained",
     ("LoRA", "max_reserved"): "of these runs the longest sample is known, not the batch of the peak",
     ("precision", "device_used"): "one pair (see wrong signs)",
     ("precision", "max_reserved"): _WRITTEN_OUT,
