@@ -22,4 +22,3 @@ def test_the_guards_own_time_is_below_two_in_a_thousand_of_a_step():
         torch.set_num_threads(threads)
     assert found["plain_step_seconds"] > 0.05, "a realistic step"
     assert found["own_share"] < 0.002, found
-    assert found["median_overhead"] < 0.1, found
