@@ -1,5 +1,6 @@
 """The plan and its store: strict, atomic, never backwards, corrupt files kept aside."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -92,33 +93,36 @@ def test_a_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".plan*"))
 
 
-def _race(path, start, queue, together):
-    store = PlanStore(path)
-    won = 0
-    together.wait(60)  # else the first to start has written all before the last is there
-    for generation in range(start, 60, 3):
-        try:
-            store.save(Plan(generation=generation, knobs={"writer": start}))
-            won += 1
-        except InputError:
-            pass
-        loaded = store.load()
-        won += 0 if loaded is not None else -1000
-    queue.put(won)
+WINS_EACH = 20
+
+
+def _race(path, writer, queue, together):
+    """Write the next generation, again and again, until this writer's plans have been taken ``WINS_EACH`` times."""
+    store, won, gone = PlanStore(path), [], 0
+    together.wait(60)
+    while len(won) < WINS_EACH:
+        held = store.load()
+        gone += held is None and bool(won)
+        generation = 0 if held is None else held.generation + 1
+        with contextlib.suppress(InputError):  # another writer was quicker
+            store.save(Plan(generation=generation, knobs={"writer": writer}))
+            won.append(generation)
+    queue.put((won, gone))
 
 
 def test_writers_take_turns(tmp_path):
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    together = context.Barrier(3)
+    queue, together = context.Queue(), context.Barrier(3)
     writers = [context.Process(target=_race, args=(tmp_path / "plan.json", n, queue, together)) for n in range(3)]
     for writer in writers:
         writer.start()
-    won = [queue.get(timeout=60) for _ in writers]
+    results = [queue.get(timeout=60) for _ in writers]
     for writer in writers:
         writer.join(60)
-    assert min(won) >= 0 and 1 <= sum(won) <= 60, "a generation was written twice, or a plan was gone"
-    assert json.loads((tmp_path / "plan.json").read_text())["generation"] == 59
+    taken = sorted(generation for won, _gone in results for generation in won)
+    assert taken == list(range(3 * WINS_EACH)), "each generation is written by one writer alone"
+    assert not any(gone for _won, gone in results), "a plan that was written is never absent"
+    assert json.loads((tmp_path / "plan.json").read_text())["generation"] == 3 * WINS_EACH - 1
     assert not list(tmp_path.glob("*corrupt*"))
 
 
