@@ -82,11 +82,11 @@ def test_a_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):
     store = PlanStore(tmp_path / "plan.json")
     store.save(Plan())
 
-    def full(self, data):
+    def full(self, _text, **_how):
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError, match=r"disk is full.*is kept"):
         store.save(Plan().shrunk("OOM", micro_batch=1))
     assert store.load() == Plan()

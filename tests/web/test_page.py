@@ -84,7 +84,7 @@ def test_amounts_stand_at_the_right():
 
 
 def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="cannot write it"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_page(tmp_path / "missing" / "a.html", title="a")
     assert list(tmp_path.iterdir()) == []
 

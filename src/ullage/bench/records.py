@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ullage.bench.outcome import BenchResult, Phase
-from ullage.errors import InputError
-from ullage.i18n import _
+from ullage.files import cannot_write
 
 GROUP = "ullage-bench"
 PRECISION = {
@@ -40,7 +39,7 @@ def write_records(path: Path, result: BenchResult) -> int:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     except OSError as error:
-        raise InputError(_("cannot be written ({reason})").format(reason=error.strerror), where=str(path)) from None
+        raise cannot_write(path, error) from None
     return len(records)
 
 

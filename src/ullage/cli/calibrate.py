@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ullage.errors import EXIT_OK, InputError
+from ullage.errors import EXIT_OK
+from ullage.files import write_whole
 from ullage.i18n import _
 
 
@@ -52,7 +53,4 @@ def _write_records(path: Path, records: list[dict[str, object]]) -> None:
     import json
 
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
-    try:
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(_("cannot be written ({reason})").format(reason=error.strerror), where=str(path)) from None
+    write_whole(path, "".join(line + "\n" for line in lines))

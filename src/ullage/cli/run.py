@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullage.errors import InputError
+from ullage.files import cannot_write, write_whole
 from ullage.i18n import _
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _check_writable(name: str) -> None:
         with Path(name).open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise InputError(_("cannot be written: {why}").format(why=error.strerror), where=name[:200]) from None
+        raise cannot_write(Path(name), error) from None
 
 
 def _write(name: str, report: RunReport) -> None:
@@ -159,9 +160,9 @@ def _write(name: str, report: RunReport) -> None:
     from ullage.report.run_json import run_json
 
     try:
-        Path(name).write_text(json.dumps(run_json(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        _say(_("the report cannot be written: {why}").format(why=error.strerror))
+        write_whole(Path(name), json.dumps(run_json(report), indent=2, ensure_ascii=False) + "\n")
+    except InputError as error:
+        _say(_("the report is lost: {why}").format(why=error))
 
 
 def _not_started(command: str, report: RunReport) -> str:

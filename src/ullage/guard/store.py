@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ullage.errors import InputError
+from ullage.files import set_aside, write_whole
 from ullage.guard.plan import Plan
 from ullage.i18n import _
 
@@ -71,7 +72,7 @@ class PlanStore:
                     where=str(self.path),
                     remedy=_("load the plan and change that one"),
                 )
-            write_atomically(self.path, (plan.to_json() + "\n").encode())
+            write_whole(self.path, plan.to_json() + "\n", make_folder=True)
 
     def _read(self) -> Plan | None:
         try:
@@ -93,13 +94,7 @@ class PlanStore:
         return InputError(os.strerror(error.errno or errno.EIO), where=str(self.path))
 
     def _move_aside(self) -> Path:
-        if not self.path.is_file():
-            return self.path
-        number = 1
-        while (kept := self.path.with_name(f"{self.path.name}.corrupt-{number}")).exists():
-            number += 1
-        self.path.rename(kept)
-        return kept
+        return (set_aside(self.path) if self.path.is_file() else None) or self.path
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -111,42 +106,6 @@ class PlanStore:
         with file:
             _take(file.fileno())
             yield  # closing the file gives the lock back, also when the process dies
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path``, sync it, and rename it over ``path``; on failure ``path`` stays as it was."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; it takes the place of ``path`` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        words = _("the disk is full") if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
-        raise InputError(
-            _("cannot be written: {why}; what stood there before is kept").format(why=words), where=str(path)
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can: the rename itself has happened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _take(descriptor: int) -> None:

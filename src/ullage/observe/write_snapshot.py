@@ -6,7 +6,6 @@ their order); pytorch issue 183842: PyTorch's web viewer reads protocol 4 and no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +16,7 @@ from ullage.allocator.export import Recorded
 from ullage.allocator.metrics import free_gaps
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.stacks import NO_STACK, Stacks
+from ullage.files import replacing
 
 #: A frame of the pickle ends when it holds this many bytes (cpython@3.14:Lib/pickle.py:_FRAME_SIZE_TARGET), a list is
 #: filled in batches of so many items (_BATCHSIZE).
@@ -40,13 +40,8 @@ def write_snapshot(
         share_stacks: write each distinct stack once; PyTorch writes a list of its own for each allocation.
         progress: called with the number of events written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            _Writer(file, share_stacks=share_stacks, progress=progress).snapshot(devices)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        _Writer(file, share_stacks=share_stacks, progress=progress).snapshot(devices)
 
 
 class _Writer:

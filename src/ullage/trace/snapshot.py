@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from ullage.allocator.events import SEGMENT_ALLOC, SEGMENT_FREE, SEGMENT_MAP, SE
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.simulate import Allocator
 from ullage.allocator.state import IN_USE, UNMAPPED, Block, FreeSet
-from ullage.errors import InputError
-from ullage.i18n import _
+from ullage.files import replacing
 from ullage.trace.events import Allocation, Trace
 
 _DRIVER = {
@@ -30,16 +28,8 @@ def write_snapshot(path: Path, trace: Trace, settings: AllocatorSettings, *, tex
         InputError: the file cannot be written.
     """
     value = _Writer(trace, settings).run(text)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            pickle.dump(value, file, protocol=4)
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(
-            _("cannot write it: {reason}").format(reason=error.strerror or type(error).__name__), where=str(path)[:200]
-        ) from None
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        pickle.dump(value, file, protocol=4)
 
 
 class _Writer:

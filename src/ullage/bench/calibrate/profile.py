@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ullage.bench.curves import median
-from ullage.catalog.calibration import FORMAT, read_profile, set_aside
+from ullage.catalog.calibration import FORMAT, read_profile
 from ullage.errors import InputError
+from ullage.files import set_aside, write_whole
 from ullage.i18n import _
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -129,24 +128,10 @@ def save_profile(path: Path, profile: Mapping[str, Any]) -> None:
     Raises:
         InputError: the folder or file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _keep_if_corrupt(path)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(profile, file, indent=1, ensure_ascii=False, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(_("cannot be written ({reason})").format(reason=error.strerror), where=str(path)) from None
+    text = json.dumps(profile, indent=1, ensure_ascii=False, allow_nan=False)
+    if path.is_file():
+        _keep_if_corrupt(path)
+    write_whole(path, text + "\n", make_folder=True)
 
 
 def _keep_if_corrupt(path: Path) -> None:

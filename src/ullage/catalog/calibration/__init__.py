@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ullage.errors import InputError
+from ullage.files import set_aside
 from ullage.i18n import _
 from ullage.spec.machine import Calibration, Figure, Gpu
 
@@ -176,15 +177,3 @@ def calibration_of(profile: dict[str, Any]) -> Calibration:
             if figure.get("unit") == "bytes"
         ),
     )
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename a corrupt file to ``NAME.corrupt-N`` and return that; None where it cannot be renamed."""
-    for number in range(1, 1000):
-        kept = path.with_name(f"{path.name}.corrupt-{number}")
-        if not kept.exists():
-            try:
-                return path.rename(kept)
-            except OSError:
-                return None
-    return None

@@ -7,14 +7,14 @@ values are escaped; figures are plain plotly dicts that the page gives its own c
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ullage.errors import InputError, MissingExtraError
+from ullage.errors import MissingExtraError
+from ullage.files import write_whole
 from ullage.i18n import _
 
 #: A page larger than this makes browsers slow; what is drawn is aggregated before (see figures.py).
@@ -89,15 +89,7 @@ def write_page(
         InputError: the file cannot be written.
     """
     text = render(title=title, subtitle=subtitle, sections=sections, lang=lang, status=status, facts=facts, notes=notes)
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        reason = error.strerror or type(error).__name__
-        raise InputError(_("cannot write it: {reason}").format(reason=reason), where=str(path)[:200]) from None
+    write_whole(Path(path), text)
 
 
 def render(
