@@ -69,6 +69,8 @@ def bench_train(asked: TrainBench, ranks: Ranks, progress: Callable[[str], None]
     def run(script: list[loads.ScriptStep]) -> Outcome:
         order = Order(target=asked.target, device=asked.device, script=tuple(script), memory_limit_bytes=limit)
         outcome = run_order(order, ranks, asked.timeout)
+        if outcome.died and outcome.died["cause"] == "input":
+            raise InputError(outcome.died["detail"])
         if outcome.died and outcome.died["cause"] == "error":
             raise InputError(
                 _("the step failed, and not of memory: {detail}").format(detail=outcome.died["detail"]),

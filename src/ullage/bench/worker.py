@@ -18,6 +18,7 @@ from ullage.bench.curves import Sample, StepRow, plain, thinned
 from ullage.bench.loads import ScriptStep
 from ullage.bench.meters import CudaMeter, Meter, ProcessMeter, Sampler
 from ullage.bench.target import Target, build, from_json, to_json
+from ullage.errors import UllageError
 
 #: Words of a failed allocation in errors that are not ``torch.OutOfMemoryError``.
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
@@ -125,15 +126,19 @@ def _run_step(one: ScriptStep, step: Any, sampler: Sampler) -> list[StepRow]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return ``memory`` for a failed allocation, else ``error``."""
+    """Return ``memory`` for a failed allocation, ``input`` for what ullage itself refuses, else ``error``."""
     import torch
 
+    if isinstance(error, UllageError):
+        return "input"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "memory"
     return "memory" if any(words.lower() in str(error).lower() for words in MEMORY_WORDS) else "error"
 
 
 def _sentence(error: BaseException) -> str:
+    if isinstance(error, UllageError):
+        return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
