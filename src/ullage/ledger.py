@@ -114,6 +114,19 @@ def total(name: str, children: Iterable[Term], *, formula: str = "", source: str
     )
 
 
+def merged(terms: Iterable[Term]) -> list[Term]:
+    """Return one term for each name, in order of first mention: the chunks of a pipeline stage become one row."""
+    found: dict[str, list[Term]] = {}
+    for term in terms:
+        found.setdefault(term.name, []).append(term)
+    return [
+        alike[0]
+        if len(alike) == 1
+        else total(name, alike, source=next((one.source for one in alike if one.source), ""))
+        for name, alike in found.items()
+    ]
+
+
 class Ledger(Frozen):
     """The memory of one rank at one moment.
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import ullage
 from ullage.fitting import fit_serving
+from ullage.ledger import Certainty, exact, merged, ranged
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.report.json import fit_json
@@ -108,3 +109,12 @@ def test_sources_are_shortened(source, short):
 def test_bars(share, text):
     assert bar(share, 8).endswith(text)
     assert len(bar(share, 8)) == 13
+
+
+def test_terms_of_one_name_are_one_row():
+    """The chunks of a pipeline stage keep activations each; a person reads their sum, and nothing is lost."""
+    terms = [ranged("activations", 5, low=3, high=9), exact("weights", 2), exact("activations", 4)]
+    found = merged(terms)
+    assert [term.name for term in found] == ["activations", "weights"]
+    assert (found[0].bytes, found[0].low_bytes, found[0].high_bytes) == (9, 7, 13)
+    assert found[0].certainty is Certainty.MODELLED and found[1] is terms[1]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ullage.fitting import Advice, FitResult, job_summary
 from ullage.i18n import _
-from ullage.ledger import Certainty, Ledger, Term
+from ullage.ledger import Certainty, Ledger, Term, merged
 from ullage.report.json import metrics as metrics_of
 from ullage.units import format_bytes
 
@@ -90,7 +90,7 @@ def _print_verdict(out: Console, result: FitResult) -> None:
 
 def print_terms(out: Console, ledger: Ledger, total: float, reserve_bytes: int) -> None:
     """Print the terms of a ledger, largest first, against a device of ``total`` bytes."""
-    terms = sorted(ledger.terms(), key=lambda term: -term.bytes)
+    terms = sorted(merged(ledger.terms()), key=lambda term: -term.bytes)
     small = [term for term in terms if term.high_bytes < SMALL_SHARE * total]
     small = small if len(small) >= 3 else []
     rows = [
@@ -175,12 +175,10 @@ def _print_largest(out: Console, result: FitResult) -> None:
             count=_count(most.value) + spread, context=result.context
         ),
     )
-    print_line(
-        out,
-        _("{context:,} tokens in each of {count:,} requests").format(
-            context=result.max_context, count=result.concurrency
-        ),
-    )
+    one = _("one request of {context:,} tokens")
+    several = _("{context:,} tokens in each of {count:,} requests")
+    words = one if result.concurrency == 1 else several
+    print_line(out, words.format(context=result.max_context, count=result.concurrency))
     points = " · ".join(f"{_short(point.context)} x {point.concurrency:,}" for point in result.curve)
     if points:
         print_line(out, escape(_("context x requests: {points}").format(points=points)))
@@ -209,7 +207,7 @@ def _print_advice(out: Console, result: FitResult) -> None:
     title = _("More room") if result.verdict == "fits" else _("Cheapest changes")
     out.print(f"\n[bold]{title}[/bold]")
     for item in result.advice[:ADVICE_SHOWN]:
-        gives = _("{size} per GPU, {verdict}, {count:,} requests").format(
+        gives = _("{size} more room per GPU, {verdict}, {count:,} requests").format(
             size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict), count=item.max_concurrency
         )
         print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(_costs(item))})[/dim]")
