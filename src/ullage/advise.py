@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from itertools import combinations
 
@@ -162,6 +163,8 @@ def fit_line(result: FitResult) -> str:
     parts.append(f"--engine {job.engine}@{shell(job.engine_version)}")
     if job.engine in ELASTIC_POOLS:
         parts.append(f"--tp {job.parallel.tensor_parallel_size}")
+    if result.asked.quantization:
+        parts.append(f"--quantization {shlex.quote(result.asked.quantization)}")
     parts.append(f"--context {result.context} --concurrency {result.concurrency}")
     return " ".join(parts)
 
@@ -176,30 +179,44 @@ def _merge_flags(line: str, flags: str) -> str:
     return " ".join(words + new)
 
 
+def _weights_words(job: ServingJob) -> tuple[str, str]:
+    """Return what stands for the model in a launch line, and the flag that makes the engine quantise it."""
+    name = job.quantization
+    if not name or job.engine not in ELASTIC_POOLS:
+        return job.model.name, ""
+    if job.model.quantization is None:
+        from ullage.read.quantization_names import MADE_AT_LOAD, named_quantization
+
+        method = named_quantization(name, job.model).method
+        return job.model.name, f"--quantization {MADE_AT_LOAD.get(method, name)}"
+    return shlex.quote(_("{model} in {scheme}").format(model=job.model.name, scheme=name)), ""
+
+
 def launch_line(result: FitResult) -> str:
     """Return the engine's own launch line for this job."""
     job, asked, parallel = result.job, result.asked, result.job.parallel
     if job.native:
         return job.native
+    model, quantization = _weights_words(asked)
     if job.engine == "vllm":
-        parts = [f"vllm serve {job.model.name}", f"--max-model-len {result.context}"]
+        parts = [f"vllm serve {model}", f"--max-model-len {result.context}"]
         names = ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
         tail = [
             "--enable-expert-parallel" if parallel.expert_parallel else "",
             f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
-            f"--quantization {asked.quantization}" if asked.quantization else "",
+            quantization,
             f"--max-num-seqs {asked.max_num_seqs}" if asked.max_num_seqs else "",
             f"--max-num-batched-tokens {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
             "--enforce-eager" if asked.enforce_eager else "",
             f"--gpu-memory-utilization {asked.memory_fraction}" if asked.memory_fraction else "",
         ]
     elif job.engine == "sglang":
-        parts = [f"python -m sglang.launch_server --model-path {job.model.name}", f"--context-length {result.context}"]
+        parts = [f"python -m sglang.launch_server --model-path {model}", f"--context-length {result.context}"]
         names = ("--tp-size", "--pp-size", "--dp-size")
         tail = [
             "--enable-dp-attention" if parallel.dp_attention else "",
             f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
-            f"--quantization {asked.quantization}" if asked.quantization else "",
+            quantization,
             f"--max-running-requests {asked.max_num_seqs}" if asked.max_num_seqs else "",
             f"--chunked-prefill-size {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
             f"--mem-fraction-static {asked.memory_fraction}" if asked.memory_fraction else "",

@@ -33,6 +33,44 @@ def parse_engine(text: str) -> tuple[str, str]:
     return name, version or newest_version(name)
 
 
+def requantised(job: ServingJob) -> ServingJob:
+    """Return the job with the model that its ``quantization`` asks for; llama.cpp's types are those of GGUF files.
+
+    Raises:
+        InputError: a quantisation that is not known.
+    """
+    name = job.quantization
+    if not name:
+        return job
+    gguf = name.lower().startswith("gguf")
+    if job.engine not in ELASTIC_POOLS:
+        return replace(job, quantization=_gguf_type(name))
+    if gguf:
+        raise InputError(
+            _("what {engine} holds of a GGUF file of type {name} is not counted").format(
+                engine=job.engine, name=name[:40]
+            ),
+            where="--quantization",
+            remedy=_("ask llama.cpp with --engine llamacpp, or name the .gguf file as the model"),
+        )
+    from ullage.read.quantization_names import release
+
+    model, left = release(job.model, name)
+    return replace(job, model=model, quantization=left)
+
+
+def _gguf_type(name: str) -> str:
+    from ullage.engines.llamacpp.recipe import file_type
+
+    if file_type(name) is None:
+        raise InputError(
+            _("{name!r} names no type of GGUF files").format(name=name[:40]),
+            where="--quantization",
+            remedy=_("such types are Q4_K_M, Q8_0, IQ2_XXS, MXFP4, BF16"),
+        )
+    return name if name.lower().startswith("gguf") else f"gguf:{name}"
+
+
 def newest_version(engine: str) -> str:
     """Return the newest version of an engine that is mirrored."""
     versions: tuple[str, ...] = tuple(import_module(SERVING_ENGINES[engine]).VERSIONS)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import fake_engine
 import pytest
 
-from ullage.advise import candidates
+from ullage.advise import candidates, fit_line, launch_line
 from ullage.engines.serving import Amount
 from ullage.errors import InputError, LayoutError
 from ullage.fitting import fit_serving, parse_reserve
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
-from ullage.request import default_parallel, serving_job
+from ullage.request import default_parallel, requantised, serving_job
 from ullage.spec.serving import ServingParallel
 from ullage.units import GiB, MiB
 
@@ -225,3 +225,50 @@ def test_an_infinite_pool_is_not_a_crash():
 def test_amounts_of_the_device_come_from_the_job_when_stated():
     result = fit(job(device_total_bytes=20 * GiB))
     assert result.total_bytes == Amount(value=20 * GiB, low=20 * GiB, high=20 * GiB)
+
+
+def as_asked(model, name, engine="vllm"):
+    return requantised(replace(job(model=model), quantization=name, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "left", "method"),
+    [
+        ("deepseek-v3", "fp8", None, "fp8"),  # what the checkpoint is
+        ("nvidia/DeepSeek-V3.1-NVFP4", "modelopt_fp4", None, "modelopt"),  # the engine's word for what it is
+        ("deepseek-v3", "awq", "awq", "awq_int4"),  # another release
+        ("deepseek-v3", "w4afp8", "w4afp8", "w4afp8"),
+        ("qwen3-8b", "awq", "awq", "awq_int4"),  # engines cannot make it
+        ("qwen3-8b", "fp8", "fp8", None),  # engines make it while they load
+    ],
+)
+def test_a_quantisation_that_is_asked_for_is_counted_or_refused_never_passed_over(model, name, left, method):
+    found = as_asked(model, name)
+    held = found.model.quantization
+    assert (found.quantization, held.method if held else None) == (left, method)
+    assert any("release" in said for said in found.model.assumed) == (left is not None and method is not None)
+
+
+def test_gguf_types_need_no_prefix_for_llama_cpp():
+    assert as_asked("qwen3-8b", "Q4_K_M", engine="llamacpp").quantization == "gguf:Q4_K_M"
+    with pytest.raises(InputError, match="Q4_K_M"):
+        as_asked("qwen3-8b", "int4", engine="llamacpp")
+    with pytest.raises(InputError, match="awq_int4"):
+        as_asked("qwen3-8b", "fp3")
+    with pytest.raises(InputError, match="llamacpp"):
+        as_asked("deepseek-v3", "gguf:Q4_K_M")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "words"),
+    [
+        ("deepseek-v3", "awq", "vllm serve 'deepseek-ai/DeepSeek-V3 in awq'"),
+        ("qwen3-8b", "nf4", "--quantization bitsandbytes"),
+        ("qwen3-8b", None, "vllm serve Qwen/Qwen3-8B "),
+    ],
+)
+def test_the_launch_line_names_a_release_or_what_the_engine_makes(model, name, words):
+    asked = as_asked(model, name)
+    result = fit(asked, advise=False)
+    assert words in launch_line(result)
+    assert (f"--quantization {name}" in fit_line(result)) == (name is not None)

@@ -217,14 +217,15 @@ def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
         "num_speculative_tokens": arguments.mtp,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if arguments.quantization and not arguments.quantization.lower().startswith("gguf"):
-        from ullage.read.quantization_names import named_quantization
-
-        named_quantization(arguments.quantization, job.model)  # refuses a name that is not known
     if arguments.ep is not None:
         size = arguments.ep or None
         changes["parallel"] = replace(job.parallel, expert_parallel=True, expert_parallel_size=size)
-    return replace(job, **changes)
+    changed = replace(job, **changes)
+    if arguments.quantization is None:
+        return changed
+    from ullage.request import requantised
+
+    return requantised(changed)
 
 
 def _from_line(arguments: argparse.Namespace) -> ServingJob:

@@ -14,7 +14,7 @@ from ullage.i18n import _
 from ullage.read.jsonfile import MAX_CONFIG_BYTES, is_file
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
-from ullage.request import check_layout, parse_engine
+from ullage.request import check_layout, parse_engine, requantised
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 from ullage.spec.serving import ServingJob
@@ -54,7 +54,7 @@ def read_launch_line(
 
     reader = _READERS.get(engine, _llamacpp)
     job = reader(version, line, parse_machine(machine), load)
-    return check_layout(replace(job, engine=engine, native=line))
+    return check_layout(requantised(replace(job, engine=engine, native=line)))
 
 
 def line_of(text: str) -> str:

@@ -15,11 +15,11 @@ from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.quantization import formats
-from ullage.read.hf_config.quantization.methods import Rules, all_linear
+from ullage.read.hf_config.quantization.methods import Rules, all_linear, mixed_experts
 from ullage.spec.model import LatentAttention, Model, MoEFFN, Quantization, QuantRule
 from ullage.units import plain
 
-__all__ = ["NAMES", "named_quantization"]
+__all__ = ["MADE_AT_LOAD", "NAMES", "assumption", "named_quantization", "release"]
 
 
 class _Named(Frozen):
@@ -97,9 +97,15 @@ NAMES: dict[str, _Named] = {
     "bnb_fp4": _Named(rules=lambda model: all_linear(formats.bnb_4bit("fp4")), methods=("bitsandbytes",)),
     "bnb_int8": _Named(rules=lambda model: all_linear(formats.int8_per_row("float32")), methods=("bitsandbytes",)),
     "experts_int8": _Named(rules=_experts_int8),
+    "w4afp8": _Named(rules=lambda model: mixed_experts(formats.w4afp8(), formats.fp8_block()), methods=("w4afp8",)),
     "2:4": _Named(rules=_sparse(2, 4)),
     "4:8": _Named(rules=_sparse(4, 8)),
 }
+#: What engines make of 16-bit weights while they load them -> their word for it.
+#: Source: vllm@0.33.0:vllm/model_executor/layers/quantization/__init__.py; sglang@0.5.23:srt/layers/quantization.
+MADE_AT_LOAD = {
+    "fp8": "fp8", "mxfp8": "mxfp8", "ptpc_fp8": "ptpc_fp8", "experts_int8": "experts_int8", "bnb_nf4": "bitsandbytes",
+}  # fmt: skip
 _ALIASES = {
     "awq": "awq_int4",
     "awq_marlin": "awq_int4",
@@ -126,6 +132,9 @@ _ALIASES = {
     "bitsandbytes": "bnb_nf4",
     "bnb": "bnb_nf4",
     "int4_compressed_tensors": "int4",
+    "w4a16": "int4",
+    "moe_wna16": "int4",
+    "int4_w4a16": "int4",
 }
 MAX_NAME = 200
 
@@ -154,9 +163,9 @@ def named_quantization(name: str, model: Model) -> Quantization:
     """
     key = _canonical(name)
     own = model.quantization
+    if own is not None and (own.method in name.lower() if key is None else _own_words(name, own.method)):
+        return own
     if key is None:
-        if own is not None and own.method in name.lower():
-            return own
         raise InputError(
             _("unknown quantisation {name!r}").format(name=name[:80]),
             remedy=_("known are {known}; GGUF types are written gguf:Q4_K_M").format(known=", ".join(NAMES)),
@@ -165,6 +174,33 @@ def named_quantization(name: str, model: Model) -> Quantization:
     if own is not None and any(own.method.startswith(method) for method in named.methods):
         return own
     return Quantization(method=key, rules=named.rules(model))
+
+
+def _own_words(name: str, method: str) -> bool:
+    """Tell an engine's name for the checkpoint's own method: ``modelopt_fp4`` for ``modelopt``."""
+    return re.fullmatch(rf"{re.escape(method)}(?:[_-](?:fp4|fp8|mixed|marlin))?", name.strip().lower()) is not None
+
+
+def release(model: Model, name: str) -> tuple[Model, str | None]:
+    """Return the model as people mean it who ask for weights in ``name``, and what is left for the engine to make.
+
+    A checkpoint that is stored so stays, and so do 16-bit weights that engines quantise while they load them
+    (:data:`MADE_AT_LOAD`); else a release that is stored so is meant: engines refuse to read a checkpoint by another
+    method than its own (vllm@0.33.0:vllm/config/model.py:_verify_quantization).
+
+    Raises:
+        InputError: the name is not known.
+    """
+    found = named_quantization(name, model)
+    if found == model.quantization:
+        return model, None
+    if model.quantization is None and found.method in MADE_AT_LOAD:
+        return model, name
+    said = [_("weights as a usual release in {name} stores them").format(name=name[:40])]
+    if model.quantization is not None:
+        said[0] += _("; {model} itself is in {own}").format(model=model.name, own=model.quantization.method)
+    said += [assumption(name)] if assumption(name) else []
+    return replace(model, quantization=found, assumed=(*model.assumed, *said)), name
 
 
 def assumption(name: str) -> str:

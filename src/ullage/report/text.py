@@ -58,7 +58,7 @@ def _print_verdict(out: Console, result: FitResult) -> None:
         f"[bold {colour}]{mark} {verdict_word(result.verdict)}[/bold {colour}]  "
         + escape(
             _("{model} on {count} x {gpu}, {engine} {version}").format(
-                model=job.model.name,
+                model=job.model.name + (f" ({job.quantization})" if job.quantization else ""),
                 count=machine.num_gpus,
                 gpu=machine.gpu.name,
                 engine=job.engine,

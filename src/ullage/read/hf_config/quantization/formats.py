@@ -98,6 +98,15 @@ def int_packed(
     )
 
 
+def w4afp8() -> WeightFormat:
+    """Experts of SGLang's w4afp8: two 4-bit integers a byte, a bf16 scale per 128 once loaded, one for the input.
+
+    Source: sglang@0.5.23:python/sglang/srt/layers/quantization/w4afp8.py:W4AFp8MoEMethod.create_weights,
+        process_weights_after_loading.
+    """
+    return WeightFormat(name="w4afp8 group 128", dtype="int4", block=(1, 128), scale_dtype="bfloat16", tensor_scales=1)
+
+
 def int8_per_row(scale_dtype: str = "bfloat16") -> WeightFormat:
     """int8 values, one scale per output row (compressed-tensors w8a8; bitsandbytes SCB is fp32)."""
     return WeightFormat(name="int8 per row", dtype="int8", block=(1, 0), scale_dtype=scale_dtype)

@@ -115,6 +115,20 @@ def _mxfp4(part: Keys, context: Context) -> Rules:
     return (*keep(skipped), experts, QuantRule(pattern="", format=None))
 
 
+def _w4afp8(part: Keys, context: Context) -> Rules:
+    """w4afp8: routed experts in 4 bit, every other linear layer in fp8 of 128 x 128 whatever the file says.
+
+    Source: sglang@0.5.23:python/sglang/srt/layers/quantization/w4afp8.py:W4AFp8Config.
+    """
+    skipped = fold_modules(names(part, "modules_to_not_convert", "ignored_layers"), num_layers=context.num_layers)
+    return mixed_experts(formats.w4afp8(), formats.fp8_block(), skipped)
+
+
+def mixed_experts(experts: WeightFormat, others: WeightFormat, skipped: Iterable[str] = ()) -> Rules:
+    """Return rules for routed experts in one format and every other linear layer of a DeepSeek-like file in another."""
+    return (QuantRule(pattern=r"\.experts\.", format=experts), *all_linear(others, (*skipped, _PLAIN_IN_DEEPSEEK)))
+
+
 def _bits(part: Keys, *keys: str, default: int | None = None) -> int:
     bits = part.first_integer(*keys, default=default, high=8) if default else part.first_integer(*keys, high=8)
     if formats.int_dtype(bits) is None:
@@ -231,6 +245,7 @@ SIMPLE: dict[str, Callable[[Keys, Context], Rules]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "mxfp4": _mxfp4,
+    "w4afp8": _w4afp8,
     "awq": _awq,
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,
