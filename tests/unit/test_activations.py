@@ -8,6 +8,9 @@ import pytest
 
 from ullage.account.activations import kernels
 from ullage.account.activations.backward import backward_points
+from ullage.account.activations.blocks import Style, Training
+from ullage.account.activations.decoder import Slice, decoder_graph
+from ullage.account.activations.graph import saved_bytes
 from ullage.account.activations.layer import layer_table
 from ullage.account.activations.logits import LossRecipe, liger_chunk, loss_peak
 from ullage.account.activations.recompute import is_recomputed, layer_memory
@@ -103,9 +106,36 @@ def test_latent_attention_expands_to_all_heads() -> None:
 
 
 def test_a_part_without_a_table_is_an_error() -> None:
-    layer = replace(DENSE, mixers=(spec.ShortConvolution(size=HIDDEN, conv_kernel=3),))
-    with pytest.raises(UnknownArchitectureError, match="ShortConvolution"):
+    layer = replace(DENSE, mixers=(spec.LightningAttention(num_heads=8, head_dim=128),))
+    with pytest.raises(UnknownArchitectureError, match="LightningAttention"):
         layer_table(layer, HIDDEN, SHAPE, FLASH)
+
+
+def test_a_fall_back_that_is_not_known_is_an_error() -> None:
+    state = spec.Mamba2(num_heads=8, head_dim=64, state_size=128, num_groups=1, conv_kernel=4)
+    layer = replace(DENSE, mixers=(state,))
+    assert layer_table(layer, HIDDEN, SHAPE, FLASH)
+    with pytest.raises(UnknownArchitectureError, match="without its kernels"):
+        layer_table(layer, HIDDEN, SHAPE, replace(FLASH, recurrent="torch"))
+
+
+RECURRENT = [
+    spec.GatedDeltaNet(num_k_heads=16, num_v_heads=32, k_head_dim=128, v_head_dim=128, conv_kernel=4),
+    spec.KimiDeltaAttention(num_heads=32, head_dim=128, conv_kernel=4, gate_rank=128, output_gate_rank=128),
+    spec.Mamba2(num_heads=48, head_dim=64, state_size=128, num_groups=1, conv_kernel=4),
+    spec.Mamba(inner_size=8192, state_size=16, conv_kernel=4, dt_rank=256, inner_norms=True),
+    spec.ShortConvolution(size=HIDDEN, conv_kernel=3),
+]
+
+
+@pytest.mark.parametrize("mixer", RECURRENT, ids=lambda mixer: type(mixer).__name__)
+def test_a_graph_keeps_of_a_recurrent_mixer_what_its_table_says(mixer: spec.Mixer) -> None:
+    layer = replace(DENSE, mixers=(mixer,))
+    style, slice_ = Style(norm="fused", rope="fused", fused_qkv=False), Slice(batch=1, seq_len=TOKENS)
+    in_graph = saved_bytes(decoder_graph(layer, HIDDEN, slice_, style, Training()))
+    table = layer_table(layer, HIDDEN, SHAPE, replace(FLASH, norm="fused"))
+    assert in_graph == pytest.approx(table_bytes(table), rel=1e-6)
+    assert any(point.name == "recurrence" for point in backward_points(layer, HIDDEN, SHAPE, FLASH, table))
 
 
 def test_recompute_leaves_the_input_or_what_no_module_gives_back() -> None:

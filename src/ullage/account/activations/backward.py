@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ullage.account.activations.recurrent import recurrent_core
 from ullage.account.activations.saved import Implementation, SavedTensor, Shape, table_bytes
 from ullage.frozen import Frozen
 from ullage.spec import model as spec
@@ -53,6 +54,9 @@ def backward_points(
             found.append(_attention(mixer, layer, hidden_size, residual, shape, implementation, table))
             if recomputed and implementation.attention in ("eager", "unfused"):
                 found.append(_scores_again(mixer, layer, hidden_size, residual, shape, implementation, table))
+            continue
+        recurrence = _recurrence(mixer, layer, hidden_size, residual, shape, implementation, table)
+        found += [recurrence] if recurrence else []
     return tuple(found) or (Point(name="layer", extra_bytes=residual),)
 
 
@@ -208,6 +212,29 @@ def _attention(
     made = output + tokens * (heads * dim + kv_heads * (dim + v_dim)) * width
     made += _kernel_bytes(heads, kv_heads, dim, v_dim, shape, implementation)
     return Point(name="attention", extra_bytes=residual + made - done, num_weights=weights)
+
+
+def _recurrence(
+    mixer: spec.Mixer,
+    layer: spec.Layer,
+    hidden_size: int,
+    residual: int,
+    shape: Shape,
+    implementation: Implementation,
+    table: Table,
+) -> Point | None:
+    """A recurrent mixer's own backward: feed-forward block, second norm, output projection and gate are done."""
+    core = recurrent_core(mixer, implementation.recurrent, tensor_parallel_size=shape.tensor_parallel_size)
+    if core is None:
+        return None
+    width = int(dtype_bytes(implementation.compute_dtype))
+    done = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
+    done += sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
+    done += _rows(table, f"{core.out_name}.input", mixer.prefix) + _rows(table, f"{mixer.prefix}.{core.out_name}.lora")
+    done += shape.num_tokens * core.row_bytes(width, trained=implementation.trained, behind_only=True)
+    weights = sum(_ffn_weights(ffn, hidden_size) for ffn in layer.ffns) + core.out_width * hidden_size
+    made = shape.num_tokens * core.work_bytes(width)
+    return Point(name="recurrence", extra_bytes=residual + made - done, num_weights=weights)
 
 
 def _scores_again(

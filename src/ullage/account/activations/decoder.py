@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from ullage.account.activations.blocks import Builder, Style, Training
 from ullage.account.activations.graph import Graph
+from ullage.account.activations.recurrent import RECURRENT, recurrent_core
 from ullage.errors import LayoutError, UnknownArchitectureError
 from ullage.i18n import _
 from ullage.spec import model as spec
@@ -101,6 +102,8 @@ def _part(build: Builder, part: object, x: str, number: int, hidden_size: int, s
         return _ffn(build, part, x, f"ffn{number}", hidden_size, split, slice_.num_tokens)
     if isinstance(part, spec.MoEFFN):
         return _moe(build, part, x, number, hidden_size, slice_)
+    if isinstance(part, RECURRENT):
+        return _recurrent(build, part, x, number, hidden_size, slice_)
     raise UnknownArchitectureError(
         _("what training keeps of a {part} layer is not known yet").format(part=type(part).__name__)
     )
@@ -214,6 +217,28 @@ def _latent(build: Builder, part: spec.LatentAttention, x: str, number: int, hid
         head_dim=nope + rope,
     )
     return build.linear(f"{at}.o", core, heads * v_dim, hidden_size, names=("o_proj",))
+
+
+def _recurrent(build: Builder, part: object, x: str, number: int, hidden_size: int, slice_: Slice) -> str:
+    """A recurrent mixer: its projections, one operation that keeps what the table says, its output projection.
+
+    Projections whose output is kept are held by the operation itself; temporaries are those of its backward.
+    """
+    core = recurrent_core(part, tensor_parallel_size=slice_.tensor_parallel_size)
+    assert core is not None
+    n, e, at = slice_.num_tokens, build.style.element_bytes, f"recurrent{number}"
+    projected = [build.linear(f"{at}.{name}", x, hidden_size, width, names=(name,)) for name, width in core.projections]
+    out = build.op(
+        f"{at}.core",
+        n * core.out_width * e,
+        projected,
+        aside_bytes=n * core.row_bytes(e, trained=build.training.base),
+        grad_work_bytes=n * core.work_bytes(e),
+    )
+    if core.keeps_out_input:
+        return build.linear(f"{at}.out", out, core.out_width, hidden_size, names=(core.out_name,))
+    weights = core.out_width * hidden_size * build.style.grad_bytes if build.training.base else 0
+    return build.op(f"{at}.out", n * hidden_size * e, (out,), kind="mm", weight_grad_bytes=weights)
 
 
 def _ffn(build: Builder, part: spec.DenseFFN, x: str, at: str, hidden_size: int, inner: int, rows: int) -> str:

@@ -11,6 +11,7 @@ from ullage.account.activations.ffn import dense_table
 from ullage.account.activations.latent import latent_table
 from ullage.account.activations.moe import moe_table
 from ullage.account.activations.norms import norm_table
+from ullage.account.activations.recurrent import RECURRENT, recurrent_table
 from ullage.account.activations.saved import Implementation, SavedTensor, Shape
 from ullage.errors import UnknownArchitectureError
 from ullage.i18n import _
@@ -21,6 +22,7 @@ _TABLES: dict[type, Callable[[Any, int, Shape, Implementation], tuple[SavedTenso
     spec.LatentAttention: latent_table,
     spec.DenseFFN: dense_table,
     spec.MoEFFN: moe_table,
+    **dict.fromkeys(RECURRENT, recurrent_table),
 }
 
 

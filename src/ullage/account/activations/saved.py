@@ -103,6 +103,7 @@ class Implementation(Frozen):
         ffn_dtype: of feed-forward blocks where it is not the compute dtype (quantised linears answer in the format of
             their input).
         softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).
+        recurrent: delta rules and state-space layers run by the packages written for them, or by PyTorch alone.
     """
 
     attention: Literal["flash", "sdpa", "eager", "unfused", "te"] = "sdpa"
@@ -121,6 +122,7 @@ class Implementation(Frozen):
     router_wide: bool = False
     softmax_dtype: str = "float32"
     ffn_dtype: str | None = None
+    recurrent: Literal["packages", "torch"] = "packages"
 
 
 class Keeper(Frozen):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ullage.account.activations.logits import LossRecipe
+from ullage.account.activations.recurrent import RECURRENT
 from ullage.account.activations.saved import Implementation
 from ullage.account.lora import AdapterPrecision
 from ullage.errors import InputError
@@ -158,8 +159,15 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
         assumed.append(_("optimizer implementation: {impl}").format(impl=impl))
     if any(getattr(mixer, "indexer", None) for layer in job.model.layers for mixer in layer.mixers):
         assumed.append(_("sparse attention is trained densely: the indexer's own tensors are not counted"))
+    if "recurrent_kernels" not in dict(job.flags) and has_recurrent(job):
+        assumed.append(_("recurrent layers run by flash-linear-attention, mamba-ssm and causal-conv1d"))
     filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
     return filled, replace(_recipe(filled, version), impl_assumed=job.optimizer_impl is None)
+
+
+def has_recurrent(job: TrainingJob) -> bool:
+    """Return whether a layer has a delta rule, a state space or a short convolution."""
+    return any(isinstance(mixer, RECURRENT) for layer in job.model.layers for mixer in layer.mixers)
 
 
 def refuse(job: TrainingJob) -> None:
@@ -258,6 +266,7 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
         router_dtype=compute if _narrow_routing(job) else "float32",
         router_wide=architecture in WIDE_ROUTER and version >= GROUPED_EXPERTS,
         softmax_dtype=compute if architecture in PLAIN_SOFTMAX else "float32",
+        recurrent="torch" if dict(job.flags).get("recurrent_kernels") == "torch" else "packages",
     )
 
 
