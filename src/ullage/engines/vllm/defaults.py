@@ -105,11 +105,12 @@ def _older(number: str) -> bool:
 
 
 def _by_date(text: str) -> str | None:
-    """Return the newest known version released by the date in ``text``; a bare year says its end."""
+    """Return the newest known version released by the date in ``text``; a bare year or month says its middle."""
     match = _DATE.search(text)
     if match is None:
         return None
-    date = f"{match.group(1)}-{match.group(2) or '12'}-{match.group(3) or '31'}"
+    year, month, day = match.groups()
+    date = f"{year}-{month}-{day or '15'}" if month else f"{year}-07-01"
     released = [version for version in VERSIONS if _catalog()["versions"]["values"][version] <= date]
     return released[-1] if released else VERSIONS[0]
 
@@ -291,8 +292,11 @@ def _batch(job: ServingJob, version: Version, length: int, chunked: bool, assume
 def _batch_defaults(job: ServingJob, version: Version, length: int, chunked: bool) -> tuple[int, int]:
     """Return the version's defaults for this device, for the API server (``usage=llm`` in the flags: offline).
 
+    GB10 has the small defaults: NVML does not say its memory, which counts as none; 0.33 leaves it there by name.
+
     Source: vllm@0.33.0:vllm/engine/arg_utils.py:EngineArgs.get_batch_defaults;
-        vllm@0.8.5:vllm/engine/arg_utils.py:EngineArgs._set_default_args_v1; vllm@0.6.4:vllm/config.py:SchedulerConfig.
+        vllm@0.8.5:vllm/engine/arg_utils.py:EngineArgs._set_default_args_v1; vllm@0.6.4:vllm/config.py:SchedulerConfig;
+        vllm@0.32.0:vllm/platforms/cuda.py:NvmlCudaPlatform.get_device_total_memory (an error on GB10, caught there).
     """
     if version.engine == "V0":
         tokens = int(version.setting("chunked_prefill_tokens")) if chunked else max(length, 2048)
@@ -305,7 +309,7 @@ def _batch_defaults(job: ServingJob, version: Version, length: int, chunked: boo
     if rule.startswith("from_160_gib") and memory >= 160 * GiB:
         return 16384, 1024
     large = memory >= 70 * GiB and (rule == "from_70_gib" or "a100" not in name)
-    if rule.endswith("not_gb10") and job.machine.gpu.compute_capability == (12, 1):
+    if job.machine.gpu.compute_capability == (12, 1):
         large = False
     if large:
         return (16384 if offline else 8192), 1024

@@ -6,8 +6,10 @@ allocator gives back cached segments, so that it may even be negative. Ranges ar
 
 from __future__ import annotations
 
+from ullage.engines.vllm.backend import whole_graphs_of_drafts, workspace
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.layout import Stage
+from ullage.engines.vllm.runner import second_runner
 from ullage.ledger import Term, exact, ranged
 from ullage.spec import model as spec
 from ullage.units import GiB, KiB, MiB
@@ -55,6 +57,8 @@ def num_full(setup: Setup, captured: tuple[int, ...]) -> int:
     if setup.version.engine == "V0" or mode == "full":
         return len(captured)
     query = 1 + (setup.job.num_speculative_tokens or 0)
+    if query > 1 and not whole_graphs_of_drafts(setup):
+        return 0
     return sum(size <= (setup.job.max_num_seqs or 1) * query for size in captured) if mode != "piecewise" else 0
 
 
@@ -87,26 +91,33 @@ def cuda_graphs(setup: Setup, stage: Stage) -> Term:
 def estimate(setup: Setup, stage: Stage) -> Term:
     """Return the estimate that versions from 0.20.0 on take off the KV cache.
 
-    Formula: first capture + (sizes - 1) x max(second, 1 MiB) for each mode; the first captures overlap.
-    Source: vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory.
+    Formula: first runner: first capture + (sizes - 1) x max(second, 1 MiB) for each mode; the first captures overlap.
+        Second runner: nothing up to 0.28; then all that capturing takes (:func:`cuda_graphs`), whole graphs reckoned
+        from two. FlashInfer's workspace is made while a whole graph is captured, and counts.
+    Source: vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory; vllm@0.28.0:
+        vllm/v1/worker/gpu/model_runner.py:profile_cudagraph_memory; vllm@0.29.0:vllm/v1/worker/gpu/cudagraph_utils.py.
     Known error: see :func:`cuda_graphs`; the second capture is 1 to 8 MiB in published logs' totals.
     """
-    captured = sizes(setup)
+    captured, second = sizes(setup), second_runner(setup)
     applied = setup.truth(
         "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", bool(setup.version.setting("subtract_cuda_graphs"))
     )
     amd = setup.job.machine.gpu.vendor == "amd" and not setup.version.at_least("0.26.0")
-    if not captured or not applied or amd:
+    if not captured or not applied or amd or (second and not setup.version.setting("second_runner_profiles_graphs")):
         return exact("cuda_graph_estimate", 0, formula="not subtracted by this version or job")
-    descriptors = len(captured) + num_full(setup, captured)
+    full = num_full(setup, captured)
+    buffer = workspace(setup, stage).bytes if full else 0
     layers = stage.share.layers[1] - stage.share.layers[0]
-    each = max(MiB, layers * PIECE_BYTES // 4)
+    whole = max(MiB, layers * PIECE_BYTES // 4)
+    descriptors = full if second else len(captured) + full
+    pieces = cuda_graphs(setup, stage) if second else exact("pieces", 0, formula="two of each mode are captured")
     return ranged(
         "cuda_graph_estimate",
-        32 * MiB + descriptors * each,
-        low=descriptors * MiB,
-        high=128 * MiB + descriptors * 4 * each,
-        formula=f"32 MiB first capture + {descriptors} captured shapes x {each / MiB:.1f} MiB",
+        32 * MiB + buffer + descriptors * whole + pieces.bytes,
+        low=buffer + descriptors * MiB + pieces.low_bytes,
+        high=128 * MiB + buffer + descriptors * 4 * whole + pieces.high_bytes,
+        formula=f"32 MiB first capture + {descriptors} captured shapes x {whole / MiB:.1f} MiB + pieces "
+        f"{pieces.bytes / MiB:.0f} MiB + attention's workspace {buffer / MiB:.0f} MiB",
         source="vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory",
     )
 

@@ -70,30 +70,58 @@ def nccl_at_init(setup: Setup) -> Term:
     )
 
 
+#: A connection's receive buffers: LL (512 threads x 8 lines x 8 steps x 16 B), LL128 (640 x 120 x 8 x 8 B), Simple.
+CONNECTION_BYTES = 512 * 8 * 8 * 16 + 640 * 120 * 8 * 8 + 4 * MiB
+#: Channels of collectives over NVSwitch; those of multicast on Hopper and on Blackwell.
+CHANNELS, NVLS_CHANNELS_HOPPER, NVLS_CHANNELS_BLACKWELL = 24, 16, 24
+
+
+def nvswitch_buffers(setup: Setup) -> int:
+    """Return what the collectives of one node behind NVSwitch connect.
+
+    Formula: C x (1 + min(2, n - 1)) x (LL + LL128 + Simple) + (n > 2) x n x 2 x K x 1 MiB.
+    Symbols: C channels, n ranks: one neighbour in the ring, up to two in the tree (a chain within a node); K multicast
+        channels, each with 8 steps of 128 KiB for reduce and for broadcast and for every rank.
+    Source: nccl@2.27.5:src/init.cc (DEFAULT_BUFFSIZE and others), src/transport/nvls.cc:ncclNvlsBufferSetup,
+        ncclNvlsInit (no multicast for two GPUs up to 2.27), src/transport/p2p.cc:p2pRecvSetup; channels as its own
+        lines say ("24 coll channels, 16 nvls channels") on H100.
+    Known error: senders' records and rounding to 2 MiB add to it; what no message size chooses is not connected.
+    """
+    ranks, major = max(2, _ranks(setup)), (setup.job.machine.gpu.compute_capability or (9, 0))[0]
+    multicast = NVLS_CHANNELS_BLACKWELL if major == 10 else NVLS_CHANNELS_HOPPER
+    return CHANNELS * (1 + min(2, ranks - 1)) * CONNECTION_BYTES + (ranks > 2) * ranks * 2 * multicast * MiB
+
+
+def _several_nodes(setup: Setup) -> bool:
+    """Tell whether ranks talk over a network; boxes with unified memory have one GPU each."""
+    machine = setup.job.machine
+    backend = setup.flag("distributed_executor_backend").lower()
+    return machine.num_nodes > 1 or "nodes" in backend or (machine.gpu.unified and machine.num_gpus > 1)
+
+
 def nccl_in_use(setup: Setup) -> Term:
     """Return what NCCL connects at the first collectives: channel buffers for each peer, more between nodes.
 
-    Formula: channels x protocols x buffer for each peer; Simple 4 MiB, LL128 and LL about half as much.
+    Formula: behind NVSwitch :func:`nvswitch_buffers`; elsewhere few channels, about 24 MiB for each rank.
     Source: NCCL user guide, NCCL_BUFFSIZE, NCCL_MAX_NCHANNELS, NCCL_RUNTIME_CONNECT.
     Known error: a factor of three; between nodes 0.25 to 2.5 GiB.
     """
     if not _several_ranks(setup):
         return exact("nccl_in_use", 0, formula="one rank")
     ranks = _ranks(setup)
-    backend = setup.flag("distributed_executor_backend").lower()
-    if setup.job.machine.num_nodes > 1 or "nodes" in backend:
-        low, expected, high = 192, 768, 2048
+    if _several_nodes(setup):
+        low, expected, high = 192 * MiB, 768 * MiB, 2048 * MiB
     elif _data_centre(setup):
-        low, expected, high = 64, 400, 1024 + 128 * ranks
+        low, expected, high = 64 * MiB, nvswitch_buffers(setup), (1024 + 128 * ranks) * MiB
     else:
-        low, expected, high = 16, 24 * ranks, 768 + 128 * ranks
+        low, expected, high = 16 * MiB, 24 * ranks * MiB, (768 + 128 * ranks) * MiB
     return ranged(
         "nccl_in_use",
-        expected * MiB,
-        low=low * MiB,
-        high=high * MiB,
+        expected,
+        low=low,
+        high=high,
         formula="channel buffers connected at the first collectives",
-        source="NCCL user guide, NCCL_BUFFSIZE and NCCL_RUNTIME_CONNECT",
+        source="nccl@2.27.5:src/init.cc, src/transport/nvls.cc:ncclNvlsBufferSetup",
     )
 
 

@@ -7,14 +7,13 @@ Two moments compete: the widest layer of the forward pass over ``max_num_batched
 from __future__ import annotations
 
 from ullage.engines.vllm.defaults import Setup
+from ullage.engines.vllm.dequantised import unpacked_bytes
 from ullage.engines.vllm.layout import Stage, expert_parallel_size
+from ullage.engines.vllm.sampler import SamplerPath, sampler_bytes, sampler_path
 from ullage.engines.vllm.workspace import at_profile, logits_bytes
 from ullage.ledger import Term, ranged
 from ullage.spec import model as spec
 from ullage.units import GiB, MiB, dtype_bytes
-
-#: Bytes for each logit at the widest moment of each sampling path; see :func:`sampler_bytes`.
-SORT_BYTES_EACH, IN_PLACE_BYTES_EACH = 38, 14
 
 
 def cublas_workspace(setup: Setup) -> int:
@@ -24,40 +23,6 @@ def cublas_workspace(setup: Setup) -> int:
     """
     major = (setup.job.machine.gpu.compute_capability or (8, 0))[0]
     return 32 * MiB if major in (9, 10) else 4096 * 1024 * 2 + 16 * 1024 * 8
-
-
-def sampler_path(setup: Setup) -> tuple[str, bool]:
-    """Return the sampling path expected (``sort`` or ``in_place``) and whether the other one may be taken."""
-    rule = str(setup.version.setting("sampler")) if setup.version.engine == "V1" else "sort"
-    flashinfer = setup.flag("VLLM_USE_FLASHINFER_SAMPLER") or setup.flag("vllm_use_flashinfer_sampler")
-    if flashinfer:
-        return ("in_place" if flashinfer not in ("0", "false") else "sort"), False
-    if "native" in setup.flag("sampler").lower():
-        return "sort", False
-    if setup.job.machine.gpu.vendor != "nvidia":
-        return "sort", True
-    if rule == "flashinfer_if_installed" or ".nv" in setup.job.engine_version:
-        return "sort", True
-    return ("sort" if rule == "sort" else "in_place"), False
-
-
-def sampler_bytes(setup: Setup, each: int) -> int:
-    """Return what the dummy sampler run holds at its peak, hidden states of the batch included.
-
-    Formula: R x V x b + T x H x e + 2 x R x H x e.
-        Sorting path, b = 38: logits in the model's dtype 2, in float32 4, sorted values 4 and indices 8, the indices
-        sorted along 8, and the radix sort's second buffers for keys and values 4 + 8.
-        In-place and FlashInfer paths, b = 14: logits 2 and 4, masked logits 4, probabilities 4.
-    Symbols: R rows (max_num_seqs), V vocab_size, T tokens of the batch, H hidden_size, e bytes of an element; the
-        last sum is the batch's hidden states, the rows taken from them and their random stand-in.
-    Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:_dummy_sampler_run, vllm/v1/sample/sampler.py:Sampler,
-        vllm/v1/sample/ops/topk_topp_sampler.py:apply_top_k_top_p; cub::DeviceSegmentedRadixSort (no double buffer).
-    Known error: under 1 % against published logs; fewer than 128 rows sort by another kernel.
-    """
-    model, tokens, rows = setup.job.model, setup.tokens, setup.rows
-    element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
-    hidden = (tokens + 2 * rows) * model.hidden_size * element
-    return rows * model.vocab_size * each + hidden
 
 
 def _dense_width(part: spec.DenseFFN, tp: int) -> int:
@@ -88,10 +53,12 @@ def _attention_width(part: spec.Mixer, tp: int) -> int:
 def moe_bytes(setup: Setup, part: spec.MoEFFN, stage: Stage, element: int) -> int:
     """Return the buffers of one fused mixture of experts.
 
-    Formula: M x k x (max(2I/t, H) + I/t) x e + T x H x e (result) + T x E x 4 (router) + shared experts.
+    Formula: M x k x (max(2I/t, H) + I/t) x e + T x H x e (result) + T x E x 4 (router) + shared experts; as modular
+        kernels (0.14 on) M x k x (max(2I/t, H) + max(I/t, H)) x e, the result in one of the two.
     Symbols: M tokens of one call (T, or the chunk), k top_k, I intermediate_size, t slices of an expert, E experts.
     Source: vllm@0.11.0:vllm/model_executor/layers/fused_moe/fused_moe.py:fused_experts_impl (cache1 and cache3 share
-        a buffer; cache2 is its own).
+        a buffer; cache2 is its own); vllm@0.26.0:vllm/model_executor/layers/fused_moe/experts/triton_moe.py:
+        TritonExperts.workspace_shapes, modular_kernel.py:_allocate_buffers.
     Known error: grouped and DeepGEMM kernels add padding per expert and a quantised copy of the input.
     """
     tokens = setup.tokens * (setup.job.parallel.data_parallel_size if expert_parallel_size(setup) > 1 else 1)
@@ -99,17 +66,21 @@ def moe_bytes(setup: Setup, part: spec.MoEFFN, stage: Stage, element: int) -> in
     width = part.latent_size or setup.job.model.hidden_size
     inner = part.intermediate_size // stage.share.expert_tp
     gate_up = (2 if part.gated else 1) * inner
-    caches = min(tokens, chunk or tokens) * part.top_k * (max(gate_up, width) + inner)
+    modular = bool(setup.version.setting("modular_experts"))
+    second = max(inner, width) if modular else inner
+    caches = min(tokens, chunk or tokens) * part.top_k * (max(gate_up, width) + second)
     shared = tokens * 3 * part.shared_intermediate_size // stage.share.shared_expert_tp
-    return (caches + shared + tokens * width) * element + tokens * part.num_experts * 4
+    result = 0 if modular else tokens * width
+    return (caches + shared + result) * element + tokens * part.num_experts * 4
 
 
 def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
     """Return (expected, high) bytes of the widest layer of the forward pass.
 
     Formula: T x H x e x 3 (residual, the block's input and output) + the widest block: a dense block keeps gate, up
-        and their product; an MoE see :func:`moe_bytes`; attention its projections. High: twice that, or the tokens of
-        an offline engine where the default was taken.
+        and their product; an MoE see :func:`moe_bytes`; attention its projections; each also with an unpacked matrix
+        where its kernel makes one (:func:`unpacked_bytes`). High: twice that, or the tokens of an offline engine where
+        the default was taken.
     Source: vllm@0.6.4:vllm/model_executor/models/llama.py:LlamaDecoderLayer.forward (what its frames keep alive).
     Known error: compiled graphs free a little earlier; quantised inputs add a byte per value.
     """
@@ -120,11 +91,13 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
         for mixer in layer.mixers:
             scores = logits if getattr(mixer, "indexer", None) is not None else 0
             widest = max(widest, tokens * _attention_width(mixer, stage.share.attention_tp) * element + scores)
+            widest = max(widest, unpacked_bytes(setup, mixer, stage.share.attention_tp, element))
         for block in layer.ffns:
             if isinstance(block, spec.MoEFFN):
                 widest = max(widest, moe_bytes(setup, block, stage, element))
             else:
                 widest = max(widest, tokens * _dense_width(block, stage.share.dense_tp) * element)
+                widest = max(widest, unpacked_bytes(setup, block, stage.share.dense_tp, element))
     # Hyper-connections mix all streams at once: the old and the new ones, and the mix in float32.
     residual = max((4 * layer.residual.num_streams if layer.residual else 1) for layer in model.layers)
     hidden = tokens * model.hidden_size * element * (2 + residual)
@@ -160,14 +133,14 @@ def activation_peak(setup: Setup, stage: Stage) -> Term:
     """
     workspace = cublas_workspace(setup) + at_profile(setup, stage)
     forward, forward_high = forward_bytes(setup, stage)
+    path = sampler_path(setup)
     samples = stage.last and not setup.pooling
-    path, other = sampler_path(setup)
-    sort, in_place = (sampler_bytes(setup, each) for each in (SORT_BYTES_EACH, IN_PLACE_BYTES_EACH))
-    sampler = (sort if path == "sort" else in_place) if samples else 0
-    bounds = (in_place if other else sampler, sort if other else sampler) if samples else (0, 0)
+    low_end, sampler, high_end = (
+        sampler_bytes(setup, each) if samples else 0 for each in (path.low, path.each, path.high)
+    )
     expected = workspace + max(forward, sampler)
-    low = max(bounds[0], forward // 2)
-    high = workspace + max(bounds[1], forward_high, bounds[1] and encoder_high_bytes(setup)) + 64 * MiB
+    low = max(low_end, forward // 2)
+    high = workspace + max(high_end, forward_high, high_end and encoder_high_bytes(setup)) + 64 * MiB
     if setup.version.setting("profile_counts") == "free_difference":
         high = max(high, 6 * forward + workspace)  # every cached segment counts, however fragmented
     if setup.multimodal:
@@ -182,9 +155,9 @@ def activation_peak(setup: Setup, stage: Stage) -> Term:
     )
 
 
-def _formula(setup: Setup, path: str, forward: int, sampler: int, workspace: int) -> str:
-    each = SORT_BYTES_EACH if path == "sort" else IN_PLACE_BYTES_EACH
+def _formula(setup: Setup, path: SamplerPath, forward: int, sampler: int, workspace: int) -> str:
     return (
         f"max(forward of {setup.tokens:,} tokens {forward / GiB:.2f} GiB, sampler of {setup.rows:,} rows x "
-        f"{setup.job.model.vocab_size:,} x {each} B {sampler / GiB:.2f} GiB) + workspaces {workspace / MiB:.0f} MiB"
+        f"{setup.job.model.vocab_size:,} x {path.each:.3g} B {sampler / GiB:.2f} GiB) + "
+        f"workspaces {workspace / MiB:.0f} MiB"
     )
