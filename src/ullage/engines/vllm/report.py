@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ullage.engines.serving import Amount
-from ullage.ledger import Term
+from ullage.engines.vllm.backend import warmed_up
+from ullage.engines.vllm.graphs import num_full, sizes
+from ullage.ledger import Term, total
 from ullage.units import GiB
 
 if TYPE_CHECKING:
@@ -26,16 +28,28 @@ def of_term(term: Term) -> Amount:
     return Amount(value=term.bytes, low=term.low_bytes, high=term.high_bytes)
 
 
+def captured(setup: Setup, one: Profiled) -> Amount:
+    """Return what "Graph capturing took" says: a difference of free memory, against which cached segments count.
+
+    Attention's workspace stands in it where nothing has warmed it up before.
+    """
+    graphs = of_term(one.graphs)
+    if not graphs.value:
+        return graphs
+    held = one.workspace.bytes if num_full(setup, sizes(setup)) and not warmed_up(setup) else 0
+    return Amount(value=graphs.value + held, low=graphs.low + held - 1.25 * GiB, high=graphs.high + held)
+
+
 def figures(
     setup: Setup, one: Profiled, pools: tuple[Pool, Pool, Pool], device_used: Amount, budget: int
 ) -> dict[str, Amount]:
     """Return the log's figures for the rank that fills first."""
-    graphs = of_term(one.graphs)
-    if graphs.value:  # the log prints a difference of free memory: cached segments given back count against it
-        graphs = Amount(value=graphs.value, low=graphs.low - 1.25 * GiB, high=graphs.high)
+    graphs, peak = captured(setup, one), of_term(one.activation)
+    if setup.version.setting("peak_holds_graphs"):
+        peak = of_term(total("activation_peak", (one.activation, one.estimate)))
     return {
         "weights": of_term(one.loaded),
-        "activation_peak": of_term(one.activation),
+        "activation_peak": peak,
         "non_torch": of_term(one.non_torch),
         "cuda_graphs": graphs,
         "cuda_graph_estimate": of_term(one.estimate),
@@ -66,9 +80,9 @@ def log_lines(setup: Setup, one: Profiled, pool: Pool, reason: str) -> tuple[str
             ("weights", one.loaded),
             ("peak", one.activation),
             ("other", one.non_torch),
-            ("graphs", one.graphs),
         )
     }
+    took = captured(setup, one).value / GiB
     kv = one.available[1] / GiB
     length = pool.max_model_len
     if setup.version.engine == "V0":
@@ -92,5 +106,5 @@ def log_lines(setup: Setup, one: Profiled, pool: Pool, reason: str) -> tuple[str
     if reason:
         return (*lines, f"ValueError: {reason}")
     if one.graphs.bytes:
-        lines.append(f"Graph capturing finished, took {gib['graphs']:.2f} GiB")
+        lines.append(f"Graph capturing finished, took {took:.2f} GiB")
     return tuple(lines)

@@ -46,7 +46,8 @@ def sampler_path(setup: Setup) -> SamplerPath:
 
     Source: vllm@0.10.1.1, vllm@0.11.1, vllm@0.21.0:vllm/v1/sample/ops/topk_topp_sampler.py:TopKTopPSampler.__init__
         (FlashInfer where importable up to 0.11.0; where VLLM_USE_FLASHINFER_SAMPLER says so up to 0.20; then by
-        default); vllm@0.29.0:vllm/v1/worker/gpu/sample/sampler.py:Sampler.sample (the second runner).
+        default), vllm@0.17.0: the same file, apply_top_k_top_p (in place where Triton is); vllm@0.29.0:
+        vllm/v1/worker/gpu/sample/sampler.py:Sampler.sample (the second runner).
     """
     sort, in_place = float(SORT_BYTES_EACH), float(IN_PLACE_BYTES_EACH)
     if setup.version.engine == "V1" and second_runner(setup):
@@ -61,8 +62,9 @@ def sampler_path(setup: Setup) -> SamplerPath:
         return SamplerPath(name="sort", each=sort, low=sort, high=sort)
     if "flashinfer" in setup.flag("sampler").lower():
         return SamplerPath(name="in_place", each=in_place, low=in_place, high=in_place)
-    if setup.job.machine.gpu.vendor != "nvidia":
-        return SamplerPath(name="sort", each=sort, low=in_place, high=sort)
+    if setup.job.machine.gpu.vendor != "nvidia":  # the in-place kernel is Triton's, from 0.17 on; aiter may sample
+        each = in_place if setup.version.at_least("0.17.0") else sort
+        return SamplerPath(name="sort" if each == sort else "in_place", each=each, low=in_place, high=each)
     if rule == "flashinfer_if_installed":
         each = in_place if flashinfer_installed(setup) else sort
         return SamplerPath(name="sort" if each == sort else "in_place", each=each, low=in_place, high=sort)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ullage.engines.serving import Amount, EngineStart, KvCost, RankClass
-from ullage.engines.vllm import graphs, nontorch, report
+from ullage.engines.vllm import backend, graphs, nontorch, report
 from ullage.engines.vllm.defaults import Setup, resolve
 from ullage.engines.vllm.groups import Grouping, grouping
 from ullage.engines.vllm.layout import Stage, stages
@@ -26,7 +26,7 @@ class Profiled(Frozen):
     """One stage after its profiling run.
 
     ``buffers`` and ``code`` are what loading leaves beside the weights: buffers of sparse attention, and on ROCm what
-    the driver took, which is counted once more in ``non_torch``.
+    the driver took, which is counted once more in ``non_torch``. ``workspace`` is what attention allocates after it.
     """
 
     stage: Stage
@@ -37,6 +37,7 @@ class Profiled(Frozen):
     non_torch: Term
     graphs: Term
     estimate: Term
+    workspace: Term
     available: tuple[int, int, int]
 
     @property
@@ -74,6 +75,7 @@ def profiled(setup: Setup, stage: Stage) -> Profiled:
         "non_torch": total("non_torch", nontorch.non_torch_parts(setup)),
         "graphs": graphs.cuda_graphs(setup, stage),
         "estimate": graphs.estimate(setup, stage),
+        "workspace": backend.workspace(setup, stage),
     }
     one = Profiled(stage=stage, available=(0, 0, 0), **parts)
     taken, (low, expected, high) = one.taken, requested(setup)
@@ -108,7 +110,8 @@ def _ledger(setup: Setup, one: Profiled, pools: tuple[Pool, Pool, Pool], size: i
     return Ledger(
         rank=rank,
         allocated=total(
-            "allocated", [term for term in (one.weights, one.buffers, cache, one.activation) if term.high_bytes]
+            "allocated",
+            [term for term in (one.weights, one.buffers, cache, one.activation, one.workspace) if term.high_bytes],
         ),
         reserved_overhead=ranged("allocator_slack", 0, low=0, high=GiB // 2, formula="cached segments beyond the peak"),
         outside=total("outside", [term for term in outside if term.high_bytes]),
@@ -120,7 +123,7 @@ def _device_used(setup: Setup, one: Profiled, cache: int) -> Amount:
     """Return what nvidia-smi shows after the start: budget filled, plus context and graphs beyond it."""
     known = one.weights.bytes + one.buffers.bytes + one.activation.bytes + one.non_torch.bytes + cache
     before = total("before", nontorch.before_snapshot(setup)) if nontorch.before_snapshot(setup) else exact("before", 0)
-    value = known + one.graphs.bytes + before.bytes
+    value = known + one.graphs.bytes + one.workspace.bytes + before.bytes
     low = value - one.graphs.bytes - one.activation.bytes - before.bytes // 2
     ceiling = setup.total_bytes[2]
     high = value + one.graphs.high_bytes - one.graphs.bytes + before.high_bytes - before.bytes
