@@ -1,4 +1,4 @@
-"""Low-rank adapters: their parameters, and what they keep of a forward pass."""
+"""LoRA and DoRA: their parameters, and what they keep; other methods: :mod:`ullage.account.adapters`."""
 
 from __future__ import annotations
 
@@ -7,42 +7,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from ullage.account.activations.saved import SavedTensor
+from ullage.account.adapters.rule import AdapterPrecision
+from ullage.account.adapters.whole import is_target, trained_tensors
 from ullage.account.optimizer import Trained
 from ullage.account.parameters import Parameter, Role, layer_parameters, model_parameters
 from ullage.errors import InputError
-from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import model as spec
 from ullage.spec.training import Lora
-
-_LINEAR_ROLES = (Role.LINEAR, Role.EXPERT, Role.ROUTER)
-
-
-class AdapterPrecision(Frozen):
-    """Number formats around an adapter.
-
-    Attributes:
-        dtype: of the adapter's weights; peft makes 16-bit ones fp32 (autocast_adapter_dtype).
-        autocast: its products run in ``compute_dtype`` although the weights are fp32.
-        input_shared: the input needs no cast and no dropout, so that all adapters on it keep one tensor.
-    """
-
-    dtype: str = "float32"
-    compute_dtype: str = "bfloat16"
-    autocast: bool = True
-
-
-def is_target(parameter: Parameter, targets: tuple[str, ...]) -> bool:
-    """Return whether peft would wrap the linear layer of this weight.
-
-    Source: peft@0.19.1:tuners/tuners_utils.py:check_target_module_exists (suffix of the module's name).
-    """
-    if parameter.role not in _LINEAR_ROLES or not parameter.name.endswith(".weight") or len(parameter.shape) != 2:
-        return False
-    module = parameter.name.removesuffix(".weight")
-    if targets == ("all-linear",):
-        return True
-    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 @lru_cache(maxsize=256)
@@ -52,19 +24,24 @@ def layer_targets(layer: spec.Layer, hidden_size: int, targets: tuple[str, ...])
 
 
 def adapter_parameters(model: spec.Model, lora: Lora) -> Trained:
-    """Return the tensors of all adapters.
+    """Return the trained tensors of all adapters; a stated number of parameters wins over the formula.
 
-    Formula: r x in + out x r per target; DoRA: + out.
+    Formula: r x in + out x r per target; DoRA: + out; ``frozen`` a or b: without that factor.
     Source: arXiv:2106.09685 sec. 4.1; arXiv:2402.09353 eq. 5.
     Known error: none.
 
     Raises:
         InputError: no layer has a linear of that name.
     """
+    if lora.kind != "lora":
+        return trained_tensors(model, lora)
     tensors: dict[tuple[int, ...], int] = {}
+    frozen = dict(lora.options).get("frozen")
     for parameter in _targets(model, lora.targets):
         rows, columns = parameter.shape
-        for shape in ((lora.rank, columns), (rows, lora.rank), *([(rows,)] if lora.dora else [])):
+        shapes = [] if frozen == "a" else [(lora.rank, columns)]
+        shapes += [] if frozen == "b" else [(rows, lora.rank)]
+        for shape in (*shapes, *([(rows,)] if lora.dora else [])):
             tensors[shape] = tensors.get(shape, 0) + parameter.copies
     if not tensors:
         raise InputError(
@@ -74,7 +51,18 @@ def adapter_parameters(model: spec.Model, lora: Lora) -> Trained:
             where="lora targets",
             remedy=_("give names of its linear layers, such as q_proj, or all-linear"),
         )
+    if lora.num_parameters is not None:
+        return Trained(tensors=(((lora.num_parameters,), 1),))
     return Trained(tensors=tuple(tensors.items()))
+
+
+def frozen_elements(model: spec.Model, lora: Lora) -> int:
+    """Return the elements of factors that lie there untrained: of LoRA-FA the first ones, of MiCA the second."""
+    frozen = dict(lora.options).get("frozen")
+    if lora.kind != "lora" or frozen is None:
+        return 0
+    side = 1 if frozen == "a" else 0
+    return sum(lora.rank * one.shape[side] * one.copies for one in _targets(model, lora.targets))
 
 
 def copied_parameters(model: spec.Model, lora: Lora) -> Trained:
@@ -125,8 +113,9 @@ def adapter_table(
     Source: peft@0.13.2:tuners/lora/layer.py:Linear.forward (_cast_input_dtype, lora_dropout).
     Known error: none against saved tensors of a wrapped model, DoRA's norms apart.
     """
-    product = precision.compute_dtype if precision.autocast else precision.dtype
+    product = precision.product
     shares_input = precision.dtype == precision.compute_dtype and not lora.dropout
+    frozen = dict(lora.options).get("frozen")
     found: list[SavedTensor] = []
     inputs_kept: set[tuple[str, int]] = set()
     for parameter in layer_targets(layer, hidden_size, lora.targets):
@@ -135,13 +124,15 @@ def adapter_table(
         rows = num_routed_tokens if routed else num_tokens
         out_features, in_features = parameter.shape
         shared = (module.rpartition(".")[0], in_features)
-        if not (shares_input and shared in inputs_kept):
+        if frozen != "a" and not (shares_input and shared in inputs_kept):
             found.append(_row(f"{module}.lora input", module, rows * in_features, product))
             inputs_kept.add(shared)
         if lora.dropout:
             found.append(_row(f"{module}.lora dropout mask", module, rows * in_features, "bool"))
-        found.append(_row(f"{module}.lora product", module, rows * lora.rank, product))
+        if frozen != "b":
+            found.append(_row(f"{module}.lora product", module, rows * lora.rank, product))
         if lora.dora:
+            found.append(_row(f"{module}.base output", module, rows * out_features, precision.compute_dtype))
             found.append(_row(f"{module}.dora output", module, rows * out_features, product))
     return tuple(found)
 

@@ -66,7 +66,16 @@ class Recompute(Frozen):
 
 
 class Lora(Frozen):
-    """Low-rank adapters. ``targets`` are module names, or ``("all-linear",)``; ``trained_modules`` get a full copy."""
+    """Trained tensors on a frozen base. ``targets`` are module names, or ``("all-linear",)``; () are PEFT's own choice.
+
+    Attributes:
+        rank: of low-rank methods, 0 where a method has none.
+        dropout, dora: of LoRA; ``dtype`` None: fp32, PEFT's choice for 16-bit bases.
+        trained_modules: modules that get a full copy.
+        kind: lora, or another method by PEFT's name (:mod:`ullage.account.adapters`).
+        options: a method's settings by PEFT's names, where they are not the defaults.
+        num_parameters: the trained ones, where they are stated; None: as the rule counts them.
+    """
 
     rank: int
     targets: tuple[str, ...]
@@ -74,6 +83,9 @@ class Lora(Frozen):
     dtype: str | None = None
     dora: bool = False
     trained_modules: tuple[str, ...] = ()
+    kind: str = "lora"
+    options: tuple[tuple[str, int | float | str], ...] = ()
+    num_parameters: int | None = None
 
 
 class TrainingJob(Frozen):
