@@ -10,7 +10,7 @@ from ullage.account.activations.blocks import Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint, Graph, Op, backward, forward, saved_bytes
 from ullage.account.fsdp import GATHER_STREAM, Fsdp1, Fsdp2, Group
-from ullage.account.pools import Allocator
+from ullage.account.pools import Allocator, Unpooled
 from ullage.account.timeline import Timeline
 from ullage.catalog import models as catalog
 from ullage.engines.training import step
@@ -69,6 +69,21 @@ def test_free_segments_go_back_before_the_card_is_full() -> None:
     line.drop(line.take("a", 60 * MiB))
     line.take("a", 80 * MiB)
     assert line.allocator.peak_reserved == 80 * MiB
+
+
+def test_without_pools_the_allocated_peak_is_the_same() -> None:
+    peaks = []
+    for allocator in (Allocator(), Unpooled()):
+        line = Timeline(allocator)
+        line.begin("all")
+        x = line.take("activations", CHAIN.input_bytes)
+        out, kept = forward(CHAIN, line, x, Checkpoint())
+        line.drop(x)
+        line.drop(out)
+        backward(CHAIN, line, kept, line.take("activation_gradients", CHAIN.input_bytes))
+        peaks.append((line.moments[0].peak_bytes, line.moments[0].by_category, line.allocated))
+        reserved = allocator.peak_reserved
+    assert peaks[0] == peaks[1] and reserved == 0
 
 
 def test_a_shared_buffer_is_freed_by_its_last_holder() -> None:

@@ -46,13 +46,18 @@ class Pool:
     _blocks: dict[int, Block] = field(default_factory=dict)
     _last: Block | None = None
     _count: int = 0
+    _least_rest: int = 0
+
+    def __post_init__(self) -> None:
+        """What may be left of a block for it to be cut: anything in small and expandable segments, else over 1 MiB."""
+        self._least_rest = MIN_BLOCK if self.small or self.expandable else SMALL_SIZE + 1
 
     def take(self, size: int) -> Block:
         """Return a block of ``size`` (rounded) bytes, cut from the smallest free block that holds it, or a new one."""
-        at = bisect_left(self._free, (size, -1))
-        block = self._blocks[self._free.pop(at)[1]] if at < len(self._free) else self._grow(size)
-        rest = block.size - size
-        if rest >= MIN_BLOCK if self.small or self.expandable else rest > SMALL_SIZE:
+        free = self._free
+        at = bisect_left(free, (size, -1))
+        block = self._blocks[free.pop(at)[1]] if at < len(free) else self._grow(size)
+        if block.size - size >= self._least_rest:
             self._split(block, size)
         block.free = False
         return block
@@ -153,21 +158,40 @@ class Allocator:
 
     def take(self, num_bytes: int, stream: str) -> Block:
         """Allocate on a stream."""
-        size = round_up(max(num_bytes, 1), MIN_BLOCK)
+        size = (max(num_bytes, 1) + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
         small = size <= SMALL_SIZE
         pool = self.pools.get((stream, small))
         if pool is None:
             pool = self.pools[stream, small] = Pool(small=small, expandable=self.expandable)
         before = pool.reserved
         block = pool.take(size)
-        grown = pool.reserved - before
-        if grown:
-            self.reserved += grown
-            if self.limit_bytes is not None and self.reserved > self.limit_bytes:
-                self.reserved -= sum(one.release() for one in self.pools.values())
-            self.peak_reserved = max(self.peak_reserved, self.reserved)
+        if pool.reserved != before:
+            self._grown(pool.reserved - before)
         return block
+
+    def _grown(self, more: int) -> None:
+        self.reserved += more
+        if self.limit_bytes is not None and self.reserved > self.limit_bytes:
+            self.reserved -= sum(one.release() for one in self.pools.values())
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def give(self, block: Block) -> None:
         """Free."""
         block.pool.give(block)
+
+
+class Unpooled(Allocator):
+    """Lays out nothing: for a walk that is asked for allocated bytes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._block = Block(_NoPool(small=False, expandable=False), 0, 0)
+
+    def take(self, num_bytes: int, stream: str) -> Block:
+        """Allocate nowhere."""
+        return self._block
+
+
+class _NoPool(Pool):
+    def give(self, block: Block) -> None:
+        """Nothing was taken."""

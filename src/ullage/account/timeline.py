@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ullage.account.pools import MIN_BLOCK, Allocator, Block
-from ullage.units import round_up
 
 
 class Buffer:
@@ -44,6 +43,7 @@ class Timeline:
         self.allocated = 0
         self.by_category: dict[str, int] = {}
         self.moments: list[Moment] = []
+        self._highest = 0  # of the moment that is open
 
     def begin(self, name: str) -> None:
         """Open a moment; what is allocated from now on counts for its peak."""
@@ -54,11 +54,12 @@ class Timeline:
         """Allocate; sizes are rounded to 512 bytes as the allocator counts them."""
         if num_bytes <= 0:
             return Buffer(0, category, None)
-        size = round_up(num_bytes, MIN_BLOCK)
+        size = (num_bytes + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
         buffer = Buffer(size, category, self.allocator.take(size, stream))
         self.allocated += size
-        self.by_category[category] = self.by_category.get(category, 0) + size
-        if self.moments and self.allocated > self.moments[-1].peak_bytes:
+        known = self.by_category
+        known[category] = known.get(category, 0) + size
+        if self.allocated > self._highest and self.moments:
             self._peak()
         return buffer
 
@@ -67,9 +68,10 @@ class Timeline:
         if buffer is None:
             return
         buffer.holders -= 1
-        if buffer.holders or buffer.block is None:
+        block = buffer.block
+        if block is None or buffer.holders:
             return
-        self.allocator.give(buffer.block)
+        block.pool.give(block)
         buffer.block = None
         self.allocated -= buffer.num_bytes
         self.by_category[buffer.category] -= buffer.num_bytes
@@ -88,5 +90,5 @@ class Timeline:
 
     def _peak(self) -> None:
         moment = self.moments[-1]
-        moment.peak_bytes = self.allocated
+        moment.peak_bytes = self._highest = self.allocated
         moment.by_category = dict(self.by_category)

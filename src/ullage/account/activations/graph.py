@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from ullage.account.timeline import Buffer, Timeline
@@ -61,10 +62,58 @@ class Graph:
 
     def base_of(self) -> dict[str, str]:
         """Each tensor's own memory: views belong to what they view."""
+        return self._bases
+
+    @cached_property
+    def _bases(self) -> dict[str, str]:
         base = {self.input_name: self.input_name}
         for op in self.ops:
             base[op.name] = base[op.inputs[0]] if op.kind == "view" else op.name
         return base
+
+    @cached_property
+    def saved(self) -> frozenset[str]:
+        """The tensors autograd keeps without checkpointing, by their own memory."""
+        return frozenset(self._bases[name] for op in self.ops for name in op.keeps)
+
+    @cached_property
+    def last_reads(self) -> tuple[tuple[str, ...], ...]:
+        """For each operation, the tensors that the forward pass reads there for the last time."""
+        base = self._bases
+        last = {base[name]: index for index, op in enumerate(self.ops) for name in (*op.inputs, *op.reads)}
+        found: list[list[str]] = [[] for _op in self.ops]
+        for name, index in last.items():
+            found[index].append(name)
+        return tuple(tuple(names) for names in found)
+
+    @cached_property
+    def first_keeps(self) -> tuple[tuple[str, ...], ...]:
+        """For each operation, the kept tensors that no operation before it keeps: the backward pass ends with them."""
+        seen: set[str] = set()
+        found = []
+        for op in self.ops:
+            names = tuple(dict.fromkeys(self._bases[name] for name in op.keeps))
+            found.append(tuple(name for name in names if name not in seen))
+            seen.update(names)
+        return tuple(found)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, the input included."""
+        return {op.name: op.num_bytes for op in self.ops} | {self.input_name: self.input_bytes}
+
+    @cached_property
+    def last_needed(self) -> int:
+        """The operation after which a recompute may stop: the last that makes something the backward pass reads."""
+        return max(
+            (index for index, op in enumerate(self.ops) if op.name in self.saved or op.aside_bytes),
+            default=-1,
+        )
+
+    @cached_property
+    def survivors(self) -> dict[Checkpoint, frozenset[str]]:
+        """The outputs that survive a checkpointed forward pass, by checkpoint."""
+        return {}
 
     @property
     def output(self) -> str:
@@ -102,10 +151,9 @@ class Kept:
         self.asides.clear()
 
 
-def saved_names(graph: Graph) -> set[str]:
+def saved_names(graph: Graph) -> frozenset[str]:
     """The tensors autograd keeps for the block without checkpointing, by their own memory."""
-    base = graph.base_of()
-    return {base[name] for op in graph.ops for name in op.keeps}
+    return graph.saved
 
 
 def saved_bytes(graph: Graph) -> int:
@@ -116,16 +164,19 @@ def saved_bytes(graph: Graph) -> int:
     return total + (graph.input_bytes if graph.input_name in names else 0)
 
 
-def _policy_names(graph: Graph, checkpoint: Checkpoint) -> set[str]:
+def _policy_names(graph: Graph, checkpoint: Checkpoint) -> frozenset[str]:
     """The outputs that survive a checkpointed forward pass."""
-    if checkpoint.policy is None:
-        return set()
+    known = graph.survivors.get(checkpoint)
+    if known is not None:
+        return known
     chosen, count = set(), 0
-    for op in graph.ops:
+    for op in graph.ops if checkpoint.policy is not None else ():
         count += op.kind == "mm"
-        if checkpoint.policy(op, count):
+        if checkpoint.policy is not None and checkpoint.policy(op, count):
             chosen.add(op.name)
-    return chosen & _needed(graph, chosen) if checkpoint.fused else chosen
+    found = frozenset(chosen & _needed(graph, chosen) if checkpoint.fused else chosen)
+    graph.survivors[checkpoint] = found
+    return found
 
 
 def _needed(graph: Graph, chosen: set[str]) -> set[str]:
@@ -165,24 +216,22 @@ def forward(
         category: what kept tensors are counted under.
         at_hand: what a checkpointed forward pass kept, when this is its recompute.
     """
-    base = graph.base_of()
-    wanted = saved_names(graph) if checkpoint is None else _policy_names(graph, checkpoint)
-    last_read = {base[name]: index for index, op in enumerate(graph.ops) for name in (*op.inputs, *op.reads)}
+    wanted = graph.saved if checkpoint is None else _policy_names(graph, checkpoint)
     kept = Kept(checkpoint)
     if checkpoint is not None or graph.input_name in wanted:
         kept.tensors[graph.input_name] = x.hold()
         timeline.relabel(x, category)
     live = {graph.input_name: x.hold()}
-    stop = _last_needed(graph, base) + 1 if at_hand is not None else len(graph.ops)
-    for index, op in enumerate(graph.ops[:stop]):
-        work = timeline.take("temporaries", op.work_bytes)
+    ops = graph.ops if at_hand is None else graph.ops[: graph.last_needed + 1]
+    for op, read_last in zip(ops, graph.last_reads, strict=False):
+        work = timeline.take("temporaries", op.work_bytes) if op.work_bytes else None
         if op.kind != "view":
             _make(op, timeline, live, kept, wanted, category, at_hand)
         timeline.drop(work)
-        for name in {base[name] for name in (*op.inputs, *op.reads)}:
-            if last_read[name] == index and name in live:
+        for name in read_last:
+            if name in live:
                 timeline.drop(live.pop(name))
-    out = live.pop(base[graph.output], None)
+    out = live.pop(graph.base_of()[graph.output], None)
     for buffer in live.values():
         timeline.drop(buffer)
     return out or Buffer(0, category, None), kept
@@ -193,7 +242,7 @@ def _make(
     timeline: Timeline,
     live: dict[str, Buffer],
     kept: Kept,
-    wanted: set[str],
+    wanted: frozenset[str],
     category: str,
     at_hand: Kept | None,
 ) -> None:
@@ -213,12 +262,6 @@ def _make(
         kept.asides[op.name] = timeline.take(category, op.aside_bytes)
 
 
-def _last_needed(graph: Graph, base: dict[str, str]) -> int:
-    """The operation after which a recompute may stop: the last one that makes something the backward pass reads."""
-    needed = {base[name] for op in graph.ops for name in op.keeps}
-    return max((index for index, op in enumerate(graph.ops) if op.name in needed or op.aside_bytes), default=-1)
-
-
 def backward(
     graph: Graph,
     timeline: Timeline,
@@ -235,18 +278,13 @@ def backward(
     """
     if kept.checkpoint is not None:
         kept = _recompute(graph, timeline, kept)
-    base = graph.base_of()
     if lingering is not None:
+        base = graph.base_of()
         staying = {base[name] for op in graph.ops if op.lingers for name in op.keeps}
         lingering += [kept.tensors[name].hold() for name in staying if name in kept.tensors]
-    first_keeper: dict[str, int] = {}
-    for index, op in enumerate(graph.ops):
-        for name in op.keeps:
-            first_keeper.setdefault(base[name], index)
-    sizes = {op.name: op.num_bytes for op in graph.ops} | {graph.input_name: graph.input_bytes}
+    sizes = graph.sizes
     grads = {graph.output: grad}
-    for index in range(len(graph.ops) - 1, -1, -1):
-        op = graph.ops[index]
+    for op, keeps_first in zip(reversed(graph.ops), reversed(graph.first_keeps), strict=True):
         given = grads.pop(op.name, None)
         if op.kind == "view":
             _pass_view(op, timeline, grads, given, sizes)
@@ -254,7 +292,7 @@ def backward(
         if given is not None:
             _differentiate(op, timeline, grads, given, sizes, on_weight_grad)
         timeline.drop(kept.asides.pop(op.name, None))
-        for name in {base[name] for name in op.keeps if first_keeper[base[name]] == index}:
+        for name in keeps_first:
             timeline.drop(kept.tensors.pop(name, None))
     kept.release(timeline)
     result = grads.pop(graph.input_name, None)
@@ -298,7 +336,7 @@ def _differentiate(
     on_weight_grad: Callable[[Buffer], None] | None,
 ) -> None:
     """Make the gradients of an operation's inputs and weights, and let its output's gradient go."""
-    work = timeline.take("temporaries", op.grad_work_bytes)
+    work = timeline.take("temporaries", op.grad_work_bytes) if op.grad_work_bytes else None
     for name in op.inputs:
         made = given.hold() if op.kind == "add" else timeline.take("activation_gradients", sizes[name])
         before = grads.get(name)

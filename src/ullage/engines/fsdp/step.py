@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
-from ullage.account.pools import Allocator
+from ullage.account.pools import Allocator, Unpooled
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
 from ullage.engines.sharded.known import check_recompute
@@ -99,7 +99,7 @@ def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:
     if "fsdp_qlora" in job.engine_version:
         return 0
     other = replace(job, loss=job.loss or "fused", optimizer_impl=job.optimizer_impl or "fused")
-    walked = Timeline(Allocator())
+    walked = Timeline(Unpooled())
     plan = plan_of(other, rules_of(job.engine_version), split_root=job.engine == "fsdp2")
     walk = Walk(plan, walked, _sharder(job, walked))
     walk.step()

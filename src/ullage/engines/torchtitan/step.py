@@ -9,7 +9,7 @@ from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
-from ullage.engines.sharded.walk import Walk
+from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, VERSIONS, Rules, date_of, rules_at
 from ullage.engines.torchtitan.plan import plan_of
 from ullage.engines.training import TrainingRank, TrainingStep
@@ -43,17 +43,21 @@ def step(job: TrainingJob) -> TrainingStep:
 def _spread_over_versions(job: TrainingJob, rules: Rules) -> tuple[int, int]:
     """How much less and more the first stage would reserve under the other known versions."""
     first = stages(job)[0]
-    peaks = [_walked(job, rules_at(date), first, 1).allocator.peak_reserved for date in VERSIONS]
-    own = _walked(job, rules, first, 1).allocator.peak_reserved
-    return max(0, own - min(peaks)), max(0, max(peaks) - own)
+    plans: list[StepPlan] = []
+    for date in VERSIONS:
+        plan = plan_of(job, rules_at(date), first, 1)
+        if plan not in plans:  # most versions differ in nothing that the job has
+            plans.append(plan)
+    own_plan = plan_of(job, rules, first, 1)
+    peaks = [_walked(job, plan).allocator.peak_reserved for plan in plans if plan != own_plan]
+    own = _walked(job, own_plan).allocator.peak_reserved
+    return max(0, own - min((*peaks, own))), max(0, max((*peaks, own)) - own)
 
 
-def _walked(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], in_flight: int) -> Timeline:
+def _walked(job: TrainingJob, plan: StepPlan) -> Timeline:
     """Walk two steps of a stage."""
     timeline = Timeline(Allocator(expandable=_expandable(job)))
-    walk = Walk(
-        plan_of(job, rules, stage, in_flight), timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload)
-    )
+    walk = Walk(plan, timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload))
     walk.step()
     walk.step()
     return timeline
@@ -113,7 +117,7 @@ def _ranks(job: TrainingJob, rules: Rules, doubt: Doubt) -> list[TrainingRank]:
     per_stage = job.machine.num_gpus // pipeline
     found = []
     for index, stage in enumerate(stages(job)):
-        timeline = _walked(job, rules, stage, _in_flight(job, index))
+        timeline = _walked(job, plan_of(job, rules, stage, _in_flight(job, index)))
         found.append(
             rank_of(
                 timeline,
