@@ -110,7 +110,7 @@ def mixer(kind: str) -> tuple[Any, Any]:
     return granite.GraniteMoeHybridMambaLayer(config, 0), STATE
 
 
-def measured(module: Any, *, trained: bool, seq_len: int) -> int:
+def measured(module: Any, *, trained: bool, seq_len: int, autocast: bool = False) -> int:
     """Bytes that a forward pass keeps, every storage once, parameters left out."""
     module = module.to(torch.bfloat16).train()
     for parameter in module.parameters():
@@ -125,13 +125,14 @@ def measured(module: Any, *, trained: bool, seq_len: int) -> int:
         return tensor
 
     x = torch.randn(BATCH, seq_len, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), casting:
         module(x * 1.0)
     return sum(size for size, _storage in found.values())
 
 
-def predicted(part: Any, kernels: str, *, trained: bool, seq_len: int) -> int:
-    implementation = Implementation(trained=trained, recurrent=kernels)  # type: ignore[arg-type]
+def predicted(part: Any, kernels: str, *, trained: bool, seq_len: int, autocast: bool = False) -> int:
+    implementation = Implementation(trained=trained, recurrent=kernels, autocast=autocast)  # type: ignore[arg-type]
     return table_bytes(recurrent_table(part, HIDDEN, Shape(micro_batch_size=BATCH, seq_len=seq_len), implementation))
 
 
@@ -142,6 +143,12 @@ def test_the_fall_backs_keep_what_autograd_keeps(kind: str, seq_len: int, traine
     module, part = mixer(kind)
     found = measured(module, trained=trained, seq_len=seq_len)
     assert predicted(part, "torch", trained=trained, seq_len=seq_len) == pytest.approx(found, rel=0.004)
+
+
+def test_the_fall_back_of_the_delta_rule_keeps_narrow_copies_under_autocast() -> None:
+    module, part = mixer("delta")
+    found = measured(module, trained=False, seq_len=256, autocast=True)
+    assert predicted(part, "torch", trained=False, seq_len=256, autocast=True) == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize("trained", [True, False])

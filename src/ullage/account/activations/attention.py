@@ -37,6 +37,8 @@ def attention_table(
     found += core_table(keeper, heads, v_dim, sinks=attention.sinks)
     if attention.output_gate:
         found.append(keeper.keep("gate", tokens * heads * v_dim, "bsad"))
+        if implementation.attention == "sdpa":  # the output by tokens is a copy; FlashAttention's is laid out so
+            found.append(keeper.keep("core.output by tokens", tokens * heads * v_dim, "bsad"))
         found += keeper.keep_input("o_proj.input", tokens * heads * v_dim, "bsad")
     return tuple(found)
 

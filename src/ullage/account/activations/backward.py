@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ullage.account.activations.recurrent import recurrent_core
+from ullage.account.activations.recurrent import implemented_core
 from ullage.account.activations.saved import Implementation, SavedTensor, Shape, table_bytes
 from ullage.frozen import Frozen
 from ullage.spec import model as spec
@@ -224,7 +224,7 @@ def _recurrence(
     table: Table,
 ) -> Point | None:
     """A recurrent mixer's own backward: feed-forward block, second norm, output projection and gate are done."""
-    core = recurrent_core(mixer, implementation.recurrent, tensor_parallel_size=shape.tensor_parallel_size)
+    core = implemented_core(mixer, shape, implementation)
     if core is None:
         return None
     width = int(dtype_bytes(implementation.compute_dtype))

@@ -77,12 +77,18 @@ class Core(Frozen):
         return self.work * element_bytes + 4 * self.work_fp32
 
 
-def recurrent_core(part: object, kernels: Kernels = "packages", *, tensor_parallel_size: int = 1) -> Core | None:
+def recurrent_core(
+    part: object, kernels: Kernels = "packages", *, tensor_parallel_size: int = 1, autocast: bool = False
+) -> Core | None:
     """Return what a recurrent mixer keeps, None when it is another kind of mixer.
+
+    ``autocast``: products run on narrow copies, which only what is written in PyTorch is subject to.
 
     Raises:
         UnknownArchitectureError: the fall-back of that mixer is not known.
     """
+    if isinstance(part, spec.GatedDeltaNet) and kernels == "torch":
+        return _torch_gated_delta(part, tensor_parallel_size, autocast=autocast)
     table = _CORES.get((type(part), kernels))
     if table is not None:
         return table(part, tensor_parallel_size)
@@ -95,11 +101,21 @@ def recurrent_core(part: object, kernels: Kernels = "packages", *, tensor_parall
     return None
 
 
+def implemented_core(part: object, shape: Shape, implementation: Implementation) -> Core | None:
+    """Return what a recurrent mixer keeps under an implementation."""
+    return recurrent_core(
+        part,
+        implementation.recurrent,
+        tensor_parallel_size=shape.tensor_parallel_size,
+        autocast=implementation.autocast,
+    )
+
+
 def recurrent_table(
     part: Any, hidden_size: int, shape: Shape, implementation: Implementation
 ) -> tuple[SavedTensor, ...]:
     """Return what one recurrent mixer keeps, tensor by tensor."""
-    core = recurrent_core(part, implementation.recurrent, tensor_parallel_size=shape.tensor_parallel_size)
+    core = implemented_core(part, shape, implementation)
     assert core is not None
     keeper = Keeper(shape=shape, implementation=implementation, module=part.prefix, source=core.source)
     tokens = shape.num_tokens
@@ -214,31 +230,39 @@ def _gated_delta(part: spec.GatedDeltaNet, split: int) -> Core:
     )
 
 
-def _torch_gated_delta(part: spec.GatedDeltaNet, split: int) -> Core:
+def _torch_gated_delta(part: spec.GatedDeltaNet, split: int, *, autocast: bool = False) -> Core:
     """The gated delta rule written in PyTorch: all in fp32, with keys copied to all value heads.
 
     Formula: in fp32 per value head 8 d_k + 3 d_v, five squares of the chunk 5 x 64, the states d_k d_v / 64, and seven
-        numbers.
+        numbers. Under autocast each product keeps narrow copies: fp32 6 d_k + 2 d_v + 2 x 64 + states + 7, narrow
+        7 d_k + 2 d_v + 3 x 64 + 2 states. Backward, chunk by chunk: whole gradients of k (twice), q, new values, output
+        and a square, 3 d_k + 2 d_v + 64, and two of one chunk laid into zeros, 2 d_k.
     Source: transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:torch_chunk_gated_delta_rule, causal_conv1d_fn;
-        torch@2.13.0:tools/autograd/derivatives.yaml (linalg_solve_triangular keeps its matrix and its result).
-    Known error: below 1 % on CPU (tests/contract/test_recurrent_tables.py).
+        torch@2.13.0:tools/autograd/derivatives.yaml (linalg_solve_triangular keeps its matrix and its result),
+        aten/src/ATen/autocast_mode.h (bmm).
+    Known error: below 0.1 % on CPU, 1 % under autocast (tests/contract/test_recurrent_tables.py).
     """
     _k_heads, heads, keys, values = _delta_sizes(part, split)
-    state = part.k_head_dim * part.v_head_dim // DELTA_CHUNK
-    per_head = 8 * part.k_head_dim + 3 * part.v_head_dim + 5 * DELTA_CHUNK + state + 7
+    key, value = part.k_head_dim, part.v_head_dim
+    state = key * value // DELTA_CHUNK
+    wide, narrow = 8 * key + 3 * value + 5 * DELTA_CHUNK + state + 7, 0
+    if autocast:
+        wide = 6 * key + 2 * value + 2 * DELTA_CHUNK + state + 7
+        narrow = 7 * key + 2 * value + 3 * DELTA_CHUNK + 2 * state
     return Core(
         projections=_delta_projections(part, keys, values, heads),
         rows=(
             Row(name="conv.input", per_token=2 * keys + values),
             Row(name="conv.output", per_token=2 * keys + values),
             *_delta_gates(heads),
-            Row(name="chunks", per_token=heads * per_head, dtype="float32"),
+            Row(name="chunks", per_token=heads * wide, dtype="float32"),
+            Row(name="chunks, narrow copies", per_token=heads * narrow),
             *_gated_norm(values, heads),
         ),
         out_name="out_proj",
         out_width=values,
-        work=2 * keys + 2 * values,
-        work_fp32=heads * (6 * part.k_head_dim + 5 * part.v_head_dim + 3 * DELTA_CHUNK + state),
+        work=values,
+        work_fp32=heads * (5 * key + 2 * value + DELTA_CHUNK),
         source="transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:torch_chunk_gated_delta_rule",
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 from ullage.account.activations.logits import LossRecipe
 from ullage.account.activations.recurrent import RECURRENT
 from ullage.account.activations.saved import Implementation
-from ullage.account.lora import AdapterPrecision
+from ullage.account.adapters.rule import AdapterPrecision
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -40,13 +40,18 @@ REPEATS_FOR_FLASH = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausal
 #: models/gpt_oss/modeling_gpt_oss.py:eager_attention_forward.
 PLAIN_SOFTMAX = ("GPT2LMHeadModel", "GptOssForCausalLM")
 #: Source: transformers@5.23.0:models/gemma2/modeling_gemma2.py:Gemma2RMSNorm,
-#: models/gpt_oss/modeling_gpt_oss.py:GptOssRMSNorm.
+#: models/gpt_oss/modeling_gpt_oss.py:GptOssRMSNorm, models/qwen3_next/modeling_qwen3_next.py:Qwen3NextRMSNorm.
 LATE_CAST = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
 )
 #: Models that have no SDPA: attention is written out where nothing else is asked for.
 #: Source: transformers@5.23.0:models/gpt_oss/modeling_gpt_oss.py:GptOssPreTrainedModel (_supports_sdpa False), and
