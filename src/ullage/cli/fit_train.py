@@ -75,6 +75,7 @@ def _add_step(group: Any) -> None:
     group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
     group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger"), help=_("how the loss is computed"))
     group.add_argument("--lora", metavar="r=16", help=_("adapters: r=16,targets=q_proj+v_proj"))
+    group.add_argument("--rlhf", metavar="KIND", help=_("dpo, kto, rm ... or grpo,completion=512,vllm=0.3,sleep"))
     group.add_argument("--base-quantization", metavar="NAME", help=_("of the frozen base: nf4, int8, gptq"))
     group.add_argument("--offload", metavar="WHAT=cpu", action="append", help=_("optimizer=cpu, params=cpu ..."))
     group.add_argument("--compile", action="store_true", help=_("torch.compile"))
@@ -167,6 +168,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     """Build the job that the flags state."""
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
+    from ullage.read.rlhf_words import parse_rlhf
     from ullage.read.training_words import filled_pipeline, parse_lora, parse_precision, parse_recompute
     from ullage.spec.training import TrainingJob
 
@@ -200,6 +202,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         loss=arguments.loss,
         method=method,
         lora=lora,
+        rlhf=parse_rlhf(arguments.rlhf) if arguments.rlhf else None,
         base_quantization=arguments.base_quantization,
         offload=_offload(arguments.offload or ()),
         assumed=(*said, *(() if arguments.engine else (_("framework: {engine}").format(engine=engine),))),

@@ -82,6 +82,8 @@ def step(job: TrainingJob) -> TrainingStep:
     module_name = TRAINING_ENGINES.get(job.engine)
     if module_name is None:
         raise InputError(
+    if module_name is not None and job.rlhf is not None and not job.rlhf.alone:
+        module_name = "ullage.engines.rlhf"
             _("unknown engine {engine!r}").format(engine=job.engine),
             remedy=_("known are {known}").format(known=", ".join(TRAINING_ENGINES)),
         )

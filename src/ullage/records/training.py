@@ -14,6 +14,7 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Term
 from ullage.read.machine import parse_machine
+from ullage.read.rlhf_words import is_kind, parse_rlhf, rlhf_of
 from ullage.records import words
 from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.megatron import LAYER_KEYS, megatron_job, with_layers
@@ -21,6 +22,7 @@ from ullage.records.models import record_model
 from ullage.records.schema import Record
 from ullage.spec.machine import Machine
 from ullage.spec.model import Attention, Layer, Model
+from ullage.spec.rlhf import Rlhf
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import canonical_dtype
 
@@ -64,6 +66,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
     not_comparable: dict[str, str] = {}
     num_gpus, machine = _machine(record)
     known = (*_METHODS_WITH_ADAPTERS, *_METHODS_OF_ENGINE.get(record.engine, ()))
+    rlhf, fields = _rlhf(fields, record.where)
     if fields.get("method") not in (None, "full", *known):
         raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
     precision, base = _precision(fields, record.where)
@@ -91,12 +94,28 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         loss=_one_of(fields, "loss", ("plain", "fused", "chunked", "liger")),
         method=str(fields.get("method") or "full"),
         lora=_lora(fields, record.where),
+        rlhf=rlhf,
         base_quantization=base,
         offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),
         alloc_conf=str(fields.get("alloc_conf") or ""),
         flags=flags,
     )
     return job, not_comparable
+
+
+def _rlhf(fields: Mapping[str, Any], where: str) -> tuple[Rlhf | None, Mapping[str, Any]]:
+    """Return what the job says of preference or reinforcement training, and the fields with what is trained then.
+
+    Raises:
+        InputError: words that do not describe it.
+    """
+    said, method = fields.get("rlhf"), str(fields.get("method") or "")
+    if said is None and not is_kind(method):
+        return None, fields
+    found = rlhf_of(said, f"{where}: rlhf") if isinstance(said, dict) else parse_rlhf(str(said or method), where)
+    if is_kind(method):
+        fields = {**fields, "method": "lora" if isinstance(fields.get("lora"), dict) else "full"}
+    return found, fields
 
 
 def _machine(record: Record) -> tuple[int, Machine]:

@@ -11,6 +11,7 @@ from typing import Literal
 from ullage.frozen import Frozen
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
+from ullage.spec.rlhf import Rlhf
 
 FsdpSharding = Literal["full_shard", "shard_grad_op", "hybrid"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "dualpipe", "dualpipev"]
@@ -99,6 +100,7 @@ class TrainingJob(Frozen):
         attention: flash, sdpa, eager or unfused.
         loss: plain, fused, chunked or liger.
         method: full, lora, qlora, dora ...; base_quantization: of the frozen base.
+        rlhf: preference or reinforcement training; None: next-token prediction.
         offload: what lives on the host: pairs such as ("optimizer", "cpu").
         flags, native, assumed: as in :class:`ullage.spec.serving.ServingJob`.
     """
@@ -121,9 +123,15 @@ class TrainingJob(Frozen):
     loss: Literal["plain", "fused", "chunked", "liger"] | None = None
     method: str = "full"
     lora: Lora | None = None
+    rlhf: Rlhf | None = None
     base_quantization: str | None = None
     offload: tuple[tuple[str, str], ...] = ()
     alloc_conf: str = ""
     flags: tuple[tuple[str, str], ...] = ()
     native: str = ""
     assumed: tuple[str, ...] = ()
+
+
+def is_headless(job: TrainingJob) -> bool:
+    """Return whether a scalar head stands in the place of the vocabulary's."""
+    return job.rlhf is not None and job.rlhf.headless

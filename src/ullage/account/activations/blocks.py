@@ -34,6 +34,8 @@ class Style:
         rope_copy: a copy after rotary (litgpt's cat of the rotated and the plain part).
         fused_qkv: one projection for q, k and v.
         scores: attention written out: scores and probabilities b*a*s*s are kept.
+        clamped_scores: masked scores pass ``torch.max``, whose gradient needs them.
+            Source: transformers@4.28.1:models/opt/modeling_opt.py:OPTAttention.forward.
         gates_first: both FFN inputs are projected before the activation (litgpt).
         dropout: hidden and attention dropout keep masks.
         element_bytes: of the compute dtype.
@@ -51,6 +53,7 @@ class Style:
     rope_copy: bool = False
     fused_qkv: bool = False
     scores: bool = False
+    clamped_scores: bool = False
     gates_first: bool = False
     dropout: float = 0.0
     element_bytes: int = 2
@@ -335,7 +338,10 @@ class Builder:
         self.op(f"{name}.scores", scores * element, (q, k), keeps=(q, k), kind="mm")
         self.op(f"{name}.scaled", scores * element, (f"{name}.scores",))
         self.op(f"{name}.masked", scores * element, (f"{name}.scaled",))
-        self.op(f"{name}.wide", scores * 4, (f"{name}.masked",), keeps=(f"{name}.wide",), work_bytes=scores * 4)
+        last = f"{name}.masked"
+        if self.style.clamped_scores:
+            last = self.op(f"{name}.clamped", scores * element, (last,), keeps=(last,))
+        self.op(f"{name}.wide", scores * 4, (last,), keeps=(f"{name}.wide",), work_bytes=scores * 4)
         last = self.op(f"{name}.probabilities", scores * element, (f"{name}.wide",))
         if self.style.dropout:
             last = self.op(f"{name}.dropped", scores * element, (last,), aside_bytes=scores)

@@ -14,11 +14,16 @@ from ullage.account.parameters import Parameter
 from ullage.account.zero import ZeroSettings
 from ullage.engines.fsdp.plan import Rules, hf_loss, lora_of
 from ullage.engines.sharded.groups import frame_parameters, of_layer
+from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.walk import Block, StepPlan
 from ullage.read.deepspeed_json import parse_deepspeed
 from ullage.read.jsonfile import parse_json_object
 from ullage.spec.training import TrainingJob
 from ullage.units import cdiv, dtype_bytes
+
+#: Models whose written-out attention bounds the scores from below, before Transformers 4.36.
+#: Source: transformers@4.28.1:models/opt/modeling_opt.py:OPTAttention.forward.
+CLAMPED_SCORES = ("OPTForCausalLM",)
 
 
 def settings_of(job: TrainingJob) -> ZeroSettings:
@@ -38,9 +43,10 @@ def plan_of(job: TrainingJob, settings: ZeroSettings, rules: Rules) -> StepPlan:
     model, lora = job.model, lora_of(job)
     training = Training(base=lora is None, lora=lora)
     element = int(dtype_bytes(job.precision.params))
-    scores = job.attention in ("eager", "unfused")
+    scores = job.attention in ("eager", "unfused") or (job.attention is None and not rules.has_sdpa)
     dropout = 0.1 if any("dropout" in flag for flag, _value in job.flags) else 0.0
-    style = Style(repeat_kv=True, scores=scores, dropout=dropout)
+    clamped = not rules.has_sdpa and model.architecture in CLAMPED_SCORES
+    style = Style(repeat_kv=True, scores=scores, dropout=dropout, clamped_scores=clamped)
     slice_ = Slice(batch=job.micro_batch_size, seq_len=cdiv(job.seq_len, job.parallel.context_parallel_size))
     ranks = job.parallel.data_parallel_size * job.parallel.context_parallel_size
     blocks, trained, total = [], 0, 0
@@ -68,13 +74,24 @@ def plan_of(job: TrainingJob, settings: ZeroSettings, rules: Rules) -> StepPlan:
         back=root,
         hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
         embedding_grad_bytes=math.prod(frame[0].shape) * 2 if lora is None else 0,
-        loss=hf_loss(job, rules, style, training, slice_),
+        loss=_loss(job, hf_loss(job, rules, style, training, slice_)),
         weights=_states(job, settings, total, trained, element, ranks),
         state_bytes=(),
         step_work=_step_work(job, settings, trained, ranks),
         num_micro_batches=job.grad_accum,
         grads_freed_before_forward=False,
     )
+
+
+def _loss(job: TrainingJob, plan: LossPlan) -> LossPlan:
+    """Return the loss; a script with a loop of its own holds the model's output until the next one.
+
+    Source: DeepSpeedExamples@45b4b71:applications/DeepSpeed-Chat/training/step1_supervised_finetuning/main.py:main
+        (``outputs = model(**batch)`` before ``model.backward`` and ``model.step``); the Trainer lets go of it
+        (transformers@5.23.0:trainer.py:Trainer.training_step).
+    """
+    own_loop = "deepspeed-chat" in job.engine_version.lower()
+    return replace(plan, logits_held=True) if own_loop else plan
 
 
 def _group(name: str, parameters: list[Parameter], element: int, ranks: int, *, frozen: bool) -> Group:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ullage.account.activations.blocks import Builder, Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint, Graph
+from ullage.account.activations.log_probs import is_widened, scored_tokens
 from ullage.account.fsdp import Group
 from ullage.account.parameters import Parameter, Role
 from ullage.engines.sharded.groups import frame_parameters, of_layer
 from ullage.engines.sharded.loss import LossKind, LossPlan
 from ullage.engines.sharded.walk import Block, StepPlan
-from ullage.spec.training import Lora, TrainingJob
+from ullage.spec.training import Lora, TrainingJob, is_headless
 from ullage.units import cdiv, dtype_bytes
 
+#: Models that never made fp32 logits: the loss runs in the head's dtype, on a shifted copy.
+#: Source: transformers@4.28.1:models/{opt,gpt2,bloom,gpt_neox}/modeling_*.py (no cast before CrossEntropyLoss).
+NEVER_UPCAST = ("OPTForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "GPTNeoXForCausalLM")
 _DATE = re.compile(r"20\d\d-\d\d")
 
 
@@ -30,12 +34,15 @@ class Rules:
             2024-09); since, the loss upcasts and shifts the labels. Source: transformers@4.38.2 and @4.46.0:
             models/llama/modeling_llama.py:LlamaForCausalLM.forward, loss/loss_utils.py:ForCausalLMLoss.
         keeps_frozen_inputs: bitsandbytes' 4-bit product keeps its input (until 0.44, 2024-09).
+        has_sdpa: models take PyTorch's attention function by themselves (Transformers 4.36, 2023-12); before, attention
+            was written out. Source: transformers@4.36.0:modeling_utils.py:_autoset_attn_implementation.
         whole_scales: the scales of a 4-bit weight are on every rank whole (bitsandbytes); else sharded with the values.
             Source: torchao@0.7.0:torchao/dtypes/nf4tensor.py:fsdp_pre_all_gather.
     """
 
     upcast_logits: bool
     keeps_frozen_inputs: bool
+    has_sdpa: bool = True
     whole_scales: bool = True
 
 
@@ -43,7 +50,8 @@ def rules_of(version: str) -> Rules:
     """Return the rules of a version that names a date; the newest without one."""
     found = _DATE.search(version)
     old = found is not None and found.group() < "2024-09"
-    return Rules(upcast_logits=old, keeps_frozen_inputs=old)
+    written_out = found is not None and found.group() < "2023-12"
+    return Rules(upcast_logits=old, keeps_frozen_inputs=old, has_sdpa=not written_out)
 
 
 def lora_of(job: TrainingJob) -> Lora | None:
@@ -238,18 +246,38 @@ def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, sl
     plain = Style(norm=style.norm, rope=style.rope)
     norm = Builder(style=plain, training=training, num_tokens=slice_.num_tokens)
     norm.norm("normed", "x", model.hidden_size)
-    head = Builder(style=plain, training=training, num_tokens=slice_.num_tokens)
-    head.linear("logits", "x", model.hidden_size, model.vocab_size, names=("lm_head",))
+    tokens = scored_tokens(job) if job.rlhf is not None else slice_.num_tokens
+    head = Builder(style=plain, training=training, num_tokens=tokens)
+    rows = 1 if is_headless(job) else model.vocab_size
+    head.linear("logits", "x", model.hidden_size, rows, names=("lm_head",))
     kinds: dict[str | None, LossKind] = {"chunked": "chunked", "fused": "fused", "liger": "fused"}
-    return LossPlan(
-        kind=kinds.get(job.loss, "plain"),
+    never = rules.upcast_logits and model.architecture in NEVER_UPCAST
+    found = LossPlan(
+        kind=kinds.get(job.loss, "native" if never else "plain"),
         norm=Graph(ops=tuple(norm.ops), input_bytes=hidden),
         head=Graph(ops=tuple(head.ops), input_bytes=hidden),
-        num_tokens=slice_.num_tokens,
+        num_tokens=tokens,
         vocab=model.vocab_size,
         element_bytes=style.element_bytes,
         num_chunks=8,
-        upcast=rules.upcast_logits,
+        upcast=rules.upcast_logits and not never,
         shift_copies=rules.upcast_logits,
         returned=True,
+    )
+    return found if job.rlhf is None else _on_log_probs(job, found)
+
+
+def _on_log_probs(job: TrainingJob, plan: LossPlan) -> LossPlan:
+    """Return the loss of a policy: on log-probabilities, or on scores of a scalar head."""
+    style = job.rlhf.log_probs if job.rlhf else ""
+    kinds: dict[str, LossKind] = {"rows": "rows", "full": "full", "tiled": "tiled"}
+    return replace(
+        plan,
+        kind=kinds.get(style, "native"),
+        vocab=1 if style == "none" else plan.vocab,
+        num_rows=max(1, job.micro_batch_size),
+        widened=style != "none" and is_widened(job),
+        upcast=False,
+        shift_copies=False,
+        returned=False,
     )

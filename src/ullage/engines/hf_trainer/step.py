@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ullage.account.activations.logits import LossPeak, loss_peak
+from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines import training
@@ -12,13 +12,14 @@ from ullage.engines.hf_trainer import fsdp
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
+from ullage.engines.hf_trainer.policy import loss_of
 from ullage.engines.hf_trainer.states import States, states
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
-from ullage.spec.training import TrainingJob
+from ullage.spec.training import TrainingJob, is_headless
 from ullage.units import MiB, dtype_bytes
 
 #: Up to here the gradient of an embedding is one kernel. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu.
@@ -47,15 +48,7 @@ def step(job: TrainingJob) -> TrainingStep:
     if job.parallel.zero_stage and job.parallel.data_parallel_size > 1:
         return _under_deepspeed(job)
     filled, recipe = resolve(job)
-    held, one_pass, shape = _held(filled, recipe), forward_pass(filled, recipe), micro_batch(filled)
-    loss = loss_peak(
-        recipe.loss,
-        num_tokens=shape.num_tokens,
-        vocab_size=filled.model.vocab_size,
-        hidden_size=filled.model.hidden_size,
-        compute_dtype=recipe.implementation.compute_dtype,
-        head_trained=recipe.implementation.trained,
-    )
+    held, one_pass, loss = _held(filled, recipe), forward_pass(filled, recipe), loss_of(filled, recipe)
     low_pass = forward_pass(filled, unprepared(filled, recipe)) if recipe.norms_fp32 else one_pass
     walk = Walk(job=filled, recipe=recipe, states=held, one_pass=one_pass, low_pass=low_pass, loss=loss)
     moments = tuple(
@@ -245,8 +238,9 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     sorting = tokens * (6 * 8 + 4 * model.hidden_size) if tokens > FEW_INDICES else 0
     accumulates = weight if walk.job.grad_accum > 1 else 0
     laid = walk.one_pass.stream_bytes + sorting + accumulates
+    tied = model.tied_embeddings and not is_headless(walk.job)
     view = walk.job.loss != "liger"  # Liger's gradient of the head is a tensor of its own, and is added to
-    more = max(laid + weight, (2 if view else 1) * weight + accumulates) if model.tied_embeddings else laid
+    more = max(laid + weight, (2 if view else 1) * weight + accumulates) if tied else laid
     return (
         walk.states.gradients,
         exact("embedding_backward", more, formula="sorted indices, fp32 rows, gradient of the residual stream"),
@@ -301,6 +295,8 @@ def _inputs(walk: Walk) -> Term:
 
 def _head_gradient(walk: Walk) -> int:
     """Return the gradient of the output head, where it is trained."""
+    if is_headless(walk.job):
+        return 0
     lora = walk.job.lora
     if not walk.recipe.implementation.trained and "lm_head" not in (lora.trained_modules if lora else ()):
         return 0

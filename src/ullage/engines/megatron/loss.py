@@ -9,7 +9,7 @@ from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.shape import Sizes
 from ullage.ledger import Term, exact, ranged
 from ullage.numeric import smaller
-from ullage.spec.training import TrainingJob
+from ullage.spec.training import TrainingJob, is_headless
 from ullage.units import tensor_bytes
 
 PLAIN = "Megatron-LM@adc69db:megatron/core/tensor_parallel/cross_entropy.py:_VocabParallelCrossEntropy"
@@ -29,7 +29,12 @@ def head_saved_bytes(job: TrainingJob, sizes: Sizes) -> int:
 
 
 def logits_elements(job: TrainingJob, sizes: Sizes) -> int:
-    """Logits of one micro-batch on one rank: T * V/t."""
+    """Logits of one micro-batch on one rank: T * V/t; a scalar head's scores are whole on every rank.
+
+    Source: mcore-bridge@1.6.5:model/gpt_model.py:GPTModel.__init__ (OutputLayerLinear, duplicated).
+    """
+    if is_headless(job):
+        return sizes.decoder().tokens
     return sizes.decoder().tokens * -(-sizes.vocab_size // sizes.tensor)
 
 
@@ -77,7 +82,7 @@ def head_backward(job: TrainingJob, sizes: Sizes) -> Term:
     """
     hidden = job.model.hidden_size
     rows = -(-sizes.vocab_size // sizes.tensor)
-    weight = 0 if job.lora is not None else rows * hidden
+    weight = 0 if job.lora is not None or is_headless(job) else rows * hidden
     elements = logits_elements(job, sizes) + weight + sizes.decoder().tokens * hidden
     return exact(
         "head_backward",

@@ -15,7 +15,7 @@ from ullage.errors import LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.model import Layer, Model
-from ullage.spec.training import TrainingJob
+from ullage.spec.training import TrainingJob, is_headless
 
 #: Beyond so many tensors padding is left out.
 MAX_TENSORS = 200_000
@@ -48,11 +48,12 @@ def chunk_tensors(job: TrainingJob, chunk: Chunk, sizes: Groups, *, layers: bool
     """
     model = job.model
     found: list[RankTensor] = []
-    tied_copy = chunk.head and model.tied_embeddings and not chunk.embedding
+    tied = model.tied_embeddings and not is_headless(job)
+    tied_copy = chunk.head and tied and not chunk.embedding
     for placed in model_parameters(_without_layers(model), mtp=False, towers=False):
         name = placed.parameter.name
         if placed.section == "embedding" and (chunk.embedding or (chunk.mtp and "position" not in name)):
-            found.append(_share(job, placed.parameter, sizes, shared=model.tied_embeddings))
+            found.append(_share(job, placed.parameter, sizes, shared=tied))
         elif _after_layers(placed.section, name, chunk):
             found.append(_share(job, placed.parameter, sizes))
     word = next(iter(model_parameters(_without_layers(model), mtp=False, towers=False))).parameter

@@ -12,11 +12,13 @@ from typing import Literal
 from ullage.account.activations import graph as graphs
 from ullage.account.activations.graph import Graph, Kept
 from ullage.account.timeline import Buffer, Timeline
+from ullage.engines.sharded import preference
 from ullage.units import cdiv
 
 LossKind = Literal[
-    "plain", "compiled", "compiled_chunks", "vocab_parallel", "listed_chunks", "chunked", "fused", "native"
-]
+    "plain", "compiled", "compiled_chunks", "vocab_parallel", "listed_chunks", "chunked", "fused", "native", "rows",
+    "full", "tiled",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +31,10 @@ class LossPlan:
             logits go one after the other; "vocab_parallel" torch's loss-parallel functions;
             "native" cross_entropy in the dtype of the logits; "listed_chunks" head and loss in chunks that all stay
             (litgpt); "chunked" forward and backward of one chunk at a time (torchtitan, torchtune); "fused" no logits
-            kept (Liger).
+            kept (Liger); "rows", "full" and "tiled" log-probabilities (:mod:`ullage.engines.sharded.preference`).
         norm: graph of the final norm.
         head: graph of the head for the whole micro-batch (its ops stand for chunks too).
-        num_tokens, vocab: rows and columns of the logits on this rank.
+        num_tokens, vocab: rows and columns of the logits on this rank; num_rows: sequences that they are of.
         element_bytes: of the logits as the head makes them.
         widened: the framework hands logits on in fp32 (Lightning Fabric's convert_output).
         num_chunks: for the chunked kinds.
@@ -47,6 +49,7 @@ class LossPlan:
     head: Graph
     num_tokens: int
     vocab: int
+    num_rows: int = 1
     widened: bool = False
     element_bytes: int = 2
     num_chunks: int = 1
@@ -74,7 +77,7 @@ def forward(plan: LossPlan, timeline: Timeline, x: Buffer, before: list[Buffer])
         out, state.norm = graphs.forward(plan.norm, timeline, x)
         timeline.drop(h)
         h = out
-    if plan.kind in ("chunked", "fused"):
+    if plan.kind in ("chunked", "fused", "tiled"):
         state.buffers["hidden"] = h
         return state
     logits, state.head = graphs.forward(plan.head, timeline, h, category="activations")
@@ -104,6 +107,10 @@ def backward(
         grad = graphs.backward(plan.norm, timeline, state.norm, grad, on_weight_grad=on_weight_grad)
     if not plan.logits_held:
         for buffer in state.held:
+    elif plan.kind == "tiled":
+        grad, weight_grads = preference.tiled_backward(plan, timeline, state)
+        for buffer in weight_grads:
+            on_weight_grad(buffer)
             timeline.drop(buffer)
         state.held.clear()
     return grad
@@ -213,7 +220,7 @@ def _compiled_chunks_backward(plan: LossPlan, timeline: Timeline, state: LossSta
 
 
 def _native_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
-    """Log-softmax in the dtype of the logits, kept; the logits stay while the caller holds them.
+    """Log-softmax in the dtype of the logits, kept; the logits stay while the caller holds them, a shifted copy not.
 
     Source: litgpt@26857050:litgpt/utils.py:chunked_cross_entropy, litgpt/finetune/lora.py:fit.
     """
@@ -227,7 +234,9 @@ def _native_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits
 def _native_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
     """Chunk by chunk where the loss is chunked; gradients of all chunks meet at the head."""
     size = cdiv(_sizes(plan)[0], plan.num_chunks)
+    shifted = timeline.take("logits", _sizes(plan)[0] if plan.shift_copies else 0)
     nll = timeline.take("logits_gradient", size)
+    timeline.drop(shifted)
     grad = timeline.take("logits_gradient", size)
     timeline.drop(nll)
     timeline.drop(grad)
@@ -282,3 +291,7 @@ _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "native": _native_backward,
     "listed_chunks": _native_backward,
 }
+    "rows": preference.rows_forward,
+    "full": preference.full_forward,
+    "rows": preference.rows_backward,
+    "full": preference.full_backward,

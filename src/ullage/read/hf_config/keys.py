@@ -80,6 +80,10 @@ class Keys:
             )
         return next(iter(found.values()))
 
+    def first_name(self, *names: str) -> str:
+        """Return the name under which a key stands that has several; the first where it is missing."""
+        return next((name for name in names if name in self), names[0])
+
     def nullable_integer(self, key: str, default: int | None, *, low: int = 1) -> int | None:
         """Take an integer where null means "none" and only a missing key means ``default``."""
         found: int | None = self.integer(key, None, low=low)

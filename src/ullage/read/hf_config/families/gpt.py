@@ -35,12 +35,17 @@ def read_bigcode(keys: Keys) -> Model:
 
 
 def _read_gpt2(keys: Keys, *, kv_heads: int | None) -> Model:
+    """Read the keys under GPT-2's own names or the usual ones, which the config class maps to them.
+
+    Source: transformers@5.23.0:models/gpt2/configuration_gpt2.py:GPT2Config (attribute_map; ``n_inner`` alone is the
+        width of the feed-forward block).
+    """
     hidden = keys.first_integer("n_embd", "hidden_size")
     keys.skip("n_ctx", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx")
     attention = common.gqa(
         keys,
         hidden,
-        heads="n_head",
+        heads=keys.first_name("n_head", "num_attention_heads"),
         kv_default=kv_heads,
         qkv_bias=True,
         o_bias=True,
@@ -49,15 +54,18 @@ def _read_gpt2(keys: Keys, *, kv_heads: int | None) -> Model:
         o_name="c_proj",
     )
     inner = keys.integer("n_inner", 4 * hidden)
+    common.only(keys, intermediate_size=inner)
     activation = keys.text("activation_function", "gelu_new")
     ffn = DenseFFN(
         intermediate_size=inner, gated=False, bias=True, up_name="c_fc", down_name="c_proj", activation=activation
     )
     norms = common.norms(hidden, "ln_1", "ln_2", kind="layer", bias=True)
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms)
-    positions = keys.integer("n_positions", 1024)
+    positions = keys.first_integer("n_positions", "max_position_embeddings", default=1024)
     frame: dict[str, Any] = {**TRANSFORMER, "learned_positions": positions, "positions_name": "transformer.wpe"}
-    return _frame(keys, hidden, layer, "n_layer", tied_default=True, context=("n_positions",), **frame)
+    return _frame(
+        keys, hidden, layer, "n_layer", tied_default=True, context=("n_positions", "max_position_embeddings"), **frame
+    )
 
 
 def read_gptj(keys: Keys) -> Model:

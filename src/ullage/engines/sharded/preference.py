@@ -1,0 +1,102 @@
+"""Losses on log-probabilities, and scalar heads, as allocations on a timeline.
+
+The sizes are those of :mod:`ullage.account.activations.log_probs`, laid out in the order in which they come and go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ullage.account.activations.log_probs import TILE_ROWS, TILE_TOKENS
+from ullage.account.timeline import Buffer, Timeline
+from ullage.units import cdiv
+
+if TYPE_CHECKING:
+    from ullage.engines.sharded.loss import LossPlan, LossState
+
+
+def _sizes(plan: LossPlan) -> tuple[int, int]:
+    """Bytes of the logits as handed on, and of one row's."""
+    size = plan.num_tokens * plan.vocab * (4 if plan.widened else plan.element_bytes)
+    return size, cdiv(size, plan.num_rows)
+
+
+def rows_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
+    """Row by row: fp32 logits stay for logsumexp; narrow ones leave a log-softmax of every row.
+
+    Source: trl@1.14.2:trainer/utils.py:selective_log_softmax.
+    """
+    size, row = _sizes(plan)
+    if plan.widened:
+        timeline.brief("logits", row)
+        state.buffers["log_softmax"] = logits
+    else:
+        state.buffers["log_softmax"] = timeline.take("logits", size)
+        timeline.drop(logits)
+
+
+def rows_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
+    """The rows' gradients, stacked, then in the head's dtype.
+
+    Source: torch@2.13.0:torch/csrc/autograd/FunctionsManual.cpp:logsumexp_backward (three rows in one expression).
+    """
+    size, row = _sizes(plan)
+    rows = timeline.take("logits_gradient", size - row)
+    timeline.brief("logits_gradient", (3 if plan.widened else 2) * row)
+    last = timeline.take("logits_gradient", row)
+    timeline.drop(state.buffers.pop("log_softmax"))
+    stacked = timeline.take("logits_gradient", size)
+    timeline.drop(last)
+    timeline.drop(rows)
+    return _narrowed(plan, timeline, stacked)
+
+
+def full_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
+    """All at once: a contiguous copy of the shifted logits, and their log-softmax, which stays.
+
+    Source: llamafactory@0.9.5:train/trainer_utils.py:get_batch_logps; trl@0.14.0:trainer/dpo_trainer.py.
+    """
+    size, _row = _sizes(plan)
+    copy = timeline.take("logits", size if plan.num_rows > 1 else 0)
+    state.buffers["log_softmax"] = timeline.take("logits", size)
+    timeline.drop(copy)
+    state.held.append(logits)
+
+
+def full_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
+    """Gradient of the gathered values, of the log-softmax, then of the logits."""
+    size, _row = _sizes(plan)
+    for buffer in state.held:
+        timeline.drop(buffer)
+    state.held.clear()
+    gathered = timeline.take("logits_gradient", size)
+    grad = timeline.take("logits_gradient", size)
+    timeline.drop(gathered)
+    timeline.drop(state.buffers.pop("log_softmax"))
+    return _narrowed(plan, timeline, grad)
+
+
+def _narrowed(plan: LossPlan, timeline: Timeline, grad: Buffer) -> Buffer:
+    """Return the gradient as wide as the head made the logits."""
+    if not plan.widened:
+        return grad
+    narrow = timeline.take("logits_gradient", plan.num_tokens * plan.vocab * plan.element_bytes)
+    timeline.drop(grad)
+    return narrow
+
+
+def tiled_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> tuple[Buffer, list[Buffer]]:
+    """One tile of logits, fp32 gradients of hidden states and head, and their casts; no logits before.
+
+    Source: trl@1.16.0:kernels/chunked_logprob.py:_ChunkedLogProbFunction.backward.
+    """
+    hidden = state.buffers.pop("hidden")
+    wide = timeline.take("activation_gradients", hidden.num_bytes * 4 // plan.element_bytes)
+    weights = [op.weight_grad_bytes for op in plan.head.ops if op.weight_grad_bytes]
+    sums = [timeline.take("unsharded_gradients", size * 4 // plan.element_bytes) for size in weights]
+    timeline.brief("logits", min(plan.num_tokens, TILE_TOKENS) * min(plan.vocab, TILE_ROWS) * plan.element_bytes)
+    grad = timeline.take("activation_gradients", hidden.num_bytes)
+    grads = [timeline.take("unsharded_gradients", size) for size in weights]
+    for buffer in (wide, *sums, hidden):
+        timeline.drop(buffer)
+    return grad, grads
