@@ -96,7 +96,8 @@ def estimate(setup: Setup, stage: Stage) -> Term:
         from two. FlashInfer's workspace is made while a whole graph is captured, and counts.
     Source: vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory; vllm@0.28.0:
         vllm/v1/worker/gpu/model_runner.py:profile_cudagraph_memory; vllm@0.29.0:vllm/v1/worker/gpu/cudagraph_utils.py.
-    Known error: see :func:`cuda_graphs`; the second capture is 1 to 8 MiB in published logs' totals.
+    Known error: see :func:`cuda_graphs`; the second capture is 1 to 8 MiB in published logs' totals. With unified
+        memory free memory is cudaMemGetInfo's, which page cache and host processes move too.
     """
     captured, second = sizes(setup), second_runner(setup)
     applied = setup.truth(
@@ -110,12 +111,13 @@ def estimate(setup: Setup, stage: Stage) -> Term:
     layers = stage.share.layers[1] - stage.share.layers[0]
     whole = max(MiB, layers * PIECE_BYTES // 4)
     descriptors = full if second else len(captured) + full
+    host = 4 * GiB if setup.job.machine.gpu.unified else 0
     pieces = cuda_graphs(setup, stage) if second else exact("pieces", 0, formula="two of each mode are captured")
     return ranged(
         "cuda_graph_estimate",
         32 * MiB + buffer + descriptors * whole + pieces.bytes,
         low=buffer + descriptors * MiB + pieces.low_bytes,
-        high=128 * MiB + buffer + descriptors * 4 * whole + pieces.high_bytes,
+        high=128 * MiB + buffer + descriptors * 4 * whole + pieces.high_bytes + host,
         formula=f"32 MiB first capture + {descriptors} captured shapes x {whole / MiB:.1f} MiB + pieces "
         f"{pieces.bytes / MiB:.0f} MiB + attention's workspace {buffer / MiB:.0f} MiB",
         source="vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory",
