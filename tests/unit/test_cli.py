@@ -270,3 +270,16 @@ def test_a_quantisation_that_is_not_known_is_refused(capsys):
     code, _out, err = run(capsys, *FIT, "--quantization", "nonsense")
     assert code == 2
     assert "nonsense" in err
+
+
+LLAMA_CPP = ["fit", "serve", "qwen3-30b-a3b", "--on", "2xRTX4090", "--engine", "llamacpp", "--quantization", "Q4_K_M"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[*LLAMA_CPP, "--pp", "2"], [*LLAMA_CPP, "--ep"], [*LLAMA_CPP, "--enforce-eager"], [*LLAMA_CPP, "--mtp", "2"],
+     [*FIT, "--redundant-experts", "32"]],
+)  # fmt: skip
+def test_options_that_the_engine_would_pass_over_are_refused(capsys, words):
+    code, _out, err = run(capsys, *words)
+    assert code == 2 and err.count("\n") == 1 and words[-2 if words[-1].isdigit() else -1] in err

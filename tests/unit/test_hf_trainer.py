@@ -192,7 +192,7 @@ def test_fsdp_spreads_states_and_holds_the_inputs_of_frozen_layers() -> None:
 
 def test_what_the_rules_do_not_cover_is_refused() -> None:
     parallel = TrainingParallel(data_parallel_size=2, fsdp="hybrid")
-    with pytest.raises(InputError, match="no other split yet"):
+    with pytest.raises(InputError, match="do not follow FSDP's hybrid"):
         step(lora_job(parallel=parallel))
     with pytest.raises(InputError, match="no offload yet"):
         step(lora_job(offload=(("optimizer", "cpu"),)))

@@ -199,8 +199,37 @@ def _from_flags(arguments: argparse.Namespace) -> ServingJob:
     return _changed(replace(job, assumed=(*job.assumed, *said)), arguments)
 
 
+#: Options that llama.cpp has nothing for: it spreads layers over all devices, and a GGUF file says the rest.
+_NOT_FOR_GGUF = (
+    "tp", "pp", "dcp", "ep", "dp_attention", "memory_fraction", "enforce_eager", "block_size", "dtype",
+    "redundant_experts", "cpu_offload", "mtp",
+)  # fmt: skip
+
+
+def _check_options(job: ServingJob, arguments: argparse.Namespace) -> None:
+    """Refuse options that the engine would pass over."""
+    from ullage.fitting import ELASTIC_POOLS
+
+    if job.engine not in ELASTIC_POOLS:
+        given = [n for n in _NOT_FOR_GGUF if not any(getattr(arguments, n) is none for none in (None, False))]
+        if given:
+            raise InputError(
+                _("{engine} has nothing like {options}").format(
+                    engine=job.engine, options=", ".join("--" + name.replace("_", "-") for name in given)
+                ),
+                remedy=_("its own words can be given with --from llamacpp:'llama-server …'"),
+            )
+    elif arguments.redundant_experts and arguments.ep is None and not job.parallel.expert_parallel:
+        raise InputError(
+            _("redundant experts exist only where experts are spread"),
+            where="--redundant-experts",
+            remedy=_("add --ep"),
+        )
+
+
 def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
     """Lay the flags that were given over the job."""
+    _check_options(job, arguments)
     given = {
         "max_model_len": arguments.context,
         "max_num_seqs": arguments.max_num_seqs,

@@ -238,6 +238,7 @@ def _parallel(arguments: argparse.Namespace, machine: Machine, engine: str) -> T
         expert_tensor_parallel_size=arguments.etp,
         zero_stage=arguments.zero or 0,
         fsdp=sharded,
+        shard_group_size=machine.gpus_per_node if sharded == "hybrid" else None,
     )
 
 

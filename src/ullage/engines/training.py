@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from ullage.engines.follows import check_followed
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Ledger
@@ -79,11 +80,12 @@ def step(job: TrainingJob) -> TrainingStep:
     Raises:
         InputError: the engine is not known or not built yet, or the layout is impossible.
     """
+    check_followed(job)
     module_name = TRAINING_ENGINES.get(job.engine)
-    if module_name is None:
-        raise InputError(
     if module_name is not None and job.rlhf is not None and not job.rlhf.alone:
         module_name = "ullage.engines.rlhf"
+    if module_name is None:
+        raise InputError(
             _("unknown engine {engine!r}").format(engine=job.engine),
             remedy=_("known are {known}").format(known=", ".join(TRAINING_ENGINES)),
         )

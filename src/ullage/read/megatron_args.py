@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from ullage.errors import LayoutError
+from ullage.errors import InputError, LayoutError
 from ullage.i18n import _
 from ullage.read.megatron_flags import READ, unknown
 from ullage.read.megatron_model import model_of
@@ -131,8 +131,7 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
             )
         )
     expert_tensor = args.size("expert-tensor-parallel-size", tensor)
-    sharding = args.get("data-parallel-sharding-strategy")
-    fsdp = args.on("use-megatron-fsdp") or args.on("use-torch-fsdp2")
+    stage = _zero_stage(args)
     virtual = args.count("num-virtual-stages-per-pipeline-rank", 0)
     per_stage = args.count("num-layers-per-virtual-pipeline-stage", 0)
     if not virtual and per_stage:
@@ -147,9 +146,31 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
         schedule=None if pipeline == 1 else "interleaved" if virtual > 1 else "1f1b",
         expert_parallel_size=args.size("expert-model-parallel-size", 1),
         expert_tensor_parallel_size=expert_tensor,
-        zero_stage=3 if fsdp and sharding != "no_shard" else 1 if args.on("use-distributed-optimizer") else 0,
-        fsdp="full_shard" if fsdp and sharding in ("", "optim_grads_params") else None,
+        zero_stage=stage,
+        fsdp="full_shard" if stage == 3 else None,
     )
+
+
+def _zero_stage(args: Arguments) -> int:
+    """Return what data-parallel ranks share, as a ZeRO stage.
+
+    Source: Megatron-LM@2026-08:megatron/core/distributed/distributed_data_parallel_config.py
+        (data_parallel_sharding_strategy, "no_shard" by default); docs of Megatron-FSDP (optim 1, optim_grads 2).
+    """
+    if args.on("use-torch-fsdp2"):
+        return 3
+    own = 1 if args.on("use-distributed-optimizer") else 0
+    if not args.on("use-megatron-fsdp"):
+        return own
+    strategy = args.get("data-parallel-sharding-strategy") or "no_shard"
+    stages = {"no_shard": own, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
+    if strategy not in stages:
+        raise InputError(
+            _("{text!r} is not a sharding strategy").format(text=strategy[:40]),
+            where="--data-parallel-sharding-strategy",
+            remedy=_("write {known}").format(known=", ".join(stages)),
+        )
+    return stages[strategy]
 
 
 def _precision(args: Arguments) -> Precision:

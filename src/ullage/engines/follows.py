@@ -1,0 +1,192 @@
+"""What each framework's rules follow of a job. The rest is refused: a setting passed over would be a wrong answer.
+
+A setting that takes no memory by itself (a schedule without a pipeline, ZeRO on one GPU) is no reason to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ullage.errors import InputError, LayoutError
+from ullage.frozen import Frozen
+from ullage.i18n import _
+from ullage.spec.model import MoEFFN
+from ullage.spec.training import TrainingJob, TrainingParallel
+
+ADAM = frozenset({"adamw", "adam"})
+PLAIN_OPTIMIZERS = ADAM | {"sgd"}
+FULLY_SHARDED = frozenset({"full_shard", "shard_grad_op", "hybrid"})
+
+
+class Follows(Frozen):
+    """What the rules of one framework take account of.
+
+    Attributes:
+        splits: of tensor, sequence, context, pipeline, virtual, expert and expert_tensor parallelism.
+        zero_stages, fsdp: ways to shard.
+        optimizers: by name, None: every one that :mod:`ullage.account.optimizer` knows.
+        impls: whether fused, foreach and for_loop are told apart.
+        attention, losses: kernels; flash and sdpa keep the same.
+        adapters, base_quantizations, offload, compile: as in the job.
+    """
+
+    splits: frozenset[str] = frozenset()
+    zero_stages: frozenset[int] = frozenset()
+    fsdp: frozenset[str] = frozenset()
+    optimizers: frozenset[str] | None = PLAIN_OPTIMIZERS
+    impls: bool = True
+    attention: frozenset[str] = frozenset({"flash", "sdpa"})
+    losses: frozenset[str] = frozenset({"plain", "fused", "chunked", "liger"})
+    adapters: bool = True
+    base_quantizations: bool = True
+    offload: frozenset[str] = frozenset()
+    compile: bool = True
+
+
+_ALL_ATTENTION = frozenset({"flash", "sdpa", "eager", "unfused"})
+_HF = Follows(
+    splits=frozenset({"context"}),  # DeepSpeed's Ulysses; the Trainer's own rules refuse the rest in their words
+    zero_stages=frozenset({1, 2, 3}),
+    fsdp=frozenset({"full_shard"}),
+    optimizers=None,
+    attention=_ALL_ATTENTION,
+)
+_FSDP = Follows(
+    splits=frozenset({"context"}),
+    fsdp=FULLY_SHARDED,
+    attention=_ALL_ATTENTION,
+    offload=frozenset({"optimizer", "params"}),
+)
+
+FOLLOWS = {
+    "megatron": Follows(
+        splits=frozenset({"tensor", "context", "pipeline", "virtual", "expert", "expert_tensor"}),
+        zero_stages=frozenset({1, 3}),  # the distributed optimizer, and Megatron's FSDP
+        optimizers=PLAIN_OPTIMIZERS | {"muon", "dist_muon"},
+        impls=False,
+        attention=_ALL_ATTENTION,
+        losses=frozenset({"plain", "fused"}),
+        base_quantizations=False,
+        offload=frozenset({"optimizer"}),
+        compile=False,
+    ),
+    "hf_trainer": _HF,
+    "single": _HF,
+    "ddp": _HF,
+    "fsdp1": _FSDP,
+    "fsdp2": _FSDP,
+    "torchtune": Follows(
+        fsdp=FULLY_SHARDED, losses=frozenset({"plain", "chunked"}), offload=frozenset({"optimizer", "params"})
+    ),
+    "torchtitan": Follows(
+        splits=frozenset({"tensor", "context", "pipeline", "expert"}),
+        fsdp=FULLY_SHARDED,
+        losses=frozenset({"plain", "chunked"}),
+        adapters=False,
+        base_quantizations=False,
+        offload=frozenset({"params"}),
+    ),
+    "litgpt": Follows(
+        fsdp=frozenset({"full_shard"}),
+        optimizers=PLAIN_OPTIMIZERS | {"paged_adamw"},
+        impls=False,
+        losses=frozenset({"chunked"}),
+        compile=False,
+    ),
+    "deepspeed": Follows(
+        splits=frozenset({"context"}),
+        zero_stages=frozenset({1, 2, 3}),
+        impls=False,
+        attention=_ALL_ATTENTION,
+        base_quantizations=False,
+        offload=frozenset({"optimizer", "params"}),
+        compile=False,
+    ),
+}
+
+
+def check_followed(job: TrainingJob) -> None:
+    """Refuse what the rules of the job's framework would pass over.
+
+    Raises:
+        LayoutError: a way to split that does not exist or is not followed.
+        InputError: any other setting that is not followed, or a quantised base that is to be trained itself.
+    """
+    _check_experts(job)
+    own = FOLLOWS.get(job.engine)
+    if own is None:
+        return
+    if job.base_quantization is not None and job.lora is None and job.method == "full":
+        raise InputError(
+            _("a base in {name} cannot be trained itself").format(name=job.base_quantization[:40]),
+            remedy=_("train adapters on it, such as --lora r=16"),
+        )
+    for what, kind in _passed_over(job, own):
+        others = [name for name, follows in FOLLOWS.items() if not list(_only(job, follows, what))]
+        raise kind(
+            _("ullage's rules of {engine} do not follow {what}").format(engine=job.engine, what=what),
+            remedy=_("those of {engines} do").format(engines=", ".join(others)) if others else "",
+        )
+
+
+def _only(job: TrainingJob, follows: Follows, what: str) -> Iterator[str]:
+    return (found for found, _kind in _passed_over(job, follows) if found == what)
+
+
+def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[InputError]]]:
+    """Yield what the job states and the rules do not follow, in words, with the kind of error."""
+    for name, words in _splits(job.parallel):
+        if name not in own.splits:
+            yield words, LayoutError
+    yield from ((words, LayoutError) for words in _sharding(job.parallel, own))
+    if own.optimizers is not None and job.optimizer not in own.optimizers:
+        yield _("the optimizer {name}").format(name=job.optimizer[:40]), InputError
+    if job.optimizer_impl == "for_loop" and not own.impls:
+        yield _("a {impl} optimizer").format(impl=job.optimizer_impl), InputError
+    if job.attention is not None and job.attention not in own.attention:
+        yield _("{kind} attention").format(kind=job.attention), InputError
+    if job.loss is not None and job.loss not in own.losses:
+        yield _("a {kind} loss").format(kind=job.loss), InputError
+    if job.lora is not None and not own.adapters:
+        yield _("adapters"), InputError
+    if job.base_quantization is not None and not own.base_quantizations:
+        yield _("a quantised base"), InputError
+    for what, where in job.offload:
+        if what not in own.offload:
+            yield _("{what} on {where}").format(what=what, where=where), InputError
+    if job.compile and not own.compile:
+        yield "torch.compile", InputError
+
+
+def _splits(parallel: TrainingParallel) -> Iterator[tuple[str, str]]:
+    sizes = (
+        ("tensor", parallel.tensor_parallel_size, _("tensor parallelism")),
+        ("context", parallel.context_parallel_size, _("context parallelism")),
+        ("pipeline", parallel.pipeline_parallel_size, _("pipeline parallelism")),
+        ("virtual", parallel.virtual_pipeline_parallel_size, _("several model chunks on a pipeline rank")),
+        ("expert", parallel.expert_parallel_size, _("expert parallelism")),
+        ("expert_tensor", parallel.expert_tensor_parallel_size or 1, _("expert tensor parallelism")),
+    )
+    yield from ((name, words) for name, size, words in sizes if size > 1)
+
+
+def _sharding(parallel: TrainingParallel, own: Follows) -> Iterator[str]:
+    """FSDP is told by its own names, ZeRO by its stage; FSDP's full_shard may be called stage 3 as well."""
+    if parallel.data_parallel_size * parallel.context_parallel_size == 1:
+        return
+    if parallel.zero_stage and parallel.zero_stage not in own.zero_stages:
+        alike = {2: "shard_grad_op", 3: "full_shard"}.get(parallel.zero_stage)
+        if not own.fsdp or alike != (parallel.fsdp or "full_shard"):
+            yield _("ZeRO stage {stage}").format(stage=parallel.zero_stage)
+    same = parallel.fsdp == "full_shard" and parallel.zero_stage == 3 and 3 in own.zero_stages
+    if parallel.fsdp is not None and parallel.fsdp not in own.fsdp and not same:
+        yield _("FSDP's {name}").format(name=parallel.fsdp)
+
+
+def _check_experts(job: TrainingJob) -> None:
+    blocks = {type(block) for layer in job.model.layers for block in layer.ffns}
+    if job.parallel.expert_parallel_size > 1 and MoEFFN not in blocks:
+        raise LayoutError(
+            _("{model} has no experts to spread").format(model=job.model.name),
+            remedy=_("leave out expert parallelism"),
+        )
