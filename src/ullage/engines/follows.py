@@ -50,6 +50,7 @@ _HF = Follows(
     fsdp=frozenset({"full_shard"}),
     optimizers=None,
     attention=_ALL_ATTENTION,
+    offload=frozenset({"activations", "optimizer", "params"}),
 )
 _FSDP = Follows(
     splits=frozenset({"context"}),
