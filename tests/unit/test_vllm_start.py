@@ -374,9 +374,13 @@ def test_more_memory_never_holds_less(low: float, step: float, length: int) -> N
         assert cost(length) <= cost(length + 1)
 
 
-def test_figures_add_up_to_the_budget() -> None:
-    figures = start(job_of(small_model(), max_num_seqs=16)).figures
-    parts = ("weights", "activation_peak", "non_torch", "cuda_graph_estimate", "kv_cache")
+@pytest.mark.parametrize("version", ["0.19.0", "0.26.0", "0.33.0"])
+def test_figures_add_up_to_the_budget(version: str) -> None:
+    """From 0.27 on the printed peak holds the graph estimate; before, both are taken off."""
+    figures = start(job_of(small_model(), max_num_seqs=16, version=version)).figures
+    parts = ["weights", "activation_peak", "non_torch", "kv_cache"]
+    if version == "0.26.0":
+        parts.append("cuda_graph_estimate")
     assert sum(figures[part].value for part in parts) == pytest.approx(figures["requested"].value, abs=2)
 
 
