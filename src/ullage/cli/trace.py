@@ -35,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = parser.add_argument_group(_("the ranks"))
     ranks.add_argument("--fsdp", type=int, default=0, metavar="N", help=_("shard every layer over N ranks (FSDP2)"))
     ranks.add_argument("--no-reshard", action="store_true", help=_("keep gathered parameters after forward (FSDP2)"))
+    ranks.add_argument("--tp", type=int, default=0, metavar="N", help=_("split matrices over N ranks"))
+    ranks.add_argument("--sp", action="store_true", help=_("split sequence and loss over them too, as torchtitan"))
     ranks.add_argument("--ddp", type=int, default=0, metavar="N", help=_("replicas on N ranks (DDP)"))
     ranks.add_argument(
         "--world", type=int, default=0, metavar="N", help=_("a fake process group of N ranks for your module:function")
     )
+    ranks.add_argument("--rank", type=int, default=0, metavar="R", help=_("which rank to trace (0)"))
     kernels = parser.add_argument_group(_("the device"))
     kernels.add_argument("--on", metavar="GPU", help=_("the GPU: its kernels, and whether it fits (H100's kernels)"))
     kernels.add_argument(
@@ -92,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     same = (
         "micro_batch", "grad_accum", "steps", "inference", "engine", "dtype", "autocast", "optimizer", "optimizer_impl",
-        "clip", "recompute", "lora", "attention", "routing_skew", "fsdp", "ddp", "world",
+        "clip", "recompute", "lora", "attention", "routing_skew", "fsdp", "ddp", "world", "tp",
+        "sp", "rank",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in same}
     return options | {

@@ -87,6 +87,8 @@ def _masked(tracker: Any, func: Any, args: Any, kwargs: Any) -> Any:
 def _index(tracker: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """Index with masks of truth values: each becomes the indices of its true values, as on a GPU."""
     source, indices, *rest = args
+    if func is aten.index_put_.default and _fills(tracker, indices, *rest):
+        return source
     if not any(_is_meta(each) and each.dtype in (torch.bool, torch.uint8) for each in indices if each is not None):
         return NotImplemented
     written: list[Any] = []
@@ -99,6 +101,19 @@ def _index(tracker: Any, func: Any, args: Any, kwargs: Any) -> Any:
             tracker.note(made, "nonzero")
             written.append(made)
     return func(source, written, *rest, **kwargs)
+
+
+def _fills(tracker: Any, indices: Any, values: Any, accumulate: Any = False) -> bool:
+    """Say whether ``x[mask] = number`` is written: one kernel fills it, whatever the mask says.
+
+    Source: torch@2.13.0:aten/src/ATen/native/TensorAdvancedIndexing.cpp:canDispatchToMaskedFill; indexing makes a
+        number a tensor, which lies on the host there.
+    """
+    given = [each for each in indices if each is not None]
+    if accumulate or len(given) != 1 or given[0].dtype not in (torch.bool, torch.uint8) or values.dim():
+        return False
+    number = tracker.number_of(values) if _is_meta(values) else None
+    return number is None or tracker.trace.allocations[number].op == "scalar_tensor"
 
 
 HANDLERS: dict[Any, Any] = {

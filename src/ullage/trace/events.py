@@ -20,6 +20,9 @@ CATEGORIES = (
     PARAMETER, BUFFER, OPTIMIZER_STATE, GRADIENT, ACTIVATION, TEMPORARY, INPUT, WORKSPACE, COMMUNICATION,
 )  # fmt: skip
 
+#: Operators that communicate begin so.
+COLLECTIVE = "_c10d_functional::"
+
 SETUP, FORWARD, BACKWARD, RECOMPUTE, OPTIMIZER = "setup", "forward", "backward", "recompute", "optimizer"
 
 
@@ -130,20 +133,23 @@ def classify(trace: Trace) -> None:
     """Give every allocation that no rule named its category.
 
     What a forward pass (first or repeated) leaves behind when it ends is an activation; what is freed in the phase that
-    took it is a temporary, as are the gradients of activations in backward.
+    took it is a temporary, as are the gradients of activations in backward. What a collective gave and backward reads
+    is an activation too.
     """
     taken_in = {FORWARD, RECOMPUTE}
     ends: dict[int, int] = {~event: index for index, event in enumerate(trace.events) if event < 0}
     for number, allocation in enumerate(trace.allocations):
-        if allocation.category:
+        given = allocation.category == COMMUNICATION and allocation.op.startswith(COLLECTIVE)
+        if allocation.category and not given:
             continue
         start = trace.places[allocation.place]
         end = ends.get(number)
+        within = COMMUNICATION if given else TEMPORARY
         if start.phase not in taken_in:
-            allocation.category = TEMPORARY
+            allocation.category = within
         elif end is None:
             allocation.category = ACTIVATION
         else:
             last = trace.place(end)
             same = (last.phase, last.step, last.micro_batch) == (start.phase, start.step, start.micro_batch)
-            allocation.category = TEMPORARY if same else ACTIVATION
+            allocation.category = within if same else ACTIVATION

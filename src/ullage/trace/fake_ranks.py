@@ -8,6 +8,10 @@ Source: torch@2.13.0:torch/testing/_internal/distributed/fake_pg.py; torch/distr
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -22,6 +26,7 @@ from ullage.trace import events as names
 
 _GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
+_CACHE = type(functools.lru_cache(lambda: None))
 
 
 class FakeEvent:
@@ -118,8 +123,8 @@ class FakeDevice:
 
 
 @contextmanager
-def fake_ranks(tracker: Any, world_size: int) -> Iterator[None]:
-    """Be rank 0 of ``world_size`` for as long as the context lasts; 0: no process group.
+def fake_ranks(tracker: Any, world_size: int, rank: int = 0) -> Iterator[None]:
+    """Be a rank of ``world_size`` for as long as the context lasts; 0: no process group.
 
     Raises:
         InputError: this process is in a process group already, or this PyTorch has none.
@@ -137,16 +142,39 @@ def fake_ranks(tracker: Any, world_size: int) -> Iterator[None]:
         )
     store = import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
     tensors = import_module("torch.distributed.tensor")
-    tracker.wrappers = (tensors.DTensor,)
+    functional = import_module("torch.distributed._functional_collectives")
+    tracker.wrappers = (tensors.DTensor, functional.AsyncCollectiveTensor)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "meta", FakeDevice(tracker), create=True))
-        dist.init_process_group("fake", store=store, rank=0, world_size=world_size)
+        stack.callback(_forget_meshes)
+        dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
+        _quiet(stack)
         _meshes(stack, dist)
         _propagation(stack)
         _fsdp2(stack, tracker)
         _ddp(stack, tracker)
         yield
+
+
+def _forget_meshes() -> None:
+    """Drop what DTensor remembers: a mesh of the next trace equals this one's, whose process groups are gone."""
+    forget = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if forget is not None:
+        forget()
+    for each in gc.get_objects():
+        if type(each) is _CACHE and str(getattr(each.__wrapped__, "__module__", "")).startswith("torch.distributed."):
+            each.cache_clear()
+
+
+def _quiet(stack: ExitStack) -> None:
+    """Keep PyTorch's advice on speed to itself: nothing is communicated."""
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    stack.callback(logger.setLevel, before)
 
 
 def _meshes(stack: ExitStack, dist: Any) -> None:

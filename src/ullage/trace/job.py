@@ -42,8 +42,11 @@ class TraceJob(Frozen):
         routing_skew: 0: every expert gets as many tokens.
         unroll: trace few of the layers that repeat and repeat their events.
         fsdp: ranks over which FSDP2 shards the model, 0: none; ``reshard_after_forward`` as ``fully_shard`` has it.
+        tp: ranks over which matrices are split, 0: none; with ``fsdp`` a mesh of both. ``sp`` splits the sequence
+            between the blocks, and the loss, as well.
         ddp: ranks that hold replicas under DistributedDataParallel, 0: none.
         world: ranks of the fake process group in which a program wraps its module itself, 0: no group.
+        rank: which of the ranks is traced; uneven shards differ.
     """
 
     micro_batch: int = 1
@@ -66,6 +69,9 @@ class TraceJob(Frozen):
     fsdp: int = 0
     ddp: int = 0
     world: int = 0
+    tp: int = 0
+    sp: bool = False
+    rank: int = 0
     reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
@@ -96,22 +102,31 @@ class TraceJob(Frozen):
         self._check_ranks()
 
     def _check_ranks(self) -> None:
-        given = {name: count for name in ("fsdp", "ddp", "world") if (count := getattr(self, name))}
-        if len(given) > 1:
+        given = {name: count for name in ("fsdp", "ddp", "world", "tp") if (count := getattr(self, name))}
+        if len(given) > 1 and set(given) != {"fsdp", "tp"}:
             raise InputError(
                 _("{names} cannot be combined").format(names=", ".join(f"--{name}" for name in given)),
                 remedy=_("wrap your own module and trace it with --world N"),
             )
-        for name, count in given.items():
+        for name, count in (given | {"ranks": self.num_ranks} if given else given).items():
             if not 2 <= count <= MOST_RANKS:
                 raise InputError(
                     _("{name}: {value} ranks are outside 2 to {most}").format(name=name, value=count, most=MOST_RANKS)
                 )
+        if self.sp and not self.tp:
+            raise InputError(_("--sp splits the sequence over the ranks of --tp, which is missing"))
+        if not 0 <= self.rank < max(1, self.num_ranks):
+            raise InputError(
+                _("there is no rank {rank} of {ranks}").format(rank=self.rank, ranks=max(1, self.num_ranks)),
+                remedy=_("ranks are numbered from 0"),
+            )
 
     @property
     def num_ranks(self) -> int:
         """Ranks of the process group, 0 without one."""
-        return self.fsdp or self.ddp or self.world
+        if self.fsdp and self.tp:
+            return self.fsdp * self.tp
+        return self.fsdp or self.ddp or self.world or self.tp
 
     @property
     def implementation(self) -> str:

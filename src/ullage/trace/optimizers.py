@@ -56,6 +56,17 @@ class Adam8bit(torch.optim.Optimizer):
             state[name] = torch.zeros((blocks,), dtype=torch.float32, device=parameter.device)
 
 
+def by_mesh(parameters: list[Any]) -> list[list[Any]]:
+    """Return parameters by the mesh that they lie on: one call of a fused or foreach kernel takes one mesh.
+
+    Source: transformers@5.23.0:trainer.py:create_optimizer (has_mixed_dtensor).
+    """
+    groups: dict[Any, list[Any]] = {}
+    for each in parameters:
+        groups.setdefault(getattr(each, "device_mesh", None), []).append(each)
+    return list(groups.values())
+
+
 def make_optimizer(job: TraceJob, model: Any) -> Any:
     """Return the optimizer of the job's step, None without one.
 
@@ -72,10 +83,11 @@ def make_optimizer(job: TraceJob, model: Any) -> Any:
     how = {"foreach": job.implementation == "foreach"}
     if job.implementation == "fused":
         how = {"fused": True}
+    groups = [{"params": each} for each in by_mesh(trained)]
     if job.optimizer in ("adamw", "adam"):
-        return (torch.optim.AdamW if job.optimizer == "adamw" else torch.optim.Adam)(trained, lr=1e-5, **how)
+        return (torch.optim.AdamW if job.optimizer == "adamw" else torch.optim.Adam)(groups, lr=1e-5, **how)
     if job.optimizer.startswith("sgd"):
-        return torch.optim.SGD(trained, lr=1e-5, momentum=0.9 if "momentum" in job.optimizer else 0.0, **how)
+        return torch.optim.SGD(groups, lr=1e-5, momentum=0.9 if "momentum" in job.optimizer else 0.0, **how)
     name = {"adafactor": "Adafactor", "muon": "Muon"}[job.optimizer]
     made = getattr(import_module("torch.optim"), name, None)
     if made is None:

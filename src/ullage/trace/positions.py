@@ -47,6 +47,7 @@ class Positions:
         self._numbers: list[int] = []
         self._makers: list[str] = []
         self._parent: tuple[int, str] = (-1, "")
+        self._left_by: dict[int, Any] = {}
 
     def learn(self, root: Any) -> None:
         """Learn the paths of a model's modules and parameters."""
@@ -96,6 +97,8 @@ class Positions:
         path = self._paths.get(id(module))
         if path is None:
             path = f"{self._stack[-1]}.{type(module).__name__}" if self._stack else type(module).__name__
+        if id(module) not in self._left_by:  # behind the hooks of wrappers: what they do belongs to the module
+            self._left_by[id(module)] = module.register_forward_hook(self._leave, always_call=True)
         self._stack.append(path)
         self._note(path)
 
@@ -140,12 +143,12 @@ class Positions:
         optimizer_hooks = importlib.import_module("torch.optim.optimizer")
         handles = [
             module_hooks.register_module_forward_pre_hook(self._enter),
-            module_hooks.register_module_forward_hook(self._leave, always_call=True),
             optimizer_hooks.register_optimizer_step_pre_hook(before),
             optimizer_hooks.register_optimizer_step_post_hook(after),
         ]
         try:
             yield
         finally:
-            for handle in handles:
+            for handle in (*handles, *self._left_by.values()):
                 handle.remove()
+            self._left_by.clear()

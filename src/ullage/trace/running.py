@@ -16,7 +16,7 @@ from ullage.trace.fake_ranks import fake_ranks
 from ullage.trace.functions import CudaFunctions
 from ullage.trace.job import TraceJob
 from ullage.trace.models import add_adapters, build_model
-from ullage.trace.parallel import check_wrapping, replicate, spread
+from ullage.trace.parallel import check_wrapping, replicate, sentences, spread
 from ullage.trace.patches import cuda_stand_ins
 from ullage.trace.protocol import Traced, call_function, load_function
 from ullage.trace.shadows import Routing
@@ -70,8 +70,7 @@ def _run_language_model(model: Any, config: Any, job: TraceJob, name: str, *, st
     model = prepare(model, job)
     counts = {id(each): each for each in model.parameters()}
     trace, num_traced = trace_layers(model, config, job, stacks=stacks)
-    if job.fsdp:
-        trace.assumed.append(_("FSDP2: every decoder layer is a unit, gathered in bf16 and reduced in fp32"))
+    trace.assumed += sentences(job)
     return Done(
         trace=trace,
         name=name,
@@ -97,7 +96,7 @@ def trace_model(model: Any, config: Any, job: TraceJob, *, stacks: bool = False)
         each.grad = None
     tracker, functions = start(job, stacks=stacks)
     batch = token_batch(job, config.vocab_size)
-    with fake_ranks(tracker, job.num_ranks), cuda_stand_ins(tracker, functions), functions:
+    with fake_ranks(tracker, job.num_ranks, job.rank), cuda_stand_ins(tracker, functions), functions:
         model = guarded(lambda: spread(model, job))
         _trace_steps(tracker, job, model, batch)
     return tracker
@@ -132,7 +131,7 @@ def start(job: TraceJob, *, stacks: bool) -> tuple[Tracker, CudaFunctions]:
 
 def _run_function(function: Any, job: TraceJob, where: str, *, stacks: bool) -> Done:
     tracker, functions = start(job, stacks=stacks)
-    with fake_ranks(tracker, job.num_ranks), cuda_stand_ins(tracker, functions), functions:
+    with fake_ranks(tracker, job.num_ranks, job.rank), cuda_stand_ins(tracker, functions), functions:
         traced = guarded(lambda: call_function(function, job, where))
         check_wrapping(job, traced)
         model = traced.module

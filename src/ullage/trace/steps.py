@@ -11,13 +11,17 @@ from torch.utils._pytree import tree_map
 
 from ullage.trace import events as names
 from ullage.trace.job import DTYPES, TraceJob
-from ullage.trace.optimizers import make_optimizer
+from ullage.trace.optimizers import by_mesh, make_optimizer
+from ullage.trace.tensor_parallel import loss_context
 
 
 def token_batch(job: TraceJob, vocab_size: int) -> dict[str, Any]:
     """Return a batch of token ids and labels, on the host: tokens differ as far as the vocabulary goes."""
     ids = torch.arange(job.micro_batch * job.seq_len).remainder(vocab_size).reshape(job.micro_batch, job.seq_len)
-    return {"input_ids": ids, "labels": ids.clone()}
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if job.sp:  # the model sees a part of the sequence, and would count that
+        batch["position_ids"] = torch.arange(job.seq_len).unsqueeze(0)
+    return batch
 
 
 def to_device(tracker: Any, batch: Any) -> Any:
@@ -63,12 +67,13 @@ def run_training(
 
 def _micro_batch(tracker: Any, job: TraceJob, model: Any, batch: Any, loss_of: Callable[[Any, Any], Any]) -> None:
     inputs = to_device(tracker, batch)
-    loss = _loss(job, model, inputs, loss_of)
-    if job.engine == "hf":
-        del inputs
-    if job.grad_accum > 1:
-        loss = loss / job.grad_accum
-    loss.backward()
+    with loss_context(job):
+        loss = _loss(job, model, inputs, loss_of)
+        if job.engine == "hf":
+            del inputs
+        if job.grad_accum > 1:
+            loss = loss / job.grad_accum
+        loss.backward()
 
 
 def _loss(job: TraceJob, model: Any, inputs: Any, loss_of: Callable[[Any, Any], Any]) -> Any:
@@ -92,11 +97,28 @@ def _finish(tracker: Any, job: TraceJob, model: Any, optimizer: Any) -> None:
         return
     if job.clips:
         with tracker.positions.phase(names.OPTIMIZER):
-            torch.nn.utils.clip_grad_norm_([each for each in model.parameters() if each.requires_grad], 1.0)
+            _clip([each for each in model.parameters() if each.grad is not None])
     optimizer.step()
     if job.engine == "hf":
         with tracker.positions.phase(names.OPTIMIZER):
             model.zero_grad(set_to_none=True)
+
+
+def _clip(parameters: list[Any]) -> None:
+    """Clip gradients to a norm; where they lie on several meshes, each has a norm of its own first.
+
+    Source: transformers@5.23.0:trainer.py:_clip_grad_norm, _mixed_mesh_grad_norm.
+    """
+    groups = by_mesh(parameters)
+    if len(groups) < 2:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        return
+    norms = [torch.nn.utils.get_total_norm([each.grad for each in group]) for group in groups]
+    total = torch.linalg.vector_norm(
+        torch.stack([each.full_tensor() if hasattr(each, "full_tensor") else each for each in norms])
+    )
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, 1.0, total)
 
 
 def run_inference(tracker: Any, job: TraceJob, model: Any, batch: Any, call: Callable[[Any, Any], Any]) -> None:

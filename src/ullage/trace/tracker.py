@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ullage.trace import events as names
 from ullage.trace.accumulation import Accumulation
+from ullage.trace.collectives import Collectives
 from ullage.trace.data_dependent import HANDLERS
 from ullage.trace.events import Allocation, Trace, classify
 from ullage.trace.positions import Positions, clean_path
@@ -36,6 +37,8 @@ class Tracker(TorchDispatchMode):
         self._stacks: dict[tuple[str, ...], int] | None = {} if stacks else None
         self._workspaces: set[bool] = set()
         self._accumulation = Accumulation()
+        self._collectives = Collectives()
+        self._unwrapped: Any = None
         self._hooks: list[Any] = []
         self.stream = 0
         self._purpose = ""
@@ -47,10 +50,14 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and write down what it makes."""
         if self.wrappers and any(issubclass(each, self.wrappers) for each in types):
+            self._unwrapped = func
             return NotImplemented
         kwargs = kwargs or {}
-        func = self._accumulation.in_place(func, args)
-        handler = HANDLERS.get(func)
+        if func is self._unwrapped:  # for a wrapper, which is a subclass to the engine: never in place
+            self._unwrapped = None
+        else:
+            func = self._accumulation.in_place(func, args)
+        handler = HANDLERS.get(func) or self._collectives.handler_of(func)
         out = handler(self, func, args, kwargs) if handler is not None else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
@@ -62,10 +69,11 @@ class Tracker(TorchDispatchMode):
     def _record(self, func: Any, args: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
         self._workspace(name)
+        category = names.COMMUNICATION if name.startswith(names.COLLECTIVE) else ""
         listed = isinstance(out, (list, tuple))
         for index, each in enumerate(out if listed else (out,)):
             if isinstance(each, torch.Tensor) and each.device.type == "meta":
-                self.note(each, name, like=(args, index if listed else None))
+                self.note(each, name, like=(args, index if listed else None), category=category)
             elif isinstance(each, (list, tuple)):
                 for one in tree_leaves(each):
                     if isinstance(one, torch.Tensor) and one.device.type == "meta":
@@ -93,6 +101,8 @@ class Tracker(TorchDispatchMode):
 
     def note(self, tensor: Any, op: str, *, like: Any = None, category: str = "", owner: str = "") -> None:
         """Write down the storage of a tensor unless it is known; it is given back when the storage dies."""
+        if isinstance(tensor, self.wrappers):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -171,6 +181,7 @@ class Tracker(TorchDispatchMode):
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
             return
         local = getattr(tensor, "_local_tensor", tensor)
+        local = getattr(local, "elem", local) if isinstance(local, self.wrappers) else local
         self.note(local, category, category=category, owner=owner)
         number = self.number_of(local)
         if number is not None:
@@ -247,6 +258,7 @@ class Tracker(TorchDispatchMode):
             for hook in self._hooks:
                 hook.remove()
             self.kept.clear()
+            self._collectives.clear()
             if self.shadows.chose:
                 self.trace.assumed.append(self.routing_sentence())
             classify(self.trace)
