@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,29 @@ def test_fsdp2_keeps_one_reduce_scatter_input_and_the_shards() -> None:
     fsdp.end_backward()
     fsdp.zero_grad()
     assert line.allocated == 0
+
+
+def test_fsdp2_copies_its_shard_only_to_narrow_it_and_drops_what_nobody_needed() -> None:
+    same = Group(name="g", gathered_bytes=(32 * MiB,), stored_bytes=4 * MiB, trained_gathered_bytes=0,
+                 reduced_bytes=0, num_ranks=8)  # fmt: skip
+    for one, copy in ((same, 0), (replace(same, stored_bytes=8 * MiB), 4 * MiB)):
+        line = timeline()
+        fsdp = Fsdp2(line)
+        fsdp.gather(one)
+        assert line.by_category.get("all_gather_input") == (0 if copy else None)
+        assert line.moments[0].peak_bytes == 32 * MiB + copy
+        fsdp.end_backward()
+        assert line.allocated == 0
+
+
+def test_the_last_block_is_gathered_before_the_loss_of_a_model_that_returns_it() -> None:
+    def at_loss(**changes: object) -> int:
+        ledgers = {ledger.moment: ledger for ledger in step(job(**changes)).ranks[0].moments}
+        term = next(one for one in ledgers["backward"].allocated.children if one.name == "all_gather_output")
+        return term.bytes
+
+    block = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    assert at_loss(seq_len=16384) == pytest.approx(2 * block, rel=1e-3)
 
 
 def test_fsdp1_gathers_in_place_and_two_are_there_at_most() -> None:

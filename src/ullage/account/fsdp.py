@@ -55,6 +55,11 @@ class Group:
         """U*p, padded so that each rank's part is equal."""
         return cdiv(sum(self.gathered_bytes), self.num_ranks) * self.num_ranks
 
+    @property
+    def casts(self) -> bool:
+        """Whether this rank's shard is stored wider than it is gathered: then a copy is made to be sent."""
+        return self.stored_bytes > cdiv(sum(self.gathered_bytes), self.num_ranks)
+
 
 @dataclass
 class Fsdp2:
@@ -85,7 +90,8 @@ class Fsdp2:
         if group.num_ranks == 1 or group.name in self._unsharded or group.name in self._gathered:
             return
         take = self.timeline.take
-        shard = take("all_gather_input", group.all_gather_bytes // group.num_ranks, GATHER_STREAM)
+        part = group.all_gather_bytes // group.num_ranks
+        shard = take("all_gather_input", part, GATHER_STREAM) if group.casts or self.offload else None
         self._gathered[group.name] = take("all_gather_output", group.all_gather_bytes, GATHER_STREAM)
         self.timeline.drop(shard)
 
@@ -144,9 +150,12 @@ class Fsdp2:
         self._last_input = wire
 
     def end_backward(self) -> None:
-        """All reductions are over."""
+        """All reductions are over; what was gathered ahead for a unit that has no backward pass goes too."""
         self.timeline.drop(self._last_input)
         self._last_input = None
+        for output in self._gathered.values():
+            self.timeline.drop(output)
+        self._gathered.clear()
 
     def zero_grad(self) -> None:
         """Free the sharded gradients."""

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ullage.account.activations.blocks import Builder, Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
@@ -38,20 +39,23 @@ class Rules:
             was written out. Source: transformers@4.36.0:modeling_utils.py:_autoset_attn_implementation.
         whole_scales: the scales of a 4-bit weight are on every rank whole (bitsandbytes); else sharded with the values.
             Source: torchao@0.7.0:torchao/dtypes/nf4tensor.py:fsdp_pre_all_gather.
+        repeats_kv: keys and values are copied for every query head before SDPA (until Transformers 4.54, 2025-07-25).
+            Source: transformers@4.54.0:src/transformers/integrations/sdpa_attention.py:use_gqa_in_sdpa.
     """
 
     upcast_logits: bool
     keeps_frozen_inputs: bool
     has_sdpa: bool = True
     whole_scales: bool = True
+    repeats_kv: bool = False
 
 
 def rules_of(version: str) -> Rules:
     """Return the rules of a version that names a date; the newest without one."""
     found = _DATE.search(version)
-    old = found is not None and found.group() < "2024-09"
-    written_out = found is not None and found.group() < "2023-12"
-    return Rules(upcast_logits=old, keeps_frozen_inputs=old, has_sdpa=not written_out)
+    date = found.group() if found is not None else "newest"  # after every date
+    old = date < "2024-09"
+    return Rules(upcast_logits=old, keeps_frozen_inputs=old, has_sdpa=date >= "2023-12", repeats_kv=date < "2025-08")
 
 
 def lora_of(job: TrainingJob) -> Lora | None:
@@ -64,7 +68,7 @@ def style_of(job: TrainingJob, rules: Rules) -> Style:
     return Style(
         norm="fused" if job.compile else "native",
         rope="fused" if job.compile else "halves",
-        repeat_kv=True,
+        repeat_kv=rules.repeats_kv and job.attention != "flash",
         scores=job.attention in ("eager", "unfused"),
         linear_weight_copy_bytes=2 if job.base_quantization else 0,
         keeps_frozen_inputs=bool(job.base_quantization) and rules.keeps_frozen_inputs,
@@ -199,6 +203,7 @@ def plan_of(
         num_micro_batches=job.grad_accum,
         grads_freed_before_forward=False,
         input_grads=True,
+        loss_inside=True,
     )
 
 
@@ -270,13 +275,13 @@ def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, sl
 def _on_log_probs(job: TrainingJob, plan: LossPlan) -> LossPlan:
     """Return the loss of a policy: on log-probabilities, or on scores of a scalar head."""
     style = job.rlhf.log_probs if job.rlhf else ""
-    kinds: dict[str, LossKind] = {"rows": "rows", "full": "full", "tiled": "tiled"}
+    kinds: dict[str, Any] = {name: name for name in ("rows", "full", "tiled", "unused")}
     return replace(
         plan,
         kind=kinds.get(style, "native"),
         vocab=1 if style == "none" else plan.vocab,
         num_rows=max(1, job.micro_batch_size),
-        widened=style != "none" and is_widened(job),
+        widened=style == "unused" or (style != "none" and is_widened(job)),
         upcast=False,
         shift_copies=False,
         returned=False,

@@ -17,7 +17,7 @@ from ullage.units import cdiv
 
 LossKind = Literal[
     "plain", "compiled", "compiled_chunks", "vocab_parallel", "listed_chunks", "chunked", "fused", "native", "rows",
-    "full", "tiled",
+    "full", "tiled", "unused",
 ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class LossPlan:
             logits go one after the other; "vocab_parallel" torch's loss-parallel functions;
             "native" cross_entropy in the dtype of the logits; "listed_chunks" head and loss in chunks that all stay
             (litgpt); "chunked" forward and backward of one chunk at a time (torchtitan, torchtune); "fused" no logits
-            kept (Liger); "rows", "full" and "tiled" log-probabilities (:mod:`ullage.engines.sharded.preference`).
+            kept (Liger); "rows", "full", "tiled" and "unused": :mod:`ullage.engines.sharded.preference`.
         norm: graph of the final norm.
         head: graph of the head for the whole micro-batch (its ops stand for chunks too).
         num_tokens, vocab: rows and columns of the logits on this rank; num_rows: sequences that they are of.
@@ -94,23 +94,36 @@ def forward(plan: LossPlan, timeline: Timeline, x: Buffer, before: list[Buffer])
 
 
 def backward(
-    plan: LossPlan, timeline: Timeline, state: LossState, on_weight_grad: Callable[[Buffer], None]
+    plan: LossPlan,
+    timeline: Timeline,
+    state: LossState,
+    on_weight_grad: Callable[[Buffer], None],
+    *,
+    before_head: Callable[[], None] = lambda: None,
 ) -> Buffer | None:
-    """Run the backward pass of loss, head and norm; return the gradient of the last block's output."""
+    """Run the backward pass of loss, head and norm; return the gradient of the last block's output.
+
+    ``before_head`` is called when the gradient of the model's output is there.
+    """
     if plan.kind in ("chunked", "fused"):
         grad: Buffer | None = _chunks(plan, timeline, state, on_weight_grad)
-    else:
-        logits_grad = _BACKWARDS[plan.kind](plan, timeline, state)
-        assert state.head is not None
-        grad = graphs.backward(plan.head, timeline, state.head, logits_grad, on_weight_grad=on_weight_grad)
-    if plan.norm is not None and state.norm is not None and grad is not None:
-        grad = graphs.backward(plan.norm, timeline, state.norm, grad, on_weight_grad=on_weight_grad)
-    if not plan.logits_held:
-        for buffer in state.held:
+    elif plan.kind == "unused":
+        grad = preference.unused_backward(plan, timeline, state)
+        before_head()
     elif plan.kind == "tiled":
         grad, weight_grads = preference.tiled_backward(plan, timeline, state)
         for buffer in weight_grads:
             on_weight_grad(buffer)
+    else:
+        logits_grad = _BACKWARDS[plan.kind](plan, timeline, state)
+        before_head()
+        assert state.head is not None
+        grad = graphs.backward(plan.head, timeline, state.head, logits_grad, on_weight_grad=on_weight_grad)
+    before_head()
+    if plan.norm is not None and state.norm is not None and grad is not None:
+        grad = graphs.backward(plan.norm, timeline, state.norm, grad, on_weight_grad=on_weight_grad)
+    if not plan.logits_held:
+        for buffer in state.held:
             timeline.drop(buffer)
         state.held.clear()
     return grad
@@ -224,7 +237,9 @@ def _native_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits
 
     Source: litgpt@26857050:litgpt/utils.py:chunked_cross_entropy, litgpt/finetune/lora.py:fit.
     """
+    shifted = timeline.take("logits", _sizes(plan)[0] if plan.shift_copies else 0)
     state.buffers["log_softmax"] = timeline.take("logits", _sizes(plan)[0])
+    timeline.drop(shifted)
     if plan.logits_held:
         state.held.append(logits)
     else:
@@ -234,9 +249,7 @@ def _native_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits
 def _native_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
     """Chunk by chunk where the loss is chunked; gradients of all chunks meet at the head."""
     size = cdiv(_sizes(plan)[0], plan.num_chunks)
-    shifted = timeline.take("logits", _sizes(plan)[0] if plan.shift_copies else 0)
     nll = timeline.take("logits_gradient", size)
-    timeline.drop(shifted)
     grad = timeline.take("logits_gradient", size)
     timeline.drop(nll)
     timeline.drop(grad)
@@ -282,6 +295,9 @@ _FORWARDS: dict[str, Callable[[LossPlan, Timeline, LossState, Buffer], None]] = 
     "vocab_parallel": _parallel_forward,
     "native": _native_forward,
     "listed_chunks": _native_forward,
+    "rows": preference.rows_forward,
+    "full": preference.full_forward,
+    "unused": preference.unused_forward,
 }
 _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "plain": _plain_backward,
@@ -290,8 +306,6 @@ _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "vocab_parallel": _parallel_backward,
     "native": _native_backward,
     "listed_chunks": _native_backward,
-}
-    "rows": preference.rows_forward,
-    "full": preference.full_forward,
     "rows": preference.rows_backward,
     "full": preference.full_backward,
+}

@@ -47,7 +47,8 @@ class StepPlan:
         reduces_once: only the last backward pass of a step reduces gradients.
         setup: buffers made and freed once the weights but the last are there (wrapping the root).
         grads_freed_before_forward: zero_grad at the start of a step instead of after it.
-        persistent: further buffers that stay.
+        loss_inside: the model returns the loss (Transformers), not logits: its backward pass, and with it the first
+            gather ahead, begins before the loss's.
     """
 
     blocks: tuple[Block, ...]
@@ -67,6 +68,7 @@ class StepPlan:
     reduces_once: bool = False
     grads_freed_before_forward: bool = True
     input_grads: bool = True
+    loss_inside: bool = False
 
 
 @dataclass
@@ -160,8 +162,13 @@ class Walk:
         plan, timeline, sharder = self.plan, self.timeline, self.sharder
         timeline.begin("backward")
         root_grads: list[Buffer] = []
+        last = len(plan.blocks) - 1
         if one.loss is not None and plan.loss is not None:
-            grad = losses.backward(plan.loss, timeline, one.loss, root_grads.append)
+            if plan.loss_inside:
+                self._gather_ahead(last)
+            grad = losses.backward(
+                plan.loss, timeline, one.loss, root_grads.append, before_head=lambda: self._gather_ahead(last)
+            )
             self.held += one.loss.held
         else:
             timeline.drop(one.out)
@@ -169,9 +176,11 @@ class Walk:
         if plan.back is not None and plan.back is not plan.front:
             sharder.reduce(plan.back, root_grads)
             root_grads = []
-        for index in range(len(plan.blocks) - 1, -1, -1):
+        for index in range(last, -1, -1):
             grad = self._block_backward(index, one.kept[index], grad)
         if plan.embedding_grad_bytes:
+            if plan.front is not None:
+                sharder.unshard(plan.front, forward=False)
             root_grads.append(timeline.take("unsharded_gradients", plan.embedding_grad_bytes))
         timeline.drop(grad)
         timeline.begin("gradient reduction")
@@ -186,10 +195,7 @@ class Walk:
         block = plan.blocks[index]
         for group in (block.group, *block.more):
             sharder.unshard(group, forward=False)
-        if index > 0:
-            before = plan.blocks[index - 1]
-            for group in (before.group, *before.more):
-                sharder.gather(group)
+        self._gather_ahead(index - 1)
         grads: list[Buffer] = []
         if grad is None or block.without_grad:
             self.timeline.drop(grad)
@@ -211,3 +217,16 @@ class Walk:
             sharder.reduce(group, ())
         sharder.reduce(block.group, grads)
         return grad
+
+    def _gather_ahead(self, index: int) -> None:
+        """Start the gather of the unit whose backward pass comes next: a block's, or the embedding's after them.
+
+        Source: torch@2.13.0:torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py:_backward_prefetch;
+            torch@2.2.0:torch/distributed/fsdp/_runtime_utils.py:_pre_backward_hook, _prefetch_handle (BACKWARD_PRE).
+        """
+        if index >= 0:
+            block = self.plan.blocks[index]
+            for group in (block.group, *block.more):
+                self.sharder.gather(group)
+        elif self.plan.front is not None and self.plan.front is not self.plan.back:
+            self.sharder.gather(self.plan.front)
