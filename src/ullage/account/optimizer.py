@@ -60,6 +60,7 @@ RULES: dict[str, OptimizerRule] = {
     "paged_adamw_8bit": OptimizerRule(num_moments=2, quantised=8, paged=True, source=_BNB, temporaries=0),
     "lion_8bit": OptimizerRule(num_moments=1, quantised=8, source=_BNB, temporaries=0),
     "paged_lion_8bit": OptimizerRule(num_moments=1, quantised=8, paged=True, source=_BNB, temporaries=0),
+    "lora_fa": OptimizerRule(num_moments=2, source="peft@0.21.2:optimizers/lorafa.py:LoraFAOptimizer", temporaries=0),
     "adamw_4bit": OptimizerRule(num_moments=2, quantised=4, source="torchao@0.14:optim/adam.py", temporaries=0),
 }
 ALIASES = {
@@ -69,6 +70,10 @@ ALIASES = {
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw8bit": "adamw_8bit",
     "paged_adamw_32bit": "paged_adamw",
+    # peft@0.21.2:optimizers/loraplus.py, riemannian.py: AdamW with other learning rates and gradients.
+    "lora_plus": "adamw",
+    "riemannian": "adamw",
+    "lorafa": "lora_fa",
 }
 
 
@@ -88,13 +93,19 @@ class Trained(Frozen):
         return max((_elements(shape) for shape, _copies in self.tensors), default=0)
 
 
+def rule_name(name: str) -> str:
+    """Return the name under which an optimizer's rule stands, whatever the spelling."""
+    word = name.lower().replace("-", "_")
+    return ALIASES.get(word, word)
+
+
 def rule_of(name: str) -> OptimizerRule:
     """Return the rule of an optimizer.
 
     Raises:
         InputError: the optimizer is not known.
     """
-    key = ALIASES.get(name.lower(), name.lower())
+    key = rule_name(name)
     if key not in RULES:
         raise InputError(
             _("unknown optimizer {name!r}").format(name=name[:40]),

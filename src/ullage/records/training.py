@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ullage.account.adapters.names import method_names
 from ullage.catalog import models as catalog
 from ullage.engines.serving import Amount
 from ullage.engines.training import TRAINING_ENGINES, TrainingRank, TrainingStep, step
@@ -16,6 +17,7 @@ from ullage.ledger import Term
 from ullage.read.machine import parse_machine
 from ullage.read.rlhf_words import is_kind, parse_rlhf, rlhf_of
 from ullage.records import words
+from ullage.records.adapters import adapters_of, method_of, script_flags
 from ullage.records.compare import NotComparableError, Prediction
 from ullage.records.megatron import LAYER_KEYS, megatron_job, with_layers
 from ullage.records.models import record_model
@@ -23,15 +25,13 @@ from ullage.records.schema import Record
 from ullage.spec.machine import Machine
 from ullage.spec.model import Attention, Layer, Model
 from ullage.spec.rlhf import Rlhf
-from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.spec.training import Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import canonical_dtype
 
 #: Stands in for a card that is not known: what depends on its size is not judged.
 STAND_IN_GPU = "H200"
-_METHODS_WITH_ADAPTERS = ("lora", "qlora", "dora")
 _METHODS_OF_ENGINE = {"litgpt": ("llama_adapter", "llama_adapter_v2")}
 _OVERRIDES = LAYER_KEYS | {"num_hidden_layers", "vocab_size", "tie_word_embeddings", "qkv_bias"}
-_IN_FULL = "trained in full beside the adapters:"
 #: Names of frozen bases that a record may write in ``precision.params`` instead.
 _QUANTISED = ("nf4", "fp4", "int8", "gptq")
 
@@ -65,18 +65,17 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         return native, {}
     not_comparable: dict[str, str] = {}
     num_gpus, machine = _machine(record)
-    known = (*_METHODS_WITH_ADAPTERS, *_METHODS_OF_ENGINE.get(record.engine, ()))
     rlhf, fields = _rlhf(fields, record.where)
-    if fields.get("method") not in (None, "full", *known):
-        raise NotComparableError(_("no rules for the method {method}").format(method=str(fields["method"])[:40]))
+    own = _METHODS_OF_ENGINE.get(record.engine, ())
+    method, model = method_of(fields, own), _model(record)
     precision, base = _precision(fields, record.where)
-    seq_len, flags = words.integer(fields, "seq_len", record.where), _flags(fields)
+    seq_len, flags = words.integer(fields, "seq_len", record.where), (*_flags(fields), *script_flags(record))
     if seq_len is None and "seq_len_at_most" in dict(flags):
         seq_len = int(dict(flags)["seq_len_at_most"])
     if seq_len is None:
         not_comparable.update(dict.fromkeys(("max_allocated", "max_reserved", "device_used"), _("no sequence length")))
     job = TrainingJob(
-        model=_model(record),
+        model=model,
         machine=machine,
         engine=record.engine,
         engine_version=str(fields.get("engine_version") or ""),
@@ -92,8 +91,8 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         attention=_one_of(fields, "attention", ("flash", "sdpa", "eager", "unfused")),
         compile=fields.get("compile") is True,
         loss=_one_of(fields, "loss", ("plain", "fused", "chunked", "liger")),
-        method=str(fields.get("method") or "full"),
-        lora=_lora(fields, record.where),
+        method=method,
+        lora=None if method in own else adapters_of({**fields, "method": method}, record, model),
         rlhf=rlhf,
         base_quantization=base,
         offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),
@@ -204,7 +203,7 @@ def _precision(fields: Mapping[str, Any], where: str) -> tuple[Precision, str | 
         given.pop("params")
     compute = canonical_dtype(given.get("compute", "bf16"))
     params = canonical_dtype(given.get("params", compute))
-    adapted = fields.get("method") in _METHODS_WITH_ADAPTERS
+    adapted = fields.get("method") in method_names()
     small = "float32" if adapted else params
     return (
         Precision(
@@ -263,35 +262,6 @@ def recompute(value: Any, where: str) -> Recompute:
         num_layers=words.integer(value, "num_layers", where),
         method=method if method in ("block", "uniform") else None,
     )
-
-
-def _lora(fields: Mapping[str, Any], where: str) -> Lora | None:
-    if fields.get("method") not in _METHODS_WITH_ADAPTERS:
-        return None
-    value = fields.get("lora")
-    if not isinstance(value, dict) or not value.get("rank"):
-        raise NotComparableError(_("the rank of the adapters is not known"))
-    targets = value.get("targets")
-    if targets in (None, "all-linear"):
-        names: tuple[str, ...] = ("all-linear",)
-    elif isinstance(targets, list):
-        names = tuple(str(one) for one in targets)
-    else:
-        names = (str(targets),)
-    return Lora(
-        rank=words.integer(value, "rank", where) or 1,
-        targets=names,
-        dropout=words.number(value.get("dropout") or 0) or 0.0,
-        dora=fields.get("method") == "dora" or "DoRA on" in (fields.get("unknown") or ()),
-        trained_modules=_trained_modules(fields),
-    )
-
-
-def _trained_modules(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that a record says are trained in full beside the adapters."""
-    said = (str(one) for one in fields.get("unknown") or ())
-    found = next((one for one in said if one.startswith(_IN_FULL)), "")
-    return tuple(name.strip() for name in found.removeprefix(_IN_FULL).split(",") if name.strip())
 
 
 def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

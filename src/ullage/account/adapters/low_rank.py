@@ -121,6 +121,7 @@ class Deft(Rule):
     names = ("deft",)
     rank = 8
     options: Mapping[str, int | float | str] = {"para": 0}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"para": (1,)}
     source = "peft@0.21.2:tuners/deft/layer.py:Linear.forward"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
@@ -259,6 +260,7 @@ class TinyLora(Rule):
     names = ("tinylora",)
     rank = 2
     options: Mapping[str, int | float | str] = {"u": 64, "weight_tying": 0.0}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"weight_tying": (1.0,)}
     solved = ""
     source = "peft@0.21.2:tuners/tinylora/layer.py:Linear.forward"
 
@@ -313,6 +315,7 @@ class Psoft(Rule):
     names = ("psoft",)
     rank = 32
     options: Mapping[str, int | float | str] = {"psoft_svd": "full", "psoft_mag_a": 1, "psoft_mag_b": 1}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"psoft_svd": ("lowrank",)}
     solved = "rank"
     source = "peft@0.21.2:tuners/psoft/layer.py:Linear.forward"
 

@@ -53,6 +53,7 @@ class Road(Rule):
 
     names = ("road",)
     options: Mapping[str, int | float | str] = {"variant": "road_1"}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"variant": ("road_2", "road_4")}
     solved = ""
     source = "peft@0.21.2:tuners/road/layer.py:_apply_road"
 

@@ -107,6 +107,7 @@ class AdaptionPrompt(Rule):
     targets = ()
     options: Mapping[str, int | float | str] = {"adapter_len": 10, "adapter_layers": 0}
     solved = "adapter_len"
+    base_dtype = True
     source = "peft@0.21.2:tuners/adaption_prompt/layer.py:AdaptedAttention.forward"
 
     def layers(self, model: spec.Model, lora: Lora) -> int:

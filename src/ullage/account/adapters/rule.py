@@ -113,7 +113,8 @@ class Rule:
         targets: what PEFT wraps where nothing is said, for models with Llama's names.
         rank: PEFT's default, 0 where the method has none.
         options: PEFT's names of further settings that matter here, with their defaults.
-        solved: the whole number that a stated count of trained parameters determines: ``rank`` or an option.
+        solved: the number that a stated count of trained parameters determines: ``rank`` or an option.
+        alternatives: other usual values of options: one of them holds where a stated count fits it alone.
         base_dtype: its tensors have the base's dtype, whatever ``autocast_adapter_dtype`` says.
         reaches_input: a gradient reaches the first layer's input.
         source: project@version:file:function.
@@ -124,6 +125,7 @@ class Rule:
     rank: int = 0
     options: Mapping[str, int | float | str] = {}
     solved: str = "rank"
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {}
     base_dtype: bool = False
     reaches_input: bool = False
     source: str = ""

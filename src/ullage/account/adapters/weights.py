@@ -45,6 +45,7 @@ class LoKr(Rule):
     names = ("lokr",)
     rank = 8
     options: Mapping[str, int | float | str] = {"decompose_factor": -1, "decompose_both": 0}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"decompose_factor": (2, 4, 8, 16, 32)}
     source = "peft@0.21.2:tuners/lokr/layer.py:make_kron"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
@@ -110,6 +111,7 @@ class Glora(Rule):
     names = ("glora",)
     rank = 8
     options: Mapping[str, int | float | str] = {"config_A_B": "lora"}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"config_A_B": ("vector", "constant")}
     source = "peft@0.21.2:tuners/glora/layer.py:GloraLinear.forward"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
@@ -210,6 +212,7 @@ class Miss(Rule):
     names = ("miss",)
     rank = 64
     options: Mapping[str, int | float | str] = {"init_weights": "default", "mini_r": 1}
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"init_weights": ("bat",)}
     source = "peft@0.21.2:tuners/miss/layer.py:MissLinear.forward"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
@@ -241,7 +244,8 @@ class C3a(Rule):
 
     names = ("c3a",)
     options: Mapping[str, int | float | str] = {"block_size": 256}
-    solved = "block_size"
+    solved = ""
+    alternatives: Mapping[str, tuple[int | float | str, ...]] = {"block_size": (16, 32, 64, 128, 512)}
     source = "peft@0.21.2:tuners/c3a/layer.py:C3ALinear.forward"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
@@ -320,6 +324,7 @@ class Supertuning(Rule):
 
     names = ("supertuning",)
     options: Mapping[str, int | float | str] = {"sparsity": 0.99}
+    solved = "sparsity"
     source = "peft@0.21.2:tuners/supertuning/layer.py:Linear.forward"
 
     def _chosen(self, target: Target, lora: Lora) -> int:
@@ -354,6 +359,7 @@ class Frod(Rule):
 
     names = ("frod",)
     options: Mapping[str, int | float | str] = {"sparse_rate": 0.01, "runtime_offload_base_weight": 1}
+    solved = "sparse_rate"
     source = "peft@0.20.1:tuners/frod/layer.py:Linear.forward"
 
     def _sparse(self, target: Target, lora: Lora) -> int:

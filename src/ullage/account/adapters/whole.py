@@ -210,30 +210,51 @@ def frame_bytes(model: spec.Model, lora: Lora, shape: Shape, compute_dtype: str)
     return int(found * width)
 
 
-def solved_for(model: spec.Model, lora: Lora, num_parameters: int) -> Lora:
-    """Return a method with the whole number that a stated count of trained parameters determines, and with the count.
+def solved_for(model: spec.Model, lora: Lora, num_parameters: int, *, rank_known: bool = False) -> Lora:
+    """Return a method with the setting that a stated count of trained parameters determines, and with the count.
 
-    The count grows by the same step with each unit of that number, or does not: then only the count is taken.
+    An alternative that fits the count is taken; else the rule's number is solved for. Where nothing fits, only the
+    count is taken.
     """
-    stated = replace(lora, num_parameters=num_parameters)
     rule = rule_of(lora.kind)
-    if not rule.solved or _by_rule(model, lora).num_elements == num_parameters:
-        return stated
-    first, second = (_by_rule(model, _with(lora, rule.solved, value)).num_elements for value in (1, 2))
+    options = [lora, *(_with(lora, name, value) for name, values in rule.alternatives.items() for value in values)]
+    found = next((one for one in options if _by_rule(model, one).num_elements == num_parameters), None)
+    if found is None and rule.solved and not (rank_known and rule.solved == "rank"):
+        share = isinstance(rule.options.get(rule.solved), float)
+        found = _solved_share(model, lora, num_parameters) if share else _solved_number(model, lora, num_parameters)
+    return replace(found or lora, num_parameters=num_parameters)
+
+
+def _solved_number(model: spec.Model, lora: Lora, num_parameters: int) -> Lora | None:
+    """Solve for a whole number with each unit of which the count grows by the same step."""
+    name = rule_of(lora.kind).solved
+    first, second = (_by_rule(model, _with(lora, name, value)).num_elements for value in (1, 2))
     if second <= first or num_parameters < first:
-        return stated
+        return None
     value = 1 + (num_parameters - first) // (second - first)
-    if value > MOST_SOLVED:
-        return stated
-    found = _with(lora, rule.solved, value)
-    return (
-        replace(found, num_parameters=num_parameters)
-        if _by_rule(model, found).num_elements == num_parameters
-        else stated
-    )
+    found = _with(lora, name, value) if value <= MOST_SOLVED else None
+    return found if found and _by_rule(model, found).num_elements == num_parameters else None
 
 
-def _with(lora: Lora, name: str, value: int) -> Lora:
+def _solved_share(model: spec.Model, lora: Lora, num_parameters: int) -> Lora | None:
+    """Solve for a share of the weights: the count is linear in it, but for rounding."""
+    name = rule_of(lora.kind).solved
+    none, every = (_by_rule(model, _with(lora, name, value)).num_elements for value in (0.0, 1.0))
+    value = (num_parameters - none) / (every - none) if every != none else -1.0
+    return _with(lora, name, round(value, 6)) if 0 <= value <= 1 else None
+
+
+def least_held_bytes(model: spec.Model, lora: Lora, base_width: float) -> int:
+    """Return the least that may lie beside the targets: settings that are not said may have their other values."""
+    rule, said = rule_of(lora.kind), {name for name, _value in lora.options}
+    others = ((name, value) for name, values in rule.alternatives.items() if name not in said for value in values)
+    count = _by_rule(model, lora).num_elements
+    options = [lora, *(_with(lora, name, value) for name, value in others)]
+    same = [one for one in options if _by_rule(model, one).num_elements == count]
+    return min(held_bytes(model, one, base_width) for one in same)
+
+
+def _with(lora: Lora, name: str, value: int | float | str) -> Lora:
     if name == "rank":
-        return replace(lora, rank=value)
+        return replace(lora, rank=int(value))
     return replace(lora, options=(*((key, old) for key, old in lora.options if key != name), (name, value)))

@@ -9,6 +9,7 @@ from typing import Literal
 from ullage.account.activations.logits import LossRecipe
 from ullage.account.activations.recurrent import RECURRENT
 from ullage.account.activations.saved import Implementation
+from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.rule import AdapterPrecision
 from ullage.errors import InputError
 from ullage.frozen import Frozen
@@ -200,12 +201,11 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
     fused = fused_kernels(job)
     prepared = job.base_quantization in ("nf4", "fp4", "int8") and not fused and not _casts_back(job)
     adapted = job.lora is not None
-    adapter_dtype = (job.lora.dtype if job.lora else None) or "float32"
     autocast = job.precision.params == "float32" and job.precision.compute != "float32"
     return Recipe(
         implementation=_implementation(job, version, fused, prepared),
         loss=_loss(job, version),
-        adapters=AdapterPrecision(dtype=adapter_dtype, compute_dtype=job.precision.compute, autocast=True),
+        adapters=precision_of(job),
         reentrant=version < NOT_REENTRANT,
         norms_fp32=prepared,
         autocast_casts=autocast,
@@ -215,6 +215,22 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         impl_assumed=False,
         version=version,
     )
+
+
+def precision_of(job: TrainingJob) -> AdapterPrecision:
+    """Return the number formats around adapters.
+
+    The Trainer computes under autocast; a loop of one's own with 16-bit weights does not, and adapters cast their input
+    to their own fp32.
+    Source: transformers@5.23.0:trainer.py:Trainer.compute_loss_context_manager; peft@0.21.2:tuners/lora/layer.py:
+        Linear.forward (_cast_input_dtype).
+    """
+    lora = job.lora
+    dtype = (lora.dtype if lora else None) or "float32"
+    if lora is not None and lora.kind != "lora" and rule_of(lora.kind).base_dtype:
+        dtype = job.precision.compute
+    autocast = job.engine != "single" or job.precision.params == "float32"
+    return AdapterPrecision(dtype=dtype, compute_dtype=job.precision.compute, autocast=autocast)
 
 
 def _casts_back(job: TrainingJob) -> bool:
@@ -280,7 +296,8 @@ def _autocasts(job: TrainingJob) -> bool:
 
     Source: transformers@5.23.0:trainer.py:Trainer (bf16 → accelerate's autocast); peft@0.19.1: autocast_adapter_dtype.
     """
-    return job.lora is not None or job.precision.params == "float32" != job.precision.compute
+    adapted = job.lora is not None and job.engine != "single"
+    return adapted or job.precision.params == "float32" != job.precision.compute
 
 
 def _narrow_routing(job: TrainingJob) -> bool:

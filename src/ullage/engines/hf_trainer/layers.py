@@ -9,8 +9,8 @@ from ullage.account.activations.layer import layer_table
 from ullage.account.activations.norms import norm_table
 from ullage.account.activations.recompute import LayerMemory, is_recomputed, layer_memory
 from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
-from ullage.account.lora import adapter_table
 from ullage.account.parameters import layer_parameters
+from ullage.engines.hf_trainer import adapted
 from ullage.engines.hf_trainer.defaults import Recipe
 from ullage.frozen import Frozen
 from ullage.spec import model as spec
@@ -78,7 +78,8 @@ def _no_gradient_before(job: TrainingJob, recipe: Recipe) -> bool:
         gradient, only where layers are recomputed); utils/other.py:prepare_model_for_kbit_training.
     """
     lora = job.lora
-    return lora is not None and not lora.trained_modules and job.recompute.kind == "none" and not recipe.norms_fp32
+    blind = lora is not None and not lora.trained_modules and not adapted.reaches_input(job)
+    return blind and job.recompute.kind == "none" and not recipe.norms_fp32
 
 
 def _layer(
@@ -89,19 +90,12 @@ def _layer(
     table: tuple[SavedTensor, ...] = layer_table(layer, hidden, shape, implementation)
     if blind and layer.norms:
         table = tuple(row for row in table if row.module != layer.norms[0].name)
-    if job.lora is not None:
-        top_k = max((ffn.top_k for ffn in layer.ffns if isinstance(ffn, spec.MoEFFN)), default=1)
-        table += adapter_table(
-            layer,
-            hidden,
-            job.lora,
-            recipe.adapters,
-            num_tokens=shape.num_tokens,
-            num_routed_tokens=shape.num_routed_tokens(top_k),
-        )
+    table += adapted.rows_of(job, layer, recipe.adapters, shape)
+    table += adapted.mask_rows(job, recipe, layer, shape)
     width = dtype_bytes(job.precision.grads) if implementation.trained else 0
     more = stream if again and recipe.reentrant else 0
     more += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
+    more += adapted.work_of(job, layer, recipe.adapters)
     points = tuple(
         (point.extra_bytes + more, int(point.num_weights * width))
         for point in backward_points(layer, hidden, shape, implementation, table, recomputed=again)
@@ -155,6 +149,7 @@ def _frame(job: TrainingJob, recipe: Recipe, shape: Shape) -> int:
     if implementation.attention in ("eager", "unfused") and job.recompute.kind == "full":
         found += _masks(job, shape, int(dtype_bytes(implementation.compute_dtype)))
     found += 2 * job.seq_len * _rotary_width(job.model) * int(dtype_bytes(implementation.compute_dtype))
+    found += adapted.frame_of(job, shape)
     if recipe.scaled_embeddings and job.lora is not None:
         found += shape.num_tokens * job.model.hidden_size * int(dtype_bytes(implementation.compute_dtype))
     return found

@@ -11,6 +11,7 @@ from ullage.account.optimizer import Trained, optimizer_terms
 from ullage.account.parameters import Placed, Role, model_parameters
 from ullage.account.sharding import RankShare, whole
 from ullage.account.weights import weights_term
+from ullage.engines.hf_trainer.adapted import beside_weights, idle_gradients
 from ullage.engines.hf_trainer.defaults import Recipe
 from ullage.errors import InputError
 from ullage.frozen import Frozen
@@ -39,12 +40,14 @@ BASE_FORMATS = {"nf4": NF4, "fp4": NF4, "int8": INT8, "gptq": GPTQ}
 class States(Frozen):
     """What stays on the GPU.
 
-    ``weights`` of the base and ``adapters``; ``trained``: what the optimizer works on; ``trained_dtype``: its dtype;
+    ``weights`` of the base and ``adapters``, with what a method holds ``beside``; ``trained``: what the optimizer works
+    on; ``trained_dtype``: its dtype;
     ``copies``: modules trained in full beside adapters, in the base's dtype.
     """
 
     weights: Term
     adapters: Term
+    beside: Term
     trained: Trained
     trained_dtype: str
     copies: Trained
@@ -69,9 +72,12 @@ def states(job: TrainingJob, recipe: Recipe) -> States:
         gradients_term(trained, dtype=grads),
         gradients_term(copies, dtype=base) if copies.tensors else None,
     )
+    if idle := idle_gradients(job):
+        grad_terms = total("gradients", (grad_terms, exact("idle_gradients", idle)))
     return States(
         weights=_base_weights(job, recipe),
         adapters=_adapters(trained, dtype, copies, base) if lora is not None else exact("adapters", 0),
+        beside=beside_weights(job, trained),
         trained=trained,
         trained_dtype=dtype,
         copies=copies,

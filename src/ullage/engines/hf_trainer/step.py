@@ -8,7 +8,7 @@ from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines import training
-from ullage.engines.hf_trainer import fsdp
+from ullage.engines.hf_trainer import adapted, fsdp
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
@@ -18,7 +18,7 @@ from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
-from ullage.ledger import Certainty, Ledger, Term, exact, ranged, total
+from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob, is_headless
 from ullage.units import MiB, dtype_bytes
 
@@ -47,7 +47,7 @@ def step(job: TrainingJob) -> TrainingStep:
     """
     if job.parallel.zero_stage and job.parallel.data_parallel_size > 1:
         return _under_deepspeed(job)
-    filled, recipe = resolve(job)
+    filled, recipe = resolve(adapted.as_run(job))
     held, one_pass, loss = _held(filled, recipe), forward_pass(filled, recipe), loss_of(filled, recipe)
     low_pass = forward_pass(filled, unprepared(filled, recipe)) if recipe.norms_fp32 else one_pass
     walk = Walk(job=filled, recipe=recipe, states=held, one_pass=one_pass, low_pass=low_pass, loss=loss)
@@ -105,21 +105,28 @@ def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...
 def _after(walk: Walk) -> tuple[Term, ...]:
     if fsdp.is_sharded(walk.job):
         return (walk.states.gradients,)  # the sharded flat gradients stay until the next step begins
-    return (walk.states.gradients, *_last_outputs(walk)) if walk.recipe.keeps_gradients else ()
+    return (walk.states.gradients, *_last_outputs(walk, mean=True)) if walk.recipe.keeps_gradients else ()
 
 
-def _last_outputs(walk: Walk) -> tuple[Term, ...]:
-    """Return the logits of the last batch: a loop that holds them in a variable holds them until the next forward.
+def _last_outputs(walk: Walk, *, mean: bool = False) -> tuple[Term, ...]:
+    """Return the logits and the cache of the last batch: a loop holds them in a variable until the next forward.
 
-    Where only the longest sample is known, half of that is taken as expected.
+    ``mean``: of the mean batch, where lengths are mixed. The cache's tensors are those that attention keeps, unless
+    heads are repeated.
     Source: peft@0.19.1:method_comparison/MetaMathQA/run.py:train (``outputs = model(...)``).
     """
     if not walk.recipe.keeps_gradients or walk.job.loss == "liger":
         return ()
     width = 4 if walk.recipe.loss.upcast == "head" else dtype_bytes(walk.job.precision.compute)
-    most = int(walk.job.micro_batch_size * walk.job.seq_len * walk.job.model.vocab_size * width)
-    expected = most // 2 if walk.recipe.length_unknown else most
-    return (ranged("last_outputs", expected, low=0, high=most, formula="16-bit logits of the last batch"),)
+    per_token = int(walk.job.micro_batch_size * walk.job.model.vocab_size * width)
+    unknown = walk.recipe.length_unknown
+    tokens = adapted.mean_tokens(walk.job) if mean and unknown else walk.job.seq_len
+    cache = mean or walk.recipe.implementation.repeat_kv
+    expected = tokens * per_token + (adapted.cache_bytes(walk.job, tokens) if cache else 0)
+    most = walk.job.seq_len * per_token + (adapted.cache_bytes(walk.job) if cache else 0)
+    high = round(most * adapted.LENGTH_RANGE[1]) if unknown else most
+    formula = "16-bit logits of the last batch, keys and values"
+    return (ranged("last_outputs", expected, low=0, high=high, formula=formula),)
 
 
 def _kept_gradients(walk: Walk) -> Term:
@@ -313,7 +320,7 @@ def _shortened(walk: Walk, term: Term) -> Term:
     """Return a term that grows with the length, with the range of a length that is only known not to be exceeded."""
     if not walk.recipe.length_unknown:
         return term
-    return replace(term, low_bytes=term.low_bytes // 2, certainty=Certainty.ASSUMED)
+    return adapted.shortened(term)
 
 
 def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str = "") -> Term:
@@ -325,7 +332,7 @@ def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str =
 
 def _ledger(walk: Walk, moment: str, terms: tuple[Term, ...]) -> Ledger:
     held = walk.states
-    base = [held.weights, held.adapters, held.buckets, held.workspaces]
+    base = [held.weights, held.adapters, held.beside, held.buckets, held.workspaces]
     children = [term for term in (*base, *terms, _inputs(walk)) if term.high_bytes]
     allocated = total("allocated", children)
     return Ledger(
