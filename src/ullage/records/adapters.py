@@ -24,6 +24,8 @@ _IN_FULL = "trained in full beside the adapters:"
 _WRAPPED = "adapted modules:"
 #: AdaLoRA's ``r`` is where its ranks end; what is allocated is ``init_r``. OFT's and OSF's ranks are other numbers.
 _OTHER_RANK = ("adalora",)
+#: Frameworks whose adapters are PEFT's: the count of another's may follow other names and rules.
+_BY_PEFT = ("single", "hf_trainer", "ddp", "deepspeed")
 
 
 def method_of(fields: Mapping[str, Any], others: tuple[str, ...] = ()) -> str:
@@ -87,7 +89,7 @@ def _lora(
         dora=kind == "dora" or "DoRA on" in (fields.get("unknown") or ()),
         trained_modules=_listed(fields, _IN_FULL),
     )
-    count = stated_parameters(record)
+    count = stated_parameters(record) if record.engine in _BY_PEFT else None
     if count is None or rule_name(str(fields.get("optimizer") or "")) == "lora_fa":
         return found
     without_b = replace(found, options=(("frozen", "b"),))
