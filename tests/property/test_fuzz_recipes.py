@@ -21,12 +21,15 @@ KEYS = (
     "use_dora", "load_in_4bit", "load_in_8bit", "quantization_bit", "gradient_checkpointing", "flash_attn",
     "flash_attention", "attn_implementation", "deepspeed", "fsdp", "fsdp_config", "packing", "sample_packing",
     "activation_checkpointing_kwargs", "disable_gradient_checkpointing", "use_liger_kernel", "additional_target",
-    "torch_compile", "plugins", "batch_size",
+    "torch_compile", "plugins", "batch_size", "rl", "reward_model", "pref_loss", "trl", "vllm", "beta", "script",
+    "max_completion_length", "num_generations", "steps_per_generation", "use_vllm", "vllm_gpu_memory_utilization",
+    "precompute_ref_log_probs", "max_prompt_length",
 )  # fmt: skip
 VALUES = st.one_of(
     st.booleans(), st.none(), st.integers(-3, 10**20), st.floats(), st.text(max_size=12), st.just(float("nan")),
     st.sampled_from(
-        ["full", "lora", "qlora", "sft", "dpo", "adamw_torch", "adamw_8bit", "adafactor", "full_shard auto_wrap",
+        ["full", "lora", "qlora", "sft", "dpo", "kto", "rm", "grpo", "orpo", "simpo", "server", "reward",
+         "adamw_torch", "adamw_8bit", "adafactor", "full_shard auto_wrap",
          "auto", "bfloat16", "float32", "flash_attention_2", "fa2", "all", "q_proj,v_proj", "4", "1e-3", 1,
          2, 4, 8, 16, 2048]
     ),

@@ -8,6 +8,7 @@ from ullage.cli import main
 from ullage.errors import InputError, UllageError
 from ullage.read.recipe_fields import Fields
 from ullage.read.recipes import READERS, read_fields
+from ullage.spec.rlhf import Rlhf, Rollout
 
 LLAMAFACTORY = """\
 model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
@@ -109,14 +110,14 @@ def test_a_command_line_is_read():
     ("kind", "values"),
     [
         ("llamafactory", {"per_device_train_batch_size": 0}),
-        ("llamafactory", {"stage": "dpo"}),
+        ("llamafactory", {"stage": "ppo"}),
         ("llamafactory", {"use_galore": True}),
         ("llamafactory", {"quantization_bit": 3}),
         ("llamafactory", {"optim": "no_such"}),
         ("axolotl", {"adapter": "lora"}),
         ("axolotl", {"micro_batch_size": True}),
         ("axolotl", {"tensor_parallel_size": 2}),
-        ("axolotl", {"rl": "dpo"}),
+        ("axolotl", {"rl": "ebft"}),
         ("trainer", {"gradient_checkpointing": "perhaps"}),
         ("trainer", {"fsdp": "shard_grad_op"}),
         ("trl", {"use_peft": True, "lora_dropout": 1.5}),
@@ -128,6 +129,53 @@ def test_wrong_values_are_one_sentence(kind, values):
     with pytest.raises(InputError) as caught:
         recipe(kind, values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("llamafactory", {"stage": "dpo"}, Rlhf(kind="dpo", reference="adapter", log_probs="full")),
+        (
+            "llamafactory",
+            {"stage": "dpo", "finetuning_type": "full"},
+            Rlhf(kind="dpo", reference="copy", log_probs="full"),
+        ),
+        (
+            "llamafactory",
+            {"stage": "dpo", "pref_loss": "simpo"},
+            Rlhf(kind="simpo", reference="none", log_probs="full"),
+        ),
+        ("llamafactory", {"stage": "rm"}, Rlhf(kind="rm", reference="none", log_probs="unused")),
+        ("axolotl", {"rl": "ipo"}, Rlhf(kind="dpo", log_probs="rows")),
+        ("axolotl", {"reward_model": True}, Rlhf(kind="rm", reference="none")),
+        (
+            "axolotl",
+            {"rl": "grpo", "trl": {"use_vllm": True, "vllm_mode": "colocate", "max_completion_length": 256}},
+            Rlhf(
+                kind="grpo",
+                reference="none",
+                completion_len=256,
+                log_probs="rows",
+                rollout=Rollout(engine="vllm", memory_fraction=0.3),
+            ),
+        ),
+        ("trl", {"precompute_ref_log_probs": True}, Rlhf(kind="dpo", reference="precomputed")),
+        ("trl", {"script": "reward"}, Rlhf(kind="rm")),
+        (
+            "trl",
+            {"num_generations": 8, "beta": 0.0, "steps_per_generation": 2},
+            Rlhf(kind="grpo", reference="none", completion_len=512, steps_per_generation=2, rollout=Rollout()),
+        ),
+    ],
+)
+def test_preference_and_reinforcement_recipes_are_read(kind, values, expected):
+    assert recipe(kind, values).rlhf == expected
+
+
+def test_the_script_of_a_command_line_decides():
+    line = "accelerate launch scripts/kto.py --model_name_or_path x --max_length 512"
+    assert READERS["trl"](read_fields(line)).rlhf == Rlhf(kind="kto")
+    assert READERS["trl"](read_fields("trl sft --model_name_or_path x")).rlhf is None
 
 
 def test_unknown_settings_are_named():

@@ -11,6 +11,8 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.recipe_fields import Fields
 from ullage.read.recipe_words import ATTENTION, HARMLESS_PREFIXES, RecipeWords, optimizer_of, parse_targets
+from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
+from ullage.read.rlhf_recipe import axolotl_rlhf
 from ullage.spec.training import Lora
 
 _HARMLESS = (
@@ -25,8 +27,8 @@ _HARMLESS = (
 )  # fmt: skip
 _NOT_FOLLOWED = (
     "unsloth_lora_qkv", "unsloth_lora_mlp", "unsloth_lora_o", "unsloth_cross_entropy_loss", "lisa_n_layers", "relora",
-    "qat", "fp8", "reward_model", "process_reward_model", "llmcompressor", "layer_offloading", "gptq", "s2_attention",
-    "unfrozen_parameters", "trl",
+    "qat", "fp8", "process_reward_model", "llmcompressor", "layer_offloading", "gptq", "s2_attention",
+    "unfrozen_parameters",
 )  # fmt: skip
 _SIZES = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "dp_shard_size")
 
@@ -41,6 +43,8 @@ def axolotl_recipe(fields: Fields) -> RecipeWords:
     optimizer, impl = optimizer_of(fields, "optimizer", "adamw_torch_fused")
     length = fields.count("sequence_len") or 512
     adapter = fields.word("adapter")
+    rlhf = axolotl_rlhf(fields, adapted=bool(adapter))
+    length += (rlhf.completion_len or 0) if rlhf else 0  # of generated rows sequence_len bounds the prompt
     precision, compute = _precision(fields)
     micro = fields.count("micro_batch_size") or 1
     total = fields.count("batch_size")
@@ -62,12 +66,13 @@ def axolotl_recipe(fields: Fields) -> RecipeWords:
         precision=precision,
         compute=compute,
         lora=_lora(fields) if adapter else None,
+        rlhf=rlhf,
         base_quantization=_quantization(fields),
         deepspeed=fields.raw("deepspeed") or None,
         fsdp=bool(fsdp or config),
         fsdp_offload=_offloads(config),
         said=(_("sequences of the full length, {length:,} tokens").format(length=length),),
-        unknown=fields.not_asked(_HARMLESS, HARMLESS_PREFIXES),
+        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), HARMLESS_PREFIXES),
     )
 
 
@@ -78,11 +83,9 @@ def _refuse(fields: Fields) -> None:
     for key in _SIZES:
         if (fields.count(key) or 1) > 1:
             raise InputError(_("{key} above 1 is not followed").format(key=key), where=fields.where)
-    adapter, rl = fields.word("adapter"), fields.word("rl")
+    adapter = fields.word("adapter")
     if adapter not in (None, "lora", "qlora"):
         raise fields.wrong("adapter", "lora, qlora")
-    if rl is not None:
-        raise InputError(_("rl is not followed: further models may share its card"), where=fields.where)
 
 
 def _precision(fields: Fields) -> tuple[str, str]:

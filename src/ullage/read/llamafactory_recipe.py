@@ -9,6 +9,8 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.recipe_fields import Fields
 from ullage.read.recipe_words import HARMLESS_PREFIXES, RecipeWords, optimizer_of, parse_targets
+from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
+from ullage.read.rlhf_recipe import llamafactory_rlhf
 from ullage.spec.training import Lora
 
 #: Source: llamafactory@0.9.5:extras/constants.py:AttentionFunction; "auto" is the model's own default.
@@ -39,7 +41,7 @@ def llamafactory_recipe(fields: Fields) -> RecipeWords:
     for key in _NOT_FOLLOWED:
         if fields.raw(key) not in (None, False, "false"):
             raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
-    _refuse_stage(fields)
+    _refuse_layers(fields)
     optimizer, impl = optimizer_of(fields, "optim", "adamw_torch_fused")
     lora = _lora(fields)
     precision, compute = _precision(fields, adapted=lora is not None)
@@ -59,23 +61,18 @@ def llamafactory_recipe(fields: Fields) -> RecipeWords:
         precision=precision,
         compute=compute,
         lora=lora,
+        rlhf=llamafactory_rlhf(fields, adapted=lora is not None),
         base_quantization=_quantization(fields),
         deepspeed=fields.raw("deepspeed") or None,
         fsdp=fields.raw("fsdp") not in (None, "", False),
         said=(_("sequences of the cut-off length, {length:,} tokens").format(length=length),),
-        unknown=fields.not_asked(_HARMLESS, HARMLESS_PREFIXES),
+        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), HARMLESS_PREFIXES),
     )
 
 
-def _refuse_stage(fields: Fields) -> None:
-    """Refuse stages with more than one model on the card, and layers chosen one by one."""
-    stage, kind = fields.word("stage") or "sft", fields.word("finetuning_type") or "lora"
-    if stage not in ("sft", "pt"):
-        raise InputError(
-            _("stage {stage!r} is not followed: further models share its card").format(stage=stage[:20]),
-            where=fields.where,
-            remedy=_("known are {known}").format(known="sft, pt"),
-        )
+def _refuse_layers(fields: Fields) -> None:
+    """Refuse layers chosen one by one."""
+    kind = fields.word("finetuning_type") or "lora"
     if kind not in ("lora", "full"):
         raise InputError(
             _("finetuning_type {kind!r} is not followed").format(kind=kind[:20]),

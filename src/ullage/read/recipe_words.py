@@ -10,6 +10,7 @@ from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.recipe_fields import Fields
+from ullage.spec.rlhf import Rlhf
 from ullage.spec.training import Lora, Recompute, TrainingJob
 
 #: Names of ``optim`` -> (optimizer, implementation). Source: transformers@5.23.0:training_args.py:OptimizerNames.
@@ -60,6 +61,7 @@ class RecipeWords(Frozen):
     Attributes:
         precision: a recipe of :data:`ullage.read.training_words.RECIPES`.
         deepspeed: a file, or the configuration itself. fsdp: sharded over all ranks.
+        rlhf: preference or reinforcement training.
         said: sentences for the user on what was taken for granted; unknown: settings not understood.
     """
 
@@ -77,6 +79,7 @@ class RecipeWords(Frozen):
     precision: str = "bf16"
     compute: str = "bfloat16"
     lora: Lora | None = None
+    rlhf: Rlhf | None = None
     base_quantization: str | None = None
     deepspeed: Any = None
     fsdp: bool = False
@@ -131,6 +134,7 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
         compile=words.compile,
         method="full" if words.lora is None else "qlora" if words.base_quantization else "lora",
         lora=words.lora,
+        rlhf=words.rlhf or job.rlhf,
         base_quantization=words.base_quantization,
         offload=tuple(offload),
         assumed=tuple(said),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.i18n import _
@@ -19,6 +20,9 @@ from ullage.read.recipe_words import (
     optimizer_of,
     parse_targets,
 )
+from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
+from ullage.read.rlhf_recipe import trl_rlhf
+from ullage.spec.rlhf import ON_POLICY
 from ullage.spec.training import Lora
 
 _HARMLESS = (
@@ -29,6 +33,10 @@ _HARMLESS = (
     "fp16_opt_level", "half_precision_backend", "length_column_name", "ddp_find_unused_parameters", "use_cache",
 )  # fmt: skip
 _TRL_LENGTH = 1024
+#: Which of TRL's scripts a line runs: ``trl dpo``, or a copy of its file.
+_SCRIPT = re.compile(
+    r"\btrl\s+(sft|dpo|kto|reward|grpo|rloo)\b|\b(sft|dpo|kto|reward_modeling|reward|grpo|rloo|ppo|orpo|cpo)\.py\b"
+)
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "bf16"}
 
 
@@ -39,6 +47,9 @@ def fields_of_line(line: str, where: str) -> Fields:
     except ValueError as error:
         raise InputError(_("is no command line ({reason})").format(reason=error), where=where) from None
     values: dict[str, object] = {}
+    script = _SCRIPT.search(line)
+    if script:
+        values["script"] = script.group(1) or script.group(2)
     name = None
     for word in words:
         flag = re.fullmatch(r"--([A-Za-z][\w-]*)(?:=(.*))?", word, re.DOTALL)
@@ -61,12 +72,16 @@ def trainer_recipe(fields: Fields) -> RecipeWords:
 
 
 def trl_recipe(fields: Fields) -> RecipeWords:
-    """Read the arguments of TRL's ``sft`` script, whose defaults differ from the Trainer's.
+    """Read the arguments of TRL's scripts, whose defaults differ from the Trainer's.
 
     Raises:
         InputError: a value that its argument cannot have.
     """
-    return _recipe(fields, checkpointing=True, length=_TRL_LENGTH, precision=_trl_precision(fields))
+    rlhf, length = trl_rlhf(fields)
+    if rlhf is None or rlhf.kind not in ON_POLICY:
+        length = _TRL_LENGTH
+    words = _recipe(fields, checkpointing=True, length=length, precision=_trl_precision(fields))
+    return replace(words, rlhf=rlhf)
 
 
 def _recipe(
@@ -99,7 +114,7 @@ def _recipe(
         fsdp_offload="offload" in str(fields.raw("fsdp") or ""),
         activation_offload=fields.flag("activation_offloading"),
         said=(*precision[2], *said, *_evaluation(fields)),
-        unknown=fields.not_asked((*_HARMLESS, "model_name_or_path"), HARMLESS_PREFIXES),
+        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS, "model_name_or_path"), HARMLESS_PREFIXES),
     )
 
 

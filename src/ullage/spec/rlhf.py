@@ -11,7 +11,7 @@ from ullage.frozen import Frozen
 
 RlhfKind = Literal["dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo", "rloo", "ppo"]
 Reference = Literal["copy", "adapter", "precomputed", "none"]
-LogProbStyle = Literal["", "rows", "full", "tiled", "none"]
+LogProbStyle = Literal["", "rows", "full", "tiled", "none", "unused"]
 KINDS: tuple[str, ...] = get_args(RlhfKind)
 #: A row of the batch is a pair: the chosen and the rejected answer run as two rows of one forward pass.
 PAIRED = ("dpo", "orpo", "simpo", "cpo", "rm")
@@ -48,7 +48,8 @@ class Rlhf(Frozen):
         reward_model: a frozen reward model of the policy's size stands on the card too (ppo always has one).
         unmatched_batch: kto's second batch, which estimates the divergence (``calculate_KL``).
         log_probs: how log-probabilities of the labels are made: ``rows`` (all logits, log-softmax row by row), ``full``
-            (all at once), ``tiled`` (no logits: tiles of head and log-softmax), ``none`` (a scalar head). Empty: by the
+            (all at once), ``tiled`` (no logits: tiles of head and log-softmax), ``none`` (a scalar head in the place of
+            the vocabulary's), ``unused`` (a scalar head beside it: logits are made and dropped). Empty: by the
             framework's version.
         alone: the policy is walked by itself: frozen models, scoring and generation are laid beside it afterwards.
     """
@@ -66,4 +67,4 @@ class Rlhf(Frozen):
     @property
     def headless(self) -> bool:
         """A scalar head stands in the place of the vocabulary's."""
-        return self.kind == "rm"
+        return self.kind == "rm" and self.log_probs != "unused"

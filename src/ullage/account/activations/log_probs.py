@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.account.activations.logits import LossPeak
 from ullage.account.activations.saved import ALLOCATOR_BLOCK_BYTES
 from ullage.frozen import Frozen
@@ -107,6 +109,8 @@ def log_prob_peak(asked: LogProbs) -> LogProbPeak:
     """
     if asked.style == "none":
         return _scalar(asked)
+    if asked.style == "unused":
+        return _unused(asked)
     if asked.style == "tiled":
         return _tiled(asked)
     return _full(asked) if asked.style == "full" else _rows(asked)
@@ -192,6 +196,20 @@ def _scalar(asked: LogProbs) -> LogProbPeak:
         source="transformers@5.23.0:modeling_layers.py:GenericForSequenceClassification.forward",
     )
     return LogProbPeak(loss=loss, scoring_bytes=scores)
+
+
+def _unused(asked: LogProbs) -> LogProbPeak:
+    """Return the peak of a scalar head beside the vocabulary's, whose logits are made, cast to fp32 and dropped.
+
+    Source: trl@0.24.0:models/modeling_value_head.py:AutoModelForCausalLMWithValueHead.forward;
+        llamafactory@0.9.5:train/rm/trainer.py:PairwiseTrainer.compute_loss.
+    """
+    found = _scalar(asked).loss
+    logits = asked.num_tokens * asked.vocab_size
+    made = _bytes(logits * (asked.width + (4 if asked.width < 4 else 0)))
+    formula = f"{asked.num_tokens:,} tokens x {asked.vocab_size:,} x (logits {asked.width} + in fp32 4), not used"
+    loss = replace(found, forward_bytes=made + found.forward_bytes, formula=formula)
+    return LogProbPeak(loss=loss, scoring_bytes=made)
 
 
 def _bytes(num_bytes: float) -> int:

@@ -98,7 +98,8 @@ def _layers_alone(job: TrainingJob, asked: Rlhf) -> bool:
     Source: llamafactory@0.9.5:model/model_utils/liger_kernel.py:apply_liger_kernel (require_logits);
         trl@1.16.0:trainer/dpo_trainer.py:DPOTrainer.__init__ (fused_linear_cross_entropy False).
     """
-    return asked.kind == "rm" or is_llamafactory(job) or (trl_version(job.engine_version) or NEWEST_TRL) >= TILES_SINCE
+    own = is_llamafactory(job) or asked.log_probs == "full"
+    return asked.kind == "rm" or own or (trl_version(job.engine_version) or NEWEST_TRL) >= TILES_SINCE
 
 
 def _reference(job: TrainingJob, kind: RlhfKind) -> Reference:
@@ -115,7 +116,7 @@ def _reference(job: TrainingJob, kind: RlhfKind) -> Reference:
 
 def _style(job: TrainingJob, asked: Rlhf, said: list[str]) -> LogProbStyle:
     if asked.kind == "rm":
-        return "none"
+        return "unused" if asked.log_probs == "unused" or is_llamafactory(job) else "none"
     if job.engine == "megatron":
         return "rows"  # its cross entropy gives one loss a token, which is the negative log-probability
     if asked.log_probs or job.loss == "chunked":
@@ -157,11 +158,11 @@ def policy_job(job: TrainingJob) -> TrainingJob:
     asked = job.rlhf
     assert asked is not None
     rows = job.micro_batch_size * (2 if asked.kind in PAIRED and not job.packing else 1)
-    model = scalar_head(job.model) if asked.headless else job.model
+    model = scalar_head(job.model, alone=asked.headless) if asked.kind == "rm" else job.model
     found = replace(job, model=model, micro_batch_size=rows, rlhf=replace(asked, alone=True))
     if job.engine == "megatron":
         return found
-    if asked.log_probs in ("tiled", "none"):
+    if asked.log_probs in ("tiled", "none", "unused"):
         # no logits of all tokens: as Liger's loss stands to the rest of the step, its kernels left out
         kernels = () if job.loss == "liger" or "fused_kernels" in dict(job.flags) else (("fused_kernels", ""),)
         return replace(found, loss="liger", flags=(*job.flags, *kernels))
@@ -169,10 +170,15 @@ def policy_job(job: TrainingJob) -> TrainingJob:
     return replace(found, loss="plain", flags=(*job.flags, *kernels))
 
 
-def scalar_head(model: Model) -> Model:
-    """Return the model with one score a token in the place of the vocabulary's head.
+def scalar_head(model: Model, *, alone: bool = True) -> Model:
+    """Return the model with one score a token in the place of the vocabulary's head, or beside it.
 
     Source: transformers@5.23.0:modeling_layers.py:GenericForSequenceClassification.__init__ (``score``, no bias).
     """
     score = ExtraTensor(name="score.weight", shape=(1, model.hidden_size), linear=False)
-    return replace(model, tied_embeddings=True, lm_head_bias=False, extras=(*model.extras, score))
+    extras = (*model.extras, score)
+    return (
+        replace(model, tied_embeddings=True, lm_head_bias=False, extras=extras)
+        if alone
+        else replace(model, extras=extras)
+    )

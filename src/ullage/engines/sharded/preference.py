@@ -76,6 +76,22 @@ def full_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffe
     return _narrowed(plan, timeline, grad)
 
 
+def unused_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
+    """Logits that nobody reads are dropped, and with them what the head kept.
+
+    Source: trl@0.24.0:models/modeling_value_head.py:AutoModelForCausalLMWithValueHead.forward.
+    """
+    timeline.drop(logits)
+    if state.head is not None:
+        state.head.release(timeline)
+        state.head = None
+
+
+def unused_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
+    """The gradient of the hidden states, from the scores alone."""
+    return timeline.take("activation_gradients", plan.head.input_bytes)
+
+
 def _narrowed(plan: LossPlan, timeline: Timeline, grad: Buffer) -> Buffer:
     """Return the gradient as wide as the head made the logits."""
     if not plan.widened:
