@@ -180,7 +180,7 @@ def refuse(job: TrainingJob) -> None:
     """Refuse what the rules do not cover.
 
     Raises:
-        InputError: sharded states, a split model, offload, or Unsloth.
+        InputError: sharded states, a split model, or Unsloth.
     """
     parallel = job.parallel
     sharded = parallel.fsdp not in (None, "full_shard")
@@ -193,8 +193,6 @@ def refuse(job: TrainingJob) -> None:
         )
     if "unsloth" in job.engine_version.lower():
         raise InputError(_("Unsloth's kernels and its own recompute are not known"))
-    if job.offload:
-        raise InputError(_("the {engine} rules know no offload yet").format(engine=job.engine))
 
 
 def _recipe(job: TrainingJob, version: Version) -> Recipe:

@@ -8,6 +8,7 @@ from ullage.account.sharding import whole
 from ullage.account.weights import weights_term
 from ullage.engines.hf_trainer.states import NF4, base_quantization
 from ullage.frozen import Frozen
+from ullage.i18n import _
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec import model as spec
 from ullage.spec.training import TrainingJob
@@ -27,6 +28,26 @@ class Unsharded(Frozen):
 def is_sharded(job: TrainingJob) -> bool:
     """Return whether parameters, gradients and states are spread over the ranks."""
     return job.parallel.fsdp == "full_shard" and num_shards(job) > 1
+
+
+def as_fsdp2(job: TrainingJob) -> TrainingJob:
+    """Return the job for the rules of FSDP 2, which the Trainer hands its model to where Accelerate is told so.
+
+    States in 8 or 4 bits are counted as 8 bits without scales; checkpoints on the host as if they were on the GPU.
+    Source: accelerate@1.13.0:utils/fsdp_utils.py:fsdp2_prepare_model.
+    """
+    narrow = {"adamw_8bit": "int8", "adamw_4bit": "int8"}.get(job.optimizer)
+    assumed = job.assumed
+    if any(what == "activations" for what, _where in job.offload):
+        assumed += (_("under FSDP 2 checkpoints on the host are counted as if they were on the GPU"),)
+    return replace(
+        job,
+        engine="fsdp2",
+        optimizer="adamw" if narrow else job.optimizer,
+        precision=replace(job.precision, moments=narrow) if narrow else job.precision,
+        offload=tuple(pair for pair in job.offload if pair[0] != "activations"),
+        assumed=assumed,
+    )
 
 
 def num_shards(job: TrainingJob) -> int:
@@ -57,11 +78,7 @@ def sharded_weights(job: TrainingJob, weights: Term) -> Term:
     found = shard(weights, ranks)
     if job.base_quantization not in ("nf4", "fp4"):
         return found
-    packed = spec.QuantRule(pattern="", format=replace(NF4, block=None, scales_per_scale=0))
-    values = spec.Quantization(method="nf4", rules=(packed,))
-    share = replace(whole(job.model), mtp=False, towers=False)
-    without = weights_term(job.model, share, quantization=values, dtype=job.precision.compute).bytes
-    scales = max(0, weights.bytes - without)
+    scales = scale_bytes(job, weights.bytes)
     extra = scales - scales // ranks
     return replace(
         found,
@@ -71,6 +88,15 @@ def sharded_weights(job: TrainingJob, weights: Term) -> Term:
         children=(),
         formula=f"{found.formula} + whole scales",
     )
+
+
+def scale_bytes(job: TrainingJob, whole_bytes: int) -> int:
+    """Return the bytes of all scales of a 4-bit base, of its weights' bytes."""
+    packed = spec.QuantRule(pattern="", format=replace(NF4, block=None, scales_per_scale=0))
+    values = spec.Quantization(method="nf4", rules=(packed,))
+    share = replace(whole(job.model), mtp=False, towers=False)
+    without = weights_term(job.model, share, quantization=values, dtype=job.precision.compute).bytes
+    return max(0, whole_bytes - without)
 
 
 def _divides(term: Term, ranks: int) -> bool:

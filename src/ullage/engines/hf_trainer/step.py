@@ -8,7 +8,7 @@ from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines import training
-from ullage.engines.hf_trainer import adapted, fsdp
+from ullage.engines.hf_trainer import adapted, fsdp, offload
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
@@ -47,14 +47,19 @@ def step(job: TrainingJob) -> TrainingStep:
     """
     if job.parallel.zero_stage and job.parallel.data_parallel_size > 1:
         return _under_deepspeed(job)
+    if "fsdp2" in job.engine_version.lower() and fsdp.is_sharded(job):
+        return training.step(fsdp.as_fsdp2(job))
     filled, recipe = resolve(adapted.as_run(job))
-    held, one_pass, loss = _held(filled, recipe), forward_pass(filled, recipe), loss_of(filled, recipe)
-    low_pass = forward_pass(filled, unprepared(filled, recipe)) if recipe.norms_fp32 else one_pass
+    offload.check(filled)
+    whole, on_gpu, loss = _held(filled, recipe), forward_pass(filled, recipe), loss_of(filled, recipe)
+    held, one_pass = offload.on_device(filled, whole), offload.without_host(filled, recipe, on_gpu)
+    less = unprepared(filled, recipe)
+    low_pass = offload.without_host(filled, less, forward_pass(filled, less)) if recipe.norms_fp32 else one_pass
     walk = Walk(job=filled, recipe=recipe, states=held, one_pass=one_pass, low_pass=low_pass, loss=loss)
     moments = tuple(
         _ledger(walk, name, first + terms)
-        for first in ((exact("optimizer", 0),), (held.optimizer,))
-        for name, terms in _moments(walk, first_step=not first[0].bytes)
+        for first_step, first in ((True, (exact("optimizer", 0),)), (False, (held.optimizer,)))
+        for name, terms in _moments(walk, first_step=first_step)
     )
     rank = TrainingRank(
         rank=0,
@@ -62,6 +67,7 @@ def step(job: TrainingJob) -> TrainingStep:
         pp_rank=0,
         moments=moments,
         after_step=_ledger(walk, "after step", (held.optimizer, *_after(walk))),
+        host_bytes=offload.on_host(filled, whole, on_gpu),
     )
     return TrainingStep(job=filled, ranks=(rank,), warnings=filled.assumed)
 
@@ -99,7 +105,7 @@ def _moments(walk: Walk, *, first_step: bool) -> list[tuple[str, tuple[Term, ...
         found.append(("embedding backward", _embedding_backward(walk)))
     if first_step:
         return [(f"first step: {name}", terms) for name, terms in found]
-    return [*found, ("optimizer step", _optimizer_step(walk))]
+    return found if offload.steps_on_host(walk.job) else [*found, ("optimizer step", _optimizer_step(walk))]
 
 
 def _after(walk: Walk) -> tuple[Term, ...]:
