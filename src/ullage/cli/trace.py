@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--lora", metavar="r=16,...", help=_("adapters through PEFT: r=16,alpha=32,targets=q_proj+v_proj")
     )
+    _add_base(parser)
     ranks = parser.add_argument_group(_("the ranks"))
     ranks.add_argument("--fsdp", type=int, default=0, metavar="N", help=_("shard every layer over N ranks (FSDP2)"))
     ranks.add_argument("--no-reshard", action="store_true", help=_("keep gathered parameters after forward (FSDP2)"))
@@ -60,6 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--html", type=Path, metavar="FILE", help=_("write a page"))
     shown.add_argument("--snapshot", type=Path, metavar="FILE", help=_("write a memory snapshot of PyTorch"))
     shown.add_argument("--json", action="store_true", help=_("print JSON"))
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    """Declare how a frozen base is held."""
+    from ullage.trace.job import BASES, PREPARATIONS
+
+    base = parser.add_argument_group(_("a quantised base under adapters"))
+    base.add_argument("--base", choices=BASES, help=_("its linear layers: nf4, fp4 (bitsandbytes) or gptq, 4 bits"))
+    base.add_argument("--no-double-quant", action="store_true", help=_("scales of nf4 and fp4 are fp32"))
+    base.add_argument("--group-size", type=int, default=128, metavar="N", help=_("of gptq, 0: no groups (128)"))
+    base.add_argument(
+        "--prepare",
+        choices=PREPARATIONS,
+        default="trl",
+        help=_("what the trainer makes fp32: trl norms, peft all (trl)"),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,12 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     same = (
         "micro_batch", "grad_accum", "steps", "inference", "engine", "dtype", "autocast", "optimizer", "optimizer_impl",
-        "clip", "recompute", "lora", "attention", "routing_skew", "fsdp", "ddp", "world", "tp",
-        "sp", "rank",
+        "clip", "recompute", "lora", "base", "prepare", "group_size", "attention", "routing_skew", "fsdp", "ddp",
+        "world", "tp", "sp", "rank",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in same}
     return options | {
         "seq_len": arguments.seq,
+        "nested": not arguments.no_double_quant,
         "unroll": not arguments.no_unroll,
         "reshard_after_forward": not arguments.no_reshard,
     }

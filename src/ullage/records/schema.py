@@ -77,6 +77,7 @@ class Record(Frozen):
         completeness: full, mostly or partial.
         job: the job's fields as written.
         measured: the figures; ``fits_in_gib`` for a job only known to fit.
+        quote: the passage of the source that the record was taken from.
         where: file and line.
         unknown_keys: keys that the schema does not know, as paths.
     """
@@ -89,6 +90,7 @@ class Record(Frozen):
     measured: tuple[Measured, ...]
     fits_in_gib: float | None = None
     source_url: str = ""
+    quote: str = ""
     where: str = ""
     unknown_keys: tuple[str, ...] = field(default=())
 
@@ -126,6 +128,7 @@ def read_record(values: Mapping[str, Any], where: str) -> Record:
         measured=tuple(_measured(figure, where) for figure in figures),
         fits_in_gib=fits_in_gib,
         source_url=_text(values, "source_url", where, default=""),
+        quote=str(values.get("quote") or ""),
         where=where,
         unknown_keys=tuple(unknown),
     )

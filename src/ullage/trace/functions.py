@@ -138,12 +138,16 @@ class CudaFunctions(TorchFunctionMode):
             args, kwargs = self._cast(getattr(func, "__name__", ""), args, kwargs)
         if func is _ATTENTION:
             return self.attend(*args, **kwargs)
+        if func is functional.dropout:
+            return dropout(*args, **kwargs)
         if func is torch.Tensor.cuda:
             return args[0].to("meta")
         return func(*args, **kwargs)
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
-        """Run attention as on a GPU; on host tensors as ever."""
+        """Run attention as on a GPU; on host tensors as ever. Called by its own name, no mode has cast the inputs."""
+        if torch.is_autocast_enabled("cuda"):
+            args, kwargs = self._cast("scaled_dot_product_attention", args, kwargs)
         query = args[0] if args else kwargs["query"]
         if query.device.type == "meta":
             return attention(self.kernels, _ATTENTION, *args, **kwargs)
@@ -187,6 +191,16 @@ class CudaFunctions(TorchFunctionMode):
     def clear(self) -> None:
         """Forget the casts: the outermost autocast was left."""
         self._casts.clear()
+
+
+def dropout(hidden: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Drop out as one kernel, which keeps a mask of one byte per element; elsewhere PyTorch keeps the scaled noise.
+
+    Source: torch@2.13.0:aten/src/ATen/native/Dropout.cpp:is_fused_kernel_acceptable, dropout.
+    """
+    if training and not inplace and 0 < p < 1 and hidden.device.type == "meta" and hidden.numel():
+        return torch.native_dropout(hidden, p, True)[0]
+    return functional.dropout(hidden, p, training, inplace)
 
 
 def _is_cuda(value: Any) -> bool:

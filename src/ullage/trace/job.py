@@ -12,6 +12,9 @@ DTYPES = {
     "fp16": "float16",
 }  # fmt: skip
 OPTIMIZERS = ("adamw", "adam", "sgd", "sgd_momentum", "adafactor", "muon", "adamw8bit", "none")
+#: Quantised forms of a frozen base, and what a trainer does to it before adapters are put in.
+BASES = ("nf4", "fp4", "gptq")
+PREPARATIONS = ("trl", "peft", "none")
 IMPLEMENTATIONS = ("foreach", "fused", "forloop")
 #: More tokens than any step holds.
 MOST_TOKENS = 1 << 26
@@ -35,9 +38,13 @@ class TraceJob(Frozen):
         engine: "hf" steps as transformers' Trainer (clips, frees gradients after the step), "plain" as a plain loop.
         dtype: of the parameters; autocast: dtype that ``torch.autocast`` computes in, None without.
         optimizer_impl: "foreach", "fused" or "forloop"; None: what the engine takes on a GPU.
-        recompute: "none", or "full": every decoder layer is a checkpoint.
+        recompute: "none", or "full": every decoder layer is a checkpoint; ``reentrant``: as transformers did before 5.
         steps: optimizer steps that are traced; the second differs from the first, which has no states yet.
         clip: gradients are clipped to a norm.
+        base: how the linear layers of a frozen base are held, None: in ``dtype``; ``nested``: scales of nf4 are 8-bit
+            (double quantisation); ``group_size``: of GPTQ, 0: one group per output.
+        prepare: "peft": what is not packed becomes fp32; "trl": but embeddings and head; "none". Not for GPTQ.
+        earlier_adapters: adapters around GPTQ run as in PEFT up to 0.13.
         attention: kernel of scaled dot product attention, or "eager" for the model's written-out formula.
         routing_skew: 0: every expert gets as many tokens.
         unroll: trace few of the layers that repeat and repeat their events.
@@ -59,9 +66,15 @@ class TraceJob(Frozen):
     optimizer: str = "adamw"
     optimizer_impl: str | None = None
     recompute: str = "none"
+    reentrant: bool = False
     inference: bool = False
     clip: bool | None = None
     lora: LoraOptions | None = None
+    base: str | None = None
+    nested: bool = True
+    group_size: int = 128
+    prepare: str = "trl"
+    earlier_adapters: bool = False
     attention: str = "auto"
     routing_skew: float = 0.0
     compute_capability: tuple[int, int] = (9, 0)
@@ -83,6 +96,8 @@ class TraceJob(Frozen):
             ("autocast", self.autocast, (None, *DTYPES)),
             ("optimizer implementation", self.optimizer_impl, (None, *IMPLEMENTATIONS)),
             ("recompute", self.recompute, ("none", "full")),
+            ("base", self.base, (None, *BASES)),
+            ("preparation", self.prepare, PREPARATIONS),
             ("attention", self.attention, ("auto", "eager", "flash", "efficient", "cudnn", "math")),
         ):
             if value not in known:
@@ -96,6 +111,7 @@ class TraceJob(Frozen):
             ("tokens", self.micro_batch * self.seq_len, MOST_TOKENS),
             ("gradient accumulation", self.grad_accum, 4096),
             ("steps", self.steps, MOST_STEPS),
+            ("group size", self.group_size or 1, MOST_TOKENS),
         ):
             if not 1 <= count <= most:
                 raise InputError(_("{name}: {value} is outside 1 to {most}").format(name=name, value=count, most=most))

@@ -115,7 +115,8 @@ def trace_layers(model: Any, config: Any, job: TraceJob, *, stacks: bool) -> tup
             return trace_model(model, config, job, stacks=stacks).trace
 
     # FSDP2's first unit gathers nothing ahead, the last is gathered by the root: both neighbours must be inner ones.
-    units, middle = (UNITS + 1, 2) if job.fsdp else (UNITS, 1)
+    # The first of a prepared base gets a stream of another dtype.
+    units, middle = (UNITS + 1, 2) if job.fsdp else (UNITS, 2 if job.base else 1)
     few = Stack(path=stack.path, first=stack.first, period=stack.period, units=units, middle=middle)
     try:
         grown = grow(traced(units), traced(units + 1), few, stack.units - units)

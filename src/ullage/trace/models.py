@@ -129,6 +129,33 @@ def _check_count(model: Any, expected: int, name: str) -> None:
         )
 
 
+def quantise_base(model: Any, job: TraceJob) -> list[str]:
+    """Hold the linear layers of a frozen base packed, and prepare it for training; return what was assumed.
+
+    Raises:
+        InputError: the base would be trained, or split over ranks, or its experts cannot be prepared.
+    """
+    from ullage.trace.quantised import prepare_for_training, quantise
+
+    if job.lora is None and not job.inference:
+        raise InputError(_("a quantised base is frozen"), remedy=_("give adapters with --lora, or --inference"))
+    if job.fsdp or job.ddp:
+        raise InputError(_("a quantised base on several ranks has no stand-in"))
+    prepares = job.base != "gptq" and not job.inference and job.prepare != "none"
+    if prepares and any(each.dim() == 3 for each in model.parameters()):
+        raise InputError(
+            _("experts that are one tensor are not quantised, and preparing the base would make them fp32"),
+            remedy=_("give --prepare none"),
+        )
+    assumed = quantise(model, str(job.base), nested=job.nested, group_size=job.group_size)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if prepares:
+        prepare_for_training(model, job.prepare)
+        assumed.append(_("norms and biases of the base are fp32, as a trainer prepares it; see --prepare"))
+    return assumed
+
+
 def add_adapters(model: Any, job: TraceJob) -> Any:
     """Wrap a model in adapters as PEFT does.
 
@@ -150,6 +177,10 @@ def add_adapters(model: Any, job: TraceJob) -> Any:
         target_modules=targets[0] if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
+    if job.base is not None:
+        from ullage.trace.quantised.adapters import adapters_for
+
+        config._register_custom_module(adapters_for(earlier=job.earlier_adapters))
     try:
         with torch.device("meta"):
             return peft.get_peft_model(model, config)

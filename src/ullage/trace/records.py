@@ -2,90 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
-import torch
-
-from ullage.engines.hf_trainer.defaults import NO_SHIFT_COPY, UPCAST_IN_LOSS, fused_kernels, transformers_version
+from ullage.engines.hf_trainer.defaults import (
+    NO_SHIFT_COPY,
+    NOT_REENTRANT,
+    REPEATED_BEFORE,
+    REPEATS_FOR_FLASH,
+    UPCAST_IN_LOSS,
+    fused_kernels,
+    transformers_version,
+)
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.records.frameworks import Framework, framework, gptq_group_size
+from ullage.records.schema import Record
+from ullage.records.training import record_job
 from ullage.spec.training import TrainingJob
 from ullage.trace.agreement import build
 from ullage.trace.events import Trace
+from ullage.trace.fused_ops import fuse_norms, fused_rotary, repeated_heads
 from ullage.trace.job import LoraOptions, TraceJob
 from ullage.trace.layers import trace_layers
+from ullage.trace.looped_experts import loop_experts
 from ullage.trace.losses import use_loss
 from ullage.trace.models import Built
+from ullage.trace.quantised.fused import fuse_adapters
 from ullage.trace.running import prepare
 
-
-class FusedNorm(torch.autograd.Function):
-    """RMSNorm as one kernel: keeps its input and one fp32 number a row; backward writes one gradient.
-
-    Source: fms-acceleration@876e2ed6:plugins/fused-ops-and-kernels/src/fms_acceleration_foak/kernels/unsloth/
-        rms_layernorm.py:Fast_RMS_Layernorm.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any) -> Any:
-        """Keep the input and the root of each row."""
-        rows = torch.empty(hidden.numel() // hidden.shape[-1], dtype=torch.float32, device=hidden.device)
-        ctx.save_for_backward(hidden, weight, rows)
-        return torch.empty_like(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        """Return the gradient, and that of a trained weight."""
-        _hidden, weight, _rows = ctx.saved_tensors
-        return torch.empty_like(grad), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+#: Experts are one tensor, and run as grouped products. Source: transformers@5.23.0:models/mixtral/modeling_mixtral.py.
+TENSOR_EXPERTS = (5, 0)
 
 
-def trace_record(job: TrainingJob) -> Trace:
+def trace_record(record: Record) -> Trace:
     """Trace a training record's job on one GPU.
 
     Raises:
-        InputError: what has no stand-in: a quantised base, several GPUs.
+        InputError: what has no stand-in: several GPUs, a quantised base of another kind.
     """
-    if job.base_quantization is not None:
-        raise InputError(_("a quantised base has no stand-in on meta tensors"))
+    job = record_job(record)[0]
     if job.machine.num_gpus > 1:
         raise InputError(_("a record of several GPUs is not traced"))
-    options = _options(job)
+    through = framework(record) or _assumed_framework(job)
+    options = _options(job, through, gptq_group_size(record))
     built = build(job.model, options)
     _open_windows(built)
-    if "rms_norm" in fused_kernels(job):
-        _fuse_norms(built.model)
+    if _before(job, TENSOR_EXPERTS):
+        loop_experts(built.model)
+    if "rms_norm" in through.fused:
+        fuse_norms(built.model)
     use_loss(built.model, _loss(job))
     model = prepare(built.model, options)
-    if _fuses_adapters(job):
-        for name, each in model.named_parameters():
-            each.data = each.data.to(torch.bfloat16) if "lora_" in name else each.data
-    return trace_layers(model, built.config, options, stacks=False)[0]
+    if "adapters" in through.fused:
+        fuse_adapters(model)
+    repeats = _before(job, REPEATED_BEFORE) and job.model.architecture in REPEATS_FOR_FLASH
+    with fused_rotary(model, fused="rope" in through.fused), repeated_heads(repeated=repeats):
+        return trace_layers(model, built.config, options, stacks=False)[0]
 
 
-def _options(job: TrainingJob) -> TraceJob:
-    lora = job.lora
+def _assumed_framework(job: TrainingJob) -> Framework:
+    """Return what a record that names no configuration of a framework runs through: the Trainer, as TRL sets it up."""
+    return Framework(
+        autocast="bfloat16" if job.lora is not None else None,
+        prepared=job.base_quantization is not None,
+        fused=fused_kernels(job),
+    )
+
+
+def _options(job: TrainingJob, through: Framework, group_size: int | None) -> TraceJob:
+    lora, base = job.lora, job.base_quantization
     return TraceJob(
         micro_batch=job.micro_batch_size,
         seq_len=job.seq_len,
         grad_accum=min(2, job.grad_accum),  # a third pass repeats the second
         recompute="full" if job.recompute.kind == "full" else "none",
+        reentrant=_before(job, NOT_REENTRANT),
+        dtype="float16" if base == "gptq" else "bfloat16",
         lora=LoraOptions(r=lora.rank, dropout=lora.dropout, targets=lora.targets) if lora is not None else None,
-        autocast="bfloat16" if lora is not None and not _fuses_adapters(job) else None,
+        base=base,
+        group_size=128 if group_size is None else group_size,
+        prepare="trl" if through.prepared else "none",
+        earlier_adapters=_peft_version(job) < (0, 14),
+        autocast=through.autocast,
         optimizer_impl=job.optimizer_impl.replace("_", "") if job.optimizer_impl else "foreach",
         compute_capability=job.machine.gpu.compute_capability or (8, 0),
         attention="flash" if job.attention == "flash" else "auto",
     )
 
 
-def _fuses_adapters(job: TrainingJob) -> bool:
-    """Return whether adapters run as fused kernels: one input is kept for all that read it, and nothing is cast.
+def _before(job: TrainingJob, version: tuple[int, int]) -> bool:
+    """Return whether the record's transformers is older; one that is not named is not."""
+    return (transformers_version(job.engine_version) or version) < version
 
-    The stand-in has 16-bit adapters, which do the same; their states are counted too small by some MiB.
-    Source: fms-acceleration@876e2ed6:plugins/fused-ops-and-kernels/src/fms_acceleration_foak/fused_ops/unsloth_lora/
-        fast_lora.py:LoRA_QKV.
-    """
-    return job.lora is not None and "rms_norm" in fused_kernels(job) and job.loss != "plain"
+
+def _peft_version(job: TrainingJob) -> tuple[int, int]:
+    found = re.search(r"peft (\d{1,3})\.(\d{1,3})", job.engine_version)
+    return (int(found.group(1)), int(found.group(2))) if found else (0, 21)
 
 
 def _open_windows(built: Built) -> None:
@@ -108,9 +120,3 @@ def _loss(job: TrainingJob) -> str:
         raise InputError(_("the loss of this version has no stand-in"))
     place = "head upcast" if version < UPCAST_IN_LOSS else "loss upcast"
     return f"fused {place}" if job.loss == "fused" else place
-
-
-def _fuse_norms(model: Any) -> None:
-    for each in model.modules():
-        if type(each).__name__.endswith("RMSNorm"):
-            each.forward = lambda hidden, norm=each: FusedNorm.apply(hidden, norm.weight)

@@ -15,10 +15,11 @@ from ullage.trace.events import Trace
 from ullage.trace.fake_ranks import fake_ranks
 from ullage.trace.functions import CudaFunctions
 from ullage.trace.job import TraceJob
-from ullage.trace.models import add_adapters, build_model
+from ullage.trace.models import add_adapters, build_model, quantise_base
 from ullage.trace.parallel import check_wrapping, replicate, sentences, spread
 from ullage.trace.patches import cuda_stand_ins
 from ullage.trace.protocol import Traced, call_function, load_function
+from ullage.trace.quantised import num_elements
 from ullage.trace.shadows import Routing
 from ullage.trace.steps import run_inference, run_training, token_batch
 from ullage.trace.temporaries import Kernels
@@ -67,26 +68,34 @@ def _run_module(model: Any, job: TraceJob, *, stacks: bool) -> Done:
 def _run_language_model(model: Any, config: Any, job: TraceJob, name: str, *, stacks: bool) -> Done:
     from ullage.trace.layers import trace_layers
 
-    model = prepare(model, job)
+    assumed: list[str] = []
+    model = prepare(model, job, assumed)
     counts = {id(each): each for each in model.parameters()}
     trace, num_traced = trace_layers(model, config, job, stacks=stacks)
     trace.assumed += sentences(job)
     return Done(
         trace=trace,
         name=name,
-        num_parameters=sum(each.numel() for each in counts.values()),
+        num_parameters=num_elements(model),
         num_trained=sum(each.numel() for each in counts.values() if each.requires_grad),
         num_layers=getattr(config, "num_hidden_layers", 0),
         num_layers_traced=num_traced,
     )
 
 
-def prepare(model: Any, job: TraceJob) -> Any:
-    """Set a model of transformers to train or not, its layers to be repeated in backward; give it adapters."""
+def prepare(model: Any, job: TraceJob, assumed: list[str] | None = None) -> Any:
+    """Set a model of transformers to train or not, its layers to be repeated in backward; give it adapters.
+
+    A quantised base comes first, as where it was loaded so; ``assumed`` takes what is said of it.
+    """
     model.train(not job.inference)
+    if job.base is not None:
+        sentences = quantise_base(model, job)
+        if assumed is not None:
+            assumed += sentences
     if job.recompute == "full" and not job.inference:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        enable({"use_reentrant": job.reentrant})
     return add_adapters(model, job)
 
 
@@ -94,6 +103,9 @@ def trace_model(model: Any, config: Any, job: TraceJob, *, stacks: bool = False)
     """Trace the step of a prepared model of transformers as it is, all layers."""
     for each in model.parameters():
         each.grad = None
+    for each in model.modules():
+        if hasattr(each, "begin_again"):
+            each.begin_again()
     tracker, functions = start(job, stacks=stacks)
     batch = token_batch(job, config.vocab_size)
     with fake_ranks(tracker, job.num_ranks, job.rank), cuda_stand_ins(tracker, functions), functions:
