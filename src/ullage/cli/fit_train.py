@@ -74,7 +74,12 @@ def _add_step(group: Any) -> None:
     kernels = ("flash", "sdpa", "eager", "unfused")
     group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
     group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger"), help=_("how the loss is computed"))
-    group.add_argument("--lora", metavar="r=16", help=_("adapters: r=16,targets=q_proj+v_proj"))
+    group.add_argument(
+        "--method", metavar="NAME", help=_("full, lora, dora, or another of PEFT: vera, ia3, loha, boft ...")
+    )
+    group.add_argument(
+        "--lora", metavar="r=16", help=_("adapters: r=16,targets=q_proj+v_proj, or PEFT's adapter_config.json")
+    )
     group.add_argument("--rlhf", metavar="KIND", help=_("dpo, kto, rm ... or grpo,completion=512,vllm=0.3,sleep"))
     group.add_argument("--base-quantization", metavar="NAME", help=_("of the frozen base: nf4, int8, gptq"))
     group.add_argument("--offload", metavar="WHAT=cpu", action="append", help=_("optimizer=cpu, params=cpu ..."))
@@ -166,10 +171,11 @@ def _refuse(
 
 def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     """Build the job that the flags state."""
+    from ullage.read.adapter_words import parse_adapters
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
     from ullage.read.rlhf_words import parse_rlhf
-    from ullage.read.training_words import filled_pipeline, parse_lora, parse_precision, parse_recompute
+    from ullage.read.training_words import filled_pipeline, parse_precision, parse_recompute
     from ullage.spec.training import TrainingJob
 
     if arguments.model is None or arguments.on is None:
@@ -178,12 +184,13 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     engine = arguments.engine or ("hf_trainer" if machine.num_gpus == 1 else "fsdp2")
     engine, _at, version = engine.partition("@")
     precision, said = parse_precision(arguments.precision, engine)
-    lora = parse_lora(arguments.lora) if arguments.lora else None
+    lora, method = parse_adapters(arguments.method, arguments.lora)
     parallel = _parallel(arguments, machine, engine)
     accumulated = arguments.grad_accum or filled_pipeline(parallel)
     if accumulated > 1 and not arguments.grad_accum:
         said += (_("passes per step: {count}, so that the pipeline is full").format(count=accumulated),)
-    method = ("qlora" if arguments.base_quantization else "lora") if lora else "full"
+    quantization = arguments.base_quantization or ("nf4" if method == "qlora" else None)
+    method = "qlora" if quantization and method in ("lora", "dora") else method
     return TrainingJob(
         model=load_model(arguments.model, assume=arguments.assume, network=True),
         machine=machine,
@@ -203,7 +210,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         method=method,
         lora=lora,
         rlhf=parse_rlhf(arguments.rlhf) if arguments.rlhf else None,
-        base_quantization=arguments.base_quantization,
+        base_quantization=quantization,
         offload=_offload(arguments.offload or ()),
         assumed=(*said, *(() if arguments.engine else (_("framework: {engine}").format(engine=engine),))),
     )

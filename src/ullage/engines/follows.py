@@ -27,7 +27,7 @@ class Follows(Frozen):
         optimizers: by name, None: every one that :mod:`ullage.account.optimizer` knows.
         impls: whether fused, foreach and for_loop are told apart.
         attention, losses: kernels; flash and sdpa keep the same.
-        adapters, base_quantizations, offload, compile: as in the job.
+        adapters, base_quantizations, offload, compile: as in the job; methods: of PEFT other than LoRA and DoRA.
     """
 
     splits: frozenset[str] = frozenset()
@@ -38,6 +38,7 @@ class Follows(Frozen):
     attention: frozenset[str] = frozenset({"flash", "sdpa"})
     losses: frozenset[str] = frozenset({"plain", "fused", "chunked", "liger"})
     adapters: bool = True
+    methods: bool = False
     base_quantizations: bool = True
     offload: frozenset[str] = frozenset()
     compile: bool = True
@@ -50,6 +51,7 @@ _HF = Follows(
     fsdp=frozenset({"full_shard"}),
     optimizers=None,
     attention=_ALL_ATTENTION,
+    methods=True,
     offload=frozenset({"activations", "optimizer", "params"}),
 )
 _FSDP = Follows(
@@ -150,6 +152,8 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
         yield _("a {kind} loss").format(kind=job.loss), InputError
     if job.lora is not None and not own.adapters:
         yield _("adapters"), InputError
+    if not own.methods and _own_method(job):
+        yield _("the method {name}").format(name=_own_method(job)), InputError
     if job.base_quantization is not None and not own.base_quantizations:
         yield _("a quantised base"), InputError
     for what, where in job.offload:
@@ -157,6 +161,13 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
             yield _("{what} on {where}").format(what=what, where=where), InputError
     if job.compile and not own.compile:
         yield "torch.compile", InputError
+
+
+def _own_method(job: TrainingJob) -> str:
+    """Return the name of a method that is not LoRA (of litgpt: nor DoRA), "" for LoRA."""
+    if job.lora is None or (job.lora.kind == "lora" and not (job.lora.dora and job.engine == "litgpt")):
+        return ""
+    return "dora" if job.lora.dora else job.lora.kind[:40]
 
 
 def _splits(parallel: TrainingParallel) -> Iterator[tuple[str, str]]:

@@ -65,7 +65,7 @@ def axolotl_recipe(fields: Fields) -> RecipeWords:
         packing=fields.flag("sample_packing"),
         precision=precision,
         compute=compute,
-        lora=_lora(fields) if adapter else None,
+        lora=(_llama_adapter(fields) if adapter == "llama-adapter" else _lora(fields)) if adapter else None,
         rlhf=rlhf,
         base_quantization=_quantization(fields),
         deepspeed=fields.raw("deepspeed") or None,
@@ -84,8 +84,8 @@ def _refuse(fields: Fields) -> None:
         if (fields.count(key) or 1) > 1:
             raise InputError(_("{key} above 1 is not followed").format(key=key), where=fields.where)
     adapter = fields.word("adapter")
-    if adapter not in (None, "lora", "qlora"):
-        raise fields.wrong("adapter", "lora, qlora")
+    if adapter not in (None, "lora", "qlora", "llama-adapter"):
+        raise fields.wrong("adapter", "lora, qlora, llama-adapter")
 
 
 def _precision(fields: Fields) -> tuple[str, str]:
@@ -121,6 +121,19 @@ def _loss(fields: Fields) -> str | None:
     return "chunked" if fields.flag("chunked_cross_entropy") else None
 
 
+def _llama_adapter(fields: Fields) -> Lora:
+    """Return prompts that layers attend to; 10 tokens in 30 layers unless told.
+
+    Source: axolotl@0.19.0:src/axolotl/loaders/adapter.py:load_llama_adapter (``peft_adapter``: layers, len).
+    """
+    section = fields.section("peft_adapter")
+    layers = (section.count("layers") if section else None) or 30
+    length = (section.count("len") if section else None) or 10
+    return Lora(
+        kind="adaption_prompt", rank=0, targets=(), options=(("adapter_len", length), ("adapter_layers", layers))
+    )
+
+
 def _lora(fields: Fields) -> Lora:
     linear, targets = fields.flag("lora_target_linear"), fields.words("lora_target_modules")
     if not linear and not targets:
@@ -131,6 +144,7 @@ def _lora(fields: Fields) -> Lora:
         rank=fields.count("lora_r") or 8,
         targets=("all-linear",) if linear else parse_targets(targets),
         dropout=fields.fraction("lora_dropout"),
+        dtype=None if fields.flag("peft_autocast_adapter_dtype", True) else _precision(fields)[1],
         dora=fields.flag("peft_use_dora"),
         trained_modules=fields.words("lora_modules_to_save"),
     )

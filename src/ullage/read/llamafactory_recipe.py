@@ -73,11 +73,11 @@ def llamafactory_recipe(fields: Fields) -> RecipeWords:
 def _refuse_layers(fields: Fields) -> None:
     """Refuse layers chosen one by one."""
     kind = fields.word("finetuning_type") or "lora"
-    if kind not in ("lora", "full"):
+    if kind not in ("lora", "oft", "full"):
         raise InputError(
             _("finetuning_type {kind!r} is not followed").format(kind=kind[:20]),
             where=fields.where,
-            remedy=_("known are {known}").format(known="lora, full"),
+            remedy=_("known are {known}").format(known="lora, oft, full"),
         )
 
 
@@ -98,9 +98,28 @@ def _lora(fields: Fields) -> Lora | None:
     rank, dropout = fields.count("lora_rank") or _DEFAULT_RANK, fields.fraction("lora_dropout")
     targets = parse_targets(fields.words("lora_target"))
     dora, modules = fields.flag("use_dora"), fields.words("additional_target")
-    if (fields.word("finetuning_type") or "lora") != "lora":
+    kind = fields.word("finetuning_type") or "lora"
+    if kind == "oft":
+        return _oft(fields, modules)
+    if kind != "lora":
         return None
     return Lora(rank=rank, targets=targets, dropout=dropout, dora=dora, trained_modules=modules)
+
+
+def _oft(fields: Fields, modules: tuple[str, ...]) -> Lora:
+    """Return orthogonal fine-tuning: a rank is the number of blocks, and wins over their size.
+
+    Source: llamafactory@0.9.5:hparams/finetuning_args.py:OFTArguments, model/adapter.py:_setup_lora_tuning.
+    """
+    rank = fields.raw("oft_rank")
+    options = (("oft_block_size", fields.count("oft_block_size") or 32),)
+    return Lora(
+        kind="oft",
+        rank=(fields.count("oft_rank") or 0) if rank not in (None, 0, "0") else 0,
+        targets=parse_targets(fields.words("oft_target")),
+        options=options,
+        trained_modules=modules,
+    )
 
 
 def _quantization(fields: Fields) -> str | None:

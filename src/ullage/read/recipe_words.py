@@ -132,7 +132,7 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
         attention=words.attention,  # type: ignore[arg-type]
         loss=words.loss,  # type: ignore[arg-type]
         compile=words.compile,
-        method="full" if words.lora is None else "qlora" if words.base_quantization else "lora",
+        method=_method(words),
         lora=words.lora,
         rlhf=words.rlhf or job.rlhf,
         base_quantization=words.base_quantization,
@@ -140,6 +140,14 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
         assumed=tuple(said),
     )
     return _with_deepspeed(found, words.deepspeed, path)
+
+
+def _method(words: RecipeWords) -> str:
+    if words.lora is None:
+        return "full"
+    if words.lora.kind != "lora":
+        return words.lora.kind
+    return "qlora" if words.base_quantization else "lora"
 
 
 def _with_deepspeed(job: TrainingJob, config: Any, path: Path) -> TrainingJob:

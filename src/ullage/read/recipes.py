@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[Fields], RecipeWords]] = {
 #: Options of the command line that a recipe states itself; a Trainer without a length leaves ``seq`` to the flags.
 STATED = (
     "engine", "dp", "tp", "pp", "cp", "ep", "sp", "zero", "fsdp", "micro_batch", "grad_accum", "precision", "optimizer",
-    "optimizer_impl", "recompute", "attention", "loss", "lora", "base_quantization", "offload", "compile",
+    "optimizer_impl", "recompute", "attention", "loss", "lora", "method", "base_quantization", "offload", "compile",
 )  # fmt: skip
 
 

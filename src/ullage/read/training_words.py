@@ -62,26 +62,11 @@ def parse_recompute(text: str) -> Recompute:
 
 def parse_lora(text: str) -> Lora:
     """Parse ``r=16`` or ``r=16,targets=q_proj+v_proj,dropout=0.05``; without targets, all linear layers."""
-    fields: dict[str, str] = {}
-    for part in text.split(","):
-        name, _equals, value = part.partition("=")
-        fields[name.strip()] = value.strip()
-    unknown = sorted(fields.keys() - {"r", "rank", "targets", "dropout"})
-    rank = fields.get("r") or fields.get("rank") or ""
-    try:
-        if unknown or not rank.isdigit() or not 1 <= int(rank) <= 65536:
-            raise ValueError
-        dropout = float(fields.get("dropout") or 0)
-        if not 0 <= dropout < 1:
-            raise ValueError
-    except ValueError:
-        raise InputError(
-            _("{text!r} does not describe adapters").format(text=text[:60]),
-            where="--lora",
-            remedy=_("write r=16 or r=16,targets=q_proj+v_proj,dropout=0.05"),
-        ) from None
-    targets = tuple(name for name in (fields.get("targets") or "all-linear").split("+") if name)
-    return Lora(rank=int(rank), targets=targets, dropout=dropout)
+    from ullage.read.adapter_words import parse_adapters
+
+    found, _method = parse_adapters("lora", text)
+    assert found is not None
+    return found
 
 
 def filled_pipeline(parallel: TrainingParallel) -> int:
