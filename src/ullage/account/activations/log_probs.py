@@ -97,15 +97,16 @@ def log_prob_peak(asked: LogProbs) -> LogProbPeak:
     """Return what log-probabilities take at their worst points.
 
     Formula: N tokens, V rows of the vocabulary, r sequences, w bytes of the compute dtype, e = 4 where logits are
-        widened, else w. rows, widened: forward NV (w + 4), kept 4NV, backward NV (8 + 8/r): logits, the rows'
-        gradients, three rows in the formula of one. rows, narrow: forward 2wNV, kept wNV, backward NV (2w + w/r).
-        full: forward 3eNV (2e for one row, which needs no contiguous copy), kept 2eNV, backward 3eNV. tiled: one tile,
-        hidden states, and in backward fp32 gradients of hidden states and head with their casts.
+        widened, else w. rows, widened: forward NV (w + 4), kept 4NV, backward NV max(12, 8 + 8/r): the rows' gradients
+        stacked, those of the gathered values, and their sum; or, of few rows, logits, gradients and three rows in one
+        expression. rows, narrow: forward 2wNV, kept wNV, backward NV max(2w, w + 2w/r). full: forward 3eNV (2e for one
+        row, which needs no contiguous copy), kept 2eNV, backward 3eNV. tiled: one tile, hidden states, and in backward
+        fp32 gradients of hidden states and head with their casts.
     Source: trl@1.14.2:trainer/utils.py:selective_log_softmax; torch@2.13.0:torch/csrc/autograd/FunctionsManual.cpp:
-        logsumexp_backward; trl@0.14.0:trainer/dpo_trainer.py:DPOTrainer.concatenated_forward and llamafactory@0.9.5:
-        train/trainer_utils.py:get_batch_logps (all at once); trl@1.16.0:kernels/chunked_logprob.py:
-        _ChunkedLogProbFunction.
-    Known error: metrics on logits (means over completions) may add up to half of them for a moment.
+        logsumexp_backward, autograd/input_buffer.cpp; trl@0.14.0:trainer/dpo_trainer.py:DPOTrainer.concatenated_forward
+        and llamafactory@0.9.5:train/trainer_utils.py:get_batch_logps (all at once); trl@1.16.0:
+        kernels/chunked_logprob.py:_ChunkedLogProbFunction.
+    Known error: below 3 % of traced heads; metrics on logits (means over completions) may add up to half of them.
     """
     if asked.style == "none":
         return _scalar(asked)
@@ -121,13 +122,13 @@ def _rows(asked: LogProbs) -> LogProbPeak:
     source = "trl@1.14.2:trainer/utils.py:selective_log_softmax"
     if asked.widened or width == 4:
         narrow = width if width < 4 else 0
-        forward, kept, backward = max(narrow + 4, 8 if asked.scaled else 4), 4, 8 + 8 / rows
+        forward, kept, backward = max(narrow + 4, 8 if asked.scaled else 4), 4, max(12, 8 + 8 / rows)
         scoring: float = max(forward, 4 + 4 / rows)
-        made = f"logits {narrow} + in fp32 4; backward 8 + 8/{rows}"
+        made = f"logits {narrow} + in fp32 4; backward {backward:g}"
     else:
-        forward, backward = 2 * width, 2 * width + width / rows
+        forward, backward = 2 * width, max(2 * width, width + 2 * width / rows)
         kept, scoring = width * (2 if asked.outputs_held else 1), width + width / rows
-        made = f"logits {width} + log-softmax {width}; backward {2 * width} + {width}/{rows}"
+        made = f"logits {width} + log-softmax {width}; backward {backward:g}"
         if asked.scaled:
             forward, scoring = max(forward, 3 * width), 2 * width + width / rows
     return _peak(asked, logits, forward, kept, backward, scoring, made, source)

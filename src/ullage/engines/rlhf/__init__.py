@@ -29,6 +29,7 @@ def step(job: TrainingJob) -> TrainingStep:
     filled = resolve(job)
     policy = policy_job(filled)
     walked = training.step(policy)
+    policy = replace(policy, engine=walked.job.engine)  # ZeRO under the Trainer is walked by DeepSpeed's rules
     asked = filled.rlhf
     assert asked is not None
     value = value_step(policy) if asked.kind == "ppo" else None

@@ -14,7 +14,7 @@ from ullage.spec.training import TrainingJob
 from ullage.units import dtype_bytes
 
 #: Terms of a moment of the loss that are gone, or smaller, while the reference runs.
-LOSS_TERMS = ("loss", "logits", "logits_gradient", "logits_and_loss")
+LOSS_TERMS = ("loss", "logits", "logits_gradient", "logits_and_loss", "temporaries")
 
 
 def with_scoring(rank: TrainingRank, policy: TrainingJob) -> TrainingRank:

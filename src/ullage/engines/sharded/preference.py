@@ -36,19 +36,31 @@ def rows_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: B
 
 
 def rows_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
-    """The rows' gradients, stacked, then in the head's dtype.
+    """The rows' gradients, stacked; with fp32 logits the gathered values' gradient besides, and the sum of both.
 
-    Source: torch@2.13.0:torch/csrc/autograd/FunctionsManual.cpp:logsumexp_backward (three rows in one expression).
+    Source: torch@2.13.0:torch/csrc/autograd/FunctionsManual.cpp:logsumexp_backward (three rows in one expression),
+        autograd/input_buffer.cpp.
     """
     size, row = _sizes(plan)
+    if not plan.widened:
+        timeline.brief("logits_gradient", 2 * row)
+        timeline.drop(state.buffers.pop("log_softmax"))
+        rows = timeline.take("logits_gradient", size)
+        stacked = timeline.take("logits_gradient", size)
+        timeline.drop(rows)
+        return stacked
     rows = timeline.take("logits_gradient", size - row)
-    timeline.brief("logits_gradient", (3 if plan.widened else 2) * row)
+    timeline.brief("logits_gradient", 3 * row)
     last = timeline.take("logits_gradient", row)
     timeline.drop(state.buffers.pop("log_softmax"))
     stacked = timeline.take("logits_gradient", size)
     timeline.drop(last)
     timeline.drop(rows)
-    return _narrowed(plan, timeline, stacked)
+    gathered = timeline.take("logits_gradient", size)
+    total = timeline.take("logits_gradient", size)
+    timeline.drop(gathered)
+    timeline.drop(stacked)
+    return _narrowed(plan, timeline, total)
 
 
 def full_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
