@@ -14,6 +14,7 @@ from ullage.engines.serving import start
 from ullage.engines.vllm.backend import uses_flashinfer, workspace
 from ullage.engines.vllm.defaults import Setup, read_version, resolve
 from ullage.engines.vllm.graphs import cuda_graphs, estimate, num_full, sizes
+from ullage.engines.vllm.groups import grouping
 from ullage.engines.vllm.layout import stages
 from ullage.engines.vllm.nontorch import nccl_in_use, non_torch_parts, nvswitch_buffers
 from ullage.engines.vllm.profile import activation_peak, forward_bytes
@@ -346,3 +347,67 @@ def test_the_peak_of_a_wide_vocabulary_shrinks_with_each_way_of_sampling() -> No
     ]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] - peaks[1] == 1024 * 128_000 * (38 - 14)
+
+
+# --------------------------------------------------------------------------------------------------------- states
+
+
+def gated(layers: int = 4) -> spec.Model:
+    """Three gated delta nets to an attention layer, as Qwen3-Next and later."""
+    model = dense(layers=layers, architecture="Qwen3NextForCausalLM")
+    state = spec.GatedDeltaNet(num_k_heads=16, num_v_heads=32, k_head_dim=128, v_head_dim=128, conv_kernel=4)
+    mixed = [replace(layer, mixers=(state,)) for layer in model.layers[:-1]]
+    return replace(model, layers=(*mixed, model.layers[-1]))
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "flags", "states"),
+    [
+        ("0.25.0", H200, (), 1),
+        ("0.25.0", H200, (("enable_prefix_caching", "true"),), 2),
+        ("0.26.0", H200, (), 2),
+        ("0.26.0", H200, (("enable_prefix_caching", "false"),), 1),
+        ("0.33.0", H200, (), 3),
+        ("0.33.0", A100, (), 2),
+    ],
+)
+def test_hybrids_cache_prefixes_by_default_from_0_26_on(
+    version: str, gpu: Gpu, flags: tuple[tuple[str, str], ...], states: int
+) -> None:
+    groups = grouping(setup_of(gated(), gpu=gpu, version=version, flags=flags)).groups
+    assert {group.spec.states for group in groups if group.spec.kind == "state"} == {states}
+
+
+def test_two_states_a_group_are_what_a_log_of_a_hybrid_counts() -> None:
+    """vllm-project/vllm#57475: 62 blocks make 1.2157 requests of 124,000 tokens: 45 blocks and 3 groups of 2 states."""
+    model = dense(layers=64, hidden=5120, heads=24, dim=256, architecture="Qwen3_5ForConditionalGeneration")
+    state = spec.GatedDeltaNet(num_k_heads=16, num_v_heads=48, k_head_dim=128, v_head_dim=128, conv_kernel=4)
+    attention = spec.Attention(num_heads=24, num_kv_heads=4, head_dim=256)
+    layers = [
+        replace(layer, mixers=(attention if index % 4 == 3 else state,)) for index, layer in enumerate(model.layers)
+    ]
+    fields: dict[str, Any] = {"gpu": RTX5090, "version": "0.29.0", "kv_cache_dtype": "nvfp4", "max_model_len": 124_000}
+    setup = setup_of(replace(model, layers=tuple(layers)), **fields, flags=(("mamba_ssm_cache_dtype", "float32"),))
+    groups = grouping(setup)
+    assert groups.block_tokens == 2784
+    assert groups.request_blocks(124_000) == 45 + 3 * 2
+
+
+def test_largest_images_bound_the_peak_of_small_batches_too() -> None:
+    """Qwen's processors make images of 16,384 tokens, which the encoder's budget holds whatever the batch is."""
+    shapes = [("patch.weight", (1152, 3, 2, 16, 16)), ("fc1.weight", (4304, 1152))]
+    tensors = tuple(spec.ExtraTensor(name=name, shape=shape) for name, shape in shapes)
+    tower = spec.Tower(name="vision", tensors=tensors, num_layers=27, hidden_size=1152, num_heads=16)
+    model = dense(hidden=5120, rotary_sections=True, towers=(tower,), max_position_embeddings=262_144)
+    setup = setup_of(model, gpu=RTX5090, version="0.25.0", max_num_batched_tokens=2048, max_num_seqs=1)
+    high = activation_peak(setup, stages(setup)[0]).high_bytes
+    assert 1.7 * GiB < high < 3 * GiB  # 1.7 GiB published for a 27B
+    alone = setup_of(
+        model,
+        gpu=RTX5090,
+        version="0.25.0",
+        max_num_batched_tokens=2048,
+        max_num_seqs=1,
+        flags=(("language_model_only", "true"),),
+    )
+    assert activation_peak(alone, stages(alone)[0]).high_bytes < GiB

@@ -176,6 +176,14 @@ def has_state(model: spec.Model) -> bool:
     return any(not isinstance(mixer, attention) for layer in model.layers for mixer in layer.mixers)
 
 
+def _caches_prefixes(version: Version, model: spec.Model) -> bool:
+    """Tell whether prefixes are cached by default: in V1 by decoders, by hybrids later, by pure state models never."""
+    if version.engine != "V1" or not has_state(model):
+        return version.engine == "V1"
+    attention = (spec.Attention, spec.LatentAttention, spec.CompressedAttention)
+    return bool(version.setting("prefix_caching_hybrid")) and any(isinstance(one, attention) for one in _mixers(model))
+
+
 def resolve(job: ServingJob) -> Setup:
     """Fill in what the job leaves to the engine (see the module).
 
@@ -211,7 +219,7 @@ def resolve(job: ServingJob) -> Setup:
         version=version,
         auto_length=auto,
         chunked_prefill=chunked,
-        prefix_caching=_truth(flags.get("enable_prefix_caching"), version.engine == "V1" and not has_state(job.model)),
+        prefix_caching=_truth(flags.get("enable_prefix_caching"), _caches_prefixes(version, job.model)),
         total_bytes=total_bytes(job),
         multimodal=bool(job.model.towers) and not towers_left_out(flags),
         pooling=pooling,

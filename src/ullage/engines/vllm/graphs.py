@@ -107,7 +107,8 @@ def estimate(setup: Setup, stage: Stage) -> Term:
     if not captured or not applied or amd or (second and not setup.version.setting("second_runner_profiles_graphs")):
         return exact("cuda_graph_estimate", 0, formula="not subtracted by this version or job")
     full = num_full(setup, captured)
-    buffer = workspace(setup, stage).bytes if full else 0
+    attention = workspace(setup, stage).bytes
+    buffer = attention if full else 0
     layers = stage.share.layers[1] - stage.share.layers[0]
     whole = max(MiB, layers * PIECE_BYTES // 4)
     descriptors = full if second else len(captured) + full
@@ -117,7 +118,7 @@ def estimate(setup: Setup, stage: Stage) -> Term:
         "cuda_graph_estimate",
         32 * MiB + buffer + descriptors * whole + pieces.bytes,
         low=buffer + descriptors * MiB + pieces.low_bytes,
-        high=128 * MiB + buffer + descriptors * 4 * whole + pieces.high_bytes + host,
+        high=128 * MiB + attention + descriptors * 4 * whole + pieces.high_bytes + host,
         formula=f"32 MiB first capture + {descriptors} captured shapes x {whole / MiB:.1f} MiB + pieces "
         f"{pieces.bytes / MiB:.0f} MiB + attention's workspace {buffer / MiB:.0f} MiB",
         source="vllm@0.22.1:vllm/v1/worker/gpu_model_runner.py:profile_cudagraph_memory",

@@ -6,6 +6,8 @@ Two moments compete: the widest layer of the forward pass over ``max_num_batched
 
 from __future__ import annotations
 
+import math
+
 from ullage.engines.vllm.defaults import Setup
 from ullage.engines.vllm.dequantised import unpacked_bytes
 from ullage.engines.vllm.layout import Stage, expert_parallel_size
@@ -105,8 +107,18 @@ def forward_bytes(setup: Setup, stage: Stage) -> tuple[int, int]:
     return widest + hidden, high
 
 
+#: Tokens of the largest image that Qwen's processors make (max_pixels / (patch x merge)^2), and patches to a token.
+LARGEST_IMAGE_TOKENS, PATCHES_PER_TOKEN = 16384, 4
+
+
 def _encoder_tokens(setup: Setup) -> int:
-    """Tokens of the encoder's profiling budget: the batch, as images are at most as long."""
+    """Tokens of the encoder's profiling budget: the batch, or the largest image where that is larger.
+
+    Source: vllm@0.22.1:vllm/multimodal/encoder_budget.py:MultiModalBudget, vllm/v1/core/encoder_cache_manager.py:
+        compute_mm_encoder_budget; start logs of Qwen models ("a budget of 16384 tokens").
+    """
+    if setup.job.model.rotary_sections:
+        return max(setup.tokens, min(LARGEST_IMAGE_TOKENS, setup.job.max_model_len or 1))
     return max(setup.tokens, 2048 if not setup.version.at_least("0.8.0") else setup.tokens)
 
 
@@ -114,15 +126,26 @@ def encoder_high_bytes(setup: Setup) -> int:
     """Return an upper bound of the vision or audio encoder's share of the peak.
 
     Formula: B x H x e (outputs kept for the decoder) x 2 + 48 values of the tower's width for each patch, four
-        patches to a token. A bound, not an estimate: the encoder's image sizes are its processor's.
-    Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:profile_run (encoder budget, expanded outputs).
+        patches to a token. A bound, not an estimate: the encoder's image sizes are its processor's. Where positions
+        rotate by sections (Qwen): B x H x e + 4 B x (2 C + 2 I + P) x e, and a quarter of it.
+    Symbols: B tokens of the budget, C width of the tower, I of its widest layer, P values of a patch.
+    Source: vllm@0.11.0:vllm/v1/worker/gpu_model_runner.py:profile_run (encoder budget, expanded outputs);
+        vllm@0.22.1:vllm/model_executor/models/qwen3_vl.py:Qwen3_VisionBlock, Qwen3_VisionMLP (in, norm, fc1 and its
+        activation); published profiles of a 27B on one card: 1.7 GiB.
     """
     if not setup.multimodal or setup.truth("skip_mm_profiling", False):
         return 0
     model, budget = setup.job.model, _encoder_tokens(setup)
     element = int(dtype_bytes(setup.job.weights_dtype or model.dtype))
-    width = max((max(extra.shape) for tower in model.towers for extra in tower.tensors if extra.shape), default=0)
-    return budget * (2 * model.hidden_size + 4 * 8 * min(width, 8192)) * element
+    shapes = [extra.shape for tower in model.towers for extra in tower.tensors if extra.shape]
+    width = max((max(shape) for shape in shapes), default=0)
+    tower = max((tower.hidden_size for tower in model.towers), default=0)
+    if not (model.rotary_sections and tower):
+        return budget * (2 * model.hidden_size + 4 * 8 * min(width, 8192)) * element
+    inner = max((shape[0] for shape in shapes if len(shape) == 2 and shape[1] == tower), default=tower)
+    patch = max((math.prod(shape[1:]) for shape in shapes if len(shape) > 2), default=0)
+    held = model.hidden_size + PATCHES_PER_TOKEN * (2 * tower + 2 * inner + patch)
+    return budget * held * element * 5 // 4
 
 
 def activation_peak(setup: Setup, stage: Stage) -> Term:

@@ -101,9 +101,30 @@ def _state_page(setup: Setup, part: spec.Mixer) -> int:
     return total
 
 
-def _states(setup: Setup) -> int:
-    """Return the state pages of a request: one and one per draft token; one more where prefixes are cached."""
-    return (2 if setup.prefix_caching else 1) + (setup.job.num_speculative_tokens or 0)
+def _checkpoints(setup: Setup, part: spec.Mixer) -> int:
+    """Return the pages in which a long prefill leaves its state at a block's end, without being split there.
+
+    Source: vllm@0.32.0:vllm/model_executor/layers/mamba/mamba_mixer2.py:get_kv_cache_spec; vllm@0.33.0:
+        vllm/model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py:get_kv_cache_spec (FlashInfer's prefill kernel:
+        Hopper, and Blackwell with keys of 128).
+    """
+    if isinstance(part, spec.Mamba2):
+        return int(setup.version.at_least("0.32.0"))
+    if isinstance(part, spec.GatedDeltaNet) and setup.version.at_least("0.33.0"):
+        major = (setup.job.machine.gpu.compute_capability or (0, 0))[0]
+        return int(major == 9 or (major in (10, 12) and part.k_head_dim == 128))
+    return 0
+
+
+def _states(setup: Setup, part: spec.Mixer) -> int:
+    """Return the state pages of a request: one and one per draft token; where prefixes are cached one more.
+
+    Source: vllm@0.29.0:vllm/v1/kv_cache_interface.py:MambaSpec.max_memory_usage_bytes (``align`` where prefixes are
+        cached: 2, drafts, checkpoints of a prefill; else 1 and drafts). Up to 0.28 some models (Falcon-H1, Granite 4,
+        Jamba, Nemotron-H, Zamba 2) cached a state for every block instead, which is not counted.
+    """
+    held = 2 + _checkpoints(setup, part) if setup.prefix_caching else 1
+    return held + (setup.job.num_speculative_tokens or 0)
 
 
 def _expanded(part: spec.LatentAttention) -> spec.Attention:
@@ -207,7 +228,9 @@ def _mixer_specs(setup: Setup, mixer: spec.Mixer, block: int) -> list[CacheSpec]
         return _latent(setup, mixer, block)
     if isinstance(mixer, spec.CompressedAttention):
         return _compressed(setup, mixer, block)
-    return [CacheSpec(kind="state", block_tokens=block, page_bytes=_state_page(setup, mixer), states=_states(setup))]
+    return [
+        CacheSpec(kind="state", block_tokens=block, page_bytes=_state_page(setup, mixer), states=_states(setup, mixer))
+    ]
 
 
 def _padded_states(specs: list[CacheSpec]) -> list[CacheSpec]:
