@@ -252,14 +252,38 @@ def test_adapters_leave_no_states_of_the_base() -> None:
     assert states is not None and states.bytes == pytest.approx(trained * 8 / 8, rel=0.05)
 
 
-def test_xtuner_keeps_embedding_and_head_apart_and_its_loss_in_16_bits() -> None:
-    shape = {"model": model("Qwen/Qwen3-8B"), "optimizer_impl": "fused", "loss": None}
-    plain, xtuner = job(**shape), job(**shape, engine_version="XTuner V1 2025-08-29")
-    peaks = [max(ledger.allocated.bytes for ledger in step(one).ranks[0].moments) for one in (plain, xtuner)]
-    assert peaks[1] < peaks[0]
-    assert any("XTuner" in line for line in step(xtuner).job.assumed)
-    said = step(job(**(shape | {"loss": "plain"}), engine_version="XTuner V1"))
-    assert not any("XTuner" in line for line in said.job.assumed)
+XTUNER = {
+    "model": model("Qwen/Qwen3-8B"),
+    "optimizer_impl": None,
+    "loss": None,
+    "seq_len": 4096,
+    "engine_version": "XTuner",
+}
+
+
+def test_xtuner_runs_its_sft_command_where_nothing_else_is_said() -> None:
+    answer = step(job(**XTUNER))
+    assert len(answer.job.assumed) == 3 and answer.job.loss == "liger" and answer.job.optimizer_impl == "for_loop"
+    said = step(
+        job(**(XTUNER | {"loss": "plain", "optimizer_impl": "fused", "alloc_conf": "expandable_segments:False"}))
+    )
+    assert not said.job.assumed
+    losses = [
+        step(job(**(XTUNER | {"loss": loss}))).ranks[0].peak.allocated.bytes for loss in ("liger", "chunked", "plain")
+    ]
+    assert losses == sorted(losses)
+    assert answer.ranks[0].peak.allocated.high_bytes >= losses[1], "Liger may not be installed"
+
+
+def test_xtuner_steps_parameter_by_parameter_and_sends_gradients_in_16_bits() -> None:
+    """Weights, gradients and states 16 bytes a parameter; two tensors as large as the embedding's shard."""
+    ledgers = {ledger.moment: ledger for ledger in step(job(**XTUNER)).ranks[0].moments}
+    embedding = 151_936 * 4096
+    expected = (8_190_735_360 * 16 + 2 * 4 * embedding) / 8
+    workspace = 32 * MiB
+    assert ledgers["optimizer step"].allocated.bytes == pytest.approx(expected + workspace, rel=2e-3)
+    sent = next(one for one in ledgers["backward"].allocated.children if one.name == "reduce_scatter_input")
+    assert sent.bytes == pytest.approx(2 * 192_947_456, rel=1e-2)
 
 
 def test_layers_with_shared_and_sandwich_norms_have_graphs() -> None:

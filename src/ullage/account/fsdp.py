@@ -40,6 +40,7 @@ class Group:
         reduced_bytes: unsharded gradients in the reduce dtype, 0: nothing is reduced.
         num_ranks: ranks that share the group.
         reshard_after_forward: freed after forward and gathered again in backward.
+        kept_grad_bytes: of this rank's part of the gradients where it is kept wider than it is reduced; 0: as reduced.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Group:
     reduced_bytes: int
     num_ranks: int
     reshard_after_forward: bool = True
+    kept_grad_bytes: int = 0
 
     @property
     def all_gather_bytes(self) -> int:
@@ -142,6 +144,10 @@ class Fsdp2:
         for grad in grads:
             self.timeline.drop(grad)
         shard = self.timeline.take("gradients", cdiv(group.reduced_bytes, group.num_ranks), REDUCE_STREAM)
+        if group.kept_grad_bytes:
+            wide = self.timeline.take("gradients", group.kept_grad_bytes, REDUCE_STREAM)
+            self.timeline.drop(shard)
+            shard = wide
         if self.offload or group.name in self._reduced:
             self.timeline.drop(shard)
         else:

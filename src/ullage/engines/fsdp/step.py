@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
 from ullage.account.pools import Allocator, Unpooled
 from ullage.account.timeline import Timeline
-from ullage.engines.fsdp.plan import num_ranks, plan_of, rules_of
+from ullage.engines.fsdp.plan import Rules, num_ranks, plan_of, rules_of
+from ullage.engines.fsdp.xtuner import is_xtuner, with_defaults, xtuner_plan
 from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
-from ullage.engines.sharded.walk import Walk
+from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.training import TrainingStep
 from ullage.i18n import _
 from ullage.spec.training import TrainingJob
@@ -37,19 +37,21 @@ def step(job: TrainingJob) -> TrainingStep:
     rules = rules_of(job.engine_version)
     if _by_default_foundry(job):
         assumed.append(_("loss: the fused cross entropy that LLM Foundry takes by itself"))
-    xtuner = "xtuner" in job.engine_version.lower()
-    if xtuner and job.loss is None:
-        assumed.append(_("loss: XTuner's default, cross entropy in the compute dtype"))
-    plan = plan_of(job, rules, loss=_loss_by_default(job), split_root=xtuner)
+    stated = job
+    if is_xtuner(job):
+        job, said = with_defaults(job)
+        assumed += said
+    plan = _plan(job, rules)
     limit = job.machine.gpu.total_bytes - CONTEXT_BYTES
     timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower(), limit_bytes=limit))
     walk = Walk(plan, timeline, _sharder(job, timeline))
     for _number in range(3):
         walk.step()
     offloaded = ("params", "cpu") in job.offload
+    low, high = _settings_unknown(stated, timeline)
     rank = rank_of(
         timeline,
-        Doubt(setup_bytes=sum(plan.setup) + BROADCAST_BUCKET, shift_low_bytes=_settings_unknown(job, timeline)),
+        Doubt(setup_bytes=sum(plan.setup) + BROADCAST_BUCKET, shift_low_bytes=low, shift_high_bytes=high),
         rank=0,
         num_ranks=job.machine.num_gpus,
         pp_rank=0,
@@ -61,20 +63,13 @@ def step(job: TrainingJob) -> TrainingStep:
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
 
 
-def _loss_by_default(job: TrainingJob) -> Callable[[LossPlan], LossPlan] | None:
-    """What a framework's own default makes of the loss, where the job does not say which one runs."""
+def _plan(job: TrainingJob, rules: Rules) -> StepPlan:
+    """The step of the framework that the job names."""
+    if is_xtuner(job):
+        return xtuner_plan(job, rules)
     if _by_default_foundry(job):
-        return _foundry_loss
-    return _xtuner_loss if job.loss is None and "xtuner" in job.engine_version.lower() else None
-
-
-def _xtuner_loss(plan: LossPlan) -> LossPlan:
-    """Logits and loss in the compute dtype; embedding and head are units of their own.
-
-    Source: InternLM/xtuner@02d761b:xtuner/v1/loss/ce_loss.py:CrossEntropyLoss (mode "eager" by default),
-        xtuner/v1/model/dense/dense.py:Dense.fully_shard.
-    """
-    return replace(plan, kind="native", upcast=False, shift_copies=False, returned=False)
+        return replace(plan_of(job, rules, loss=_foundry_loss), loss_inside=False)
+    return plan_of(job, rules)
 
 
 def _by_default_foundry(job: TrainingJob) -> bool:
@@ -91,21 +86,27 @@ def _foundry_loss(plan: LossPlan) -> LossPlan:
     return replace(plan, kind="compiled", upcast=False, shift_copies=False)
 
 
-def _settings_unknown(job: TrainingJob, timeline: Timeline) -> int:
-    """What a fused loss and optimizer step, and units for embedding and head, would save where nothing rules them out.
+def _settings_unknown(job: TrainingJob, timeline: Timeline) -> tuple[int, int]:
+    """What settings that the job does not give may take away and add.
 
-    Which modules are wrapped, and which loss runs, is the training script's choice; fsdp_qlora's is known.
+    Less: a fused loss and optimizer step, and units for embedding and head, where nothing rules them out: which modules
+    are wrapped, and which loss runs, is the training script's choice; fsdp_qlora's is known. More: XTuner's loss in
+    chunks, where Liger is not installed.
     """
-    if "fsdp_qlora" in job.engine_version:
-        return 0
-    other = replace(job, loss=job.loss or "fused", optimizer_impl=job.optimizer_impl or "fused")
+    if "fsdp_qlora" in job.engine_version or (is_xtuner(job) and job.loss is not None):
+        return 0, 0
+    rules, other = rules_of(job.engine_version), replace(job, loss=job.loss or "fused")
+    if is_xtuner(job):
+        plan = xtuner_plan(with_defaults(replace(job, loss="chunked"))[0], rules)
+    else:
+        other = replace(other, optimizer_impl=job.optimizer_impl or "fused")
+        plan = plan_of(other, rules, split_root=job.engine == "fsdp2")
     walked = Timeline(Unpooled())
-    plan = plan_of(other, rules_of(job.engine_version), split_root=job.engine == "fsdp2")
     walk = Walk(plan, walked, _sharder(job, walked))
     walk.step()
     walk.step()
-    peak = max(one.peak_bytes for one in walked.moments)
-    return max(0, max(moment.peak_bytes for moment in timeline.moments) - peak)
+    difference = max(one.peak_bytes for one in timeline.moments) - max(one.peak_bytes for one in walked.moments)
+    return max(0, difference), max(0, -difference) if is_xtuner(job) else 0
 
 
 def _sharder(job: TrainingJob, timeline: Timeline) -> Sharder:

@@ -47,6 +47,8 @@ class StepPlan:
         reduces_once: only the last backward pass of a step reduces gradients.
         setup: buffers made and freed once the weights but the last are there (wrapping the root).
         grads_freed_before_forward: zero_grad at the start of a step instead of after it.
+        forward_prefetch: in forward, too, the next unit is gathered before this one runs (otherwise the gathers only
+            overlap: its output is made when it is needed).
         loss_inside: the model returns the loss (Transformers), not logits: its backward pass, and with it the first
             gather ahead, begins before the loss's.
     """
@@ -69,6 +71,7 @@ class StepPlan:
     grads_freed_before_forward: bool = True
     input_grads: bool = True
     loss_inside: bool = False
+    forward_prefetch: bool = False
 
 
 @dataclass
@@ -134,9 +137,11 @@ class Walk:
         x = timeline.take("activations", plan.hidden_bytes)
         if plan.front is not None and plan.front is not plan.back and plan.front.reshard_after_forward:
             sharder.reshard(plan.front)
-        for block in plan.blocks:
+        for index, block in enumerate(plan.blocks):
             for group in (block.group, *block.more):
                 sharder.unshard(group, forward=True)
+            if plan.forward_prefetch and index < len(plan.blocks) - 1:
+                self._gather_ahead(index + 1)
             out, kept = graphs.forward(block.graph, timeline, x, block.checkpoint)
             timeline.drop(x)
             x = out
