@@ -1,4 +1,4 @@
-"""Tables of kept tensors, the loss, recompute and single kernels, against figures by hand and published ones."""
+"""Tables of kept tensors, the loss and recompute, against figures by hand and published ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from ullage.account.activations import kernels
 from ullage.account.activations.backward import backward_points
 from ullage.account.activations.blocks import Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
@@ -18,7 +17,6 @@ from ullage.account.activations.saved import Implementation, SavedTensor, Shape,
 from ullage.errors import UnknownArchitectureError
 from ullage.spec import model as spec
 from ullage.spec.training import Recompute
-from ullage.units import MiB
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM = 4096, 14336, 32, 8, 128
 DENSE = spec.Layer(
@@ -181,36 +179,3 @@ def test_a_fused_linear_loss_never_holds_all_logits() -> None:
     plain = loss_peak(LossRecipe(), **sizes)  # type: ignore[arg-type]
     fused = loss_peak(LossRecipe(kind="liger"), head_trained=False, **sizes)  # type: ignore[arg-type]
     assert fused.forward_bytes < plain.forward_bytes / 50 and not fused.head_grad_bytes
-
-
-#: (tokens, hidden, intermediate, fused, mode, workspaces, MiB): published by
-#: linkedin/Liger-Kernel:benchmark/data/all_benchmark_data.csv (A100, B200; whole process).
-PUBLISHED_FFN = [
-    (8192, 4096, 11008, False, "full", 16.25, 1992.25),
-    (8192, 4096, 11008, False, "forward", 16.25, 1090.25),
-    (8192, 4096, 11008, True, "backward", 16.25, 1582.25),
-    (1024, 4096, 14336, True, "full", 64.0, 992.0),
-    (8192, 4096, 14336, False, "full", 64.0, 2560.0),
-]
-
-
-@pytest.mark.parametrize(("tokens", "hidden", "inner", "fused", "mode", "workspaces", "mib"), PUBLISHED_FFN)
-def test_feed_forward_peaks_as_published(
-    tokens: int, hidden: int, inner: int, fused: bool, mode: str, workspaces: float, mib: float
-) -> None:
-    sizes = kernels.FfnSizes(
-        hidden_bytes=2 * tokens * hidden, inner_bytes=2 * tokens * inner, weight_bytes=2 * hidden * inner
-    )
-    assert kernels.ffn_peak(sizes, fused=fused, mode=mode) / MiB + workspaces == pytest.approx(mib, rel=1e-6)
-
-
-def test_loss_and_norm_peaks_as_published() -> None:
-    """Same table: cross entropy of 16384 x 32768 fp32, LayerNorm of 4096 x 1024 fp32 on an A100 (108 processors)."""
-    assert kernels.cross_entropy_peak(16384, 32768, in_place=False) / MiB == pytest.approx(10240.126, rel=1e-6)
-    assert kernels.norm_peak(4096, 1024, element_bytes=4) / MiB == pytest.approx(80.0625, rel=1e-3)
-    liger = kernels.norm_peak(4096, 1024, element_bytes=4, num_multiprocessors=108)
-    assert liger / MiB == pytest.approx(80.906, rel=1e-3)
-    added = kernels.fused_add_norm_peak(2048, 1024, element_bytes=4, num_multiprocessors=132)
-    assert added / MiB == pytest.approx(72.547, rel=1e-3)
-    flce = kernels.fused_linear_cross_entropy_peak(16384, 128256, 4096)
-    assert flce / MiB + 16.25 == pytest.approx(4910.438, rel=1e-3)
