@@ -48,7 +48,7 @@ def core_table(keeper: Keeper, heads: int, v_dim: int, *, sinks: bool = False) -
 
     Formula: flash, SDPA, TE: output bsad (the output projection's input is the same storage) + log-sum-exp 4bas;
         written out: softmax in fp32 4bass, its cast 2bass, with dropout the mask bass and 2bass more, and the
-        input of the output projection (trained weights only).
+        input of the output projection (trained weights only). Compiled: scores 2bass in the place of fp32 4bass.
     Source: flash-attn@2.8.3:flash_attn/flash_attn_interface.py:FlashAttnFunc.forward;
         torch@2.13.0:tools/autograd/derivatives.yaml (_scaled_dot_product_flash_attention);
         transformers@5.23.0:models/llama/modeling_llama.py:eager_attention_forward.
@@ -63,7 +63,10 @@ def core_table(keeper: Keeper, heads: int, v_dim: int, *, sinks: bool = False) -
     columns = shape.seq_len + (1 if sinks else 0)
     scores = shape.num_tokens * heads * columns
     found = []
-    if implementation.compute_dtype != implementation.softmax_dtype and not sinks:
+    if implementation.compiled:
+        found.append(keeper.keep("core.scores", scores, "bass"))
+        found.append(keeper.keep("core.statistics", 2 * shape.num_tokens * heads, "2bas", "float32"))
+    elif implementation.compute_dtype != implementation.softmax_dtype and not sinks:
         found.append(keeper.keep("core.probabilities before the cast", scores, "bass", implementation.softmax_dtype))
     found.append(keeper.keep("core.probabilities", scores, "bass"))
     if implementation.dropout:

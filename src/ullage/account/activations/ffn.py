@@ -48,7 +48,7 @@ def inner_table(
     """Return what lies between the first and the last linear of a feed-forward block of ``num_values`` = bsI."""
     dtype = keeper.implementation.ffn_dtype
     if not gated:
-        copies = WRITTEN_OUT_ACTIVATIONS.get(activation, 1)
+        copies = 1 if keeper.implementation.compiled else WRITTEN_OUT_ACTIVATIONS.get(activation, 1)
         formula = f"{copies}bsI" if copies > 1 else "bsI"
         found = [keeper.keep(f"{prefix}activation", copies * num_values, formula, dtype)]
         return [*found, *keeper.keep_input(f"{prefix}{down}.input", num_values, "bsI")]

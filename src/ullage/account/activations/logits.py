@@ -21,6 +21,7 @@ class LossRecipe(Frozen):
         shift_copies: the shifted logits are a copy of their own.
         num_chunks: of a chunked loss.
         logits_scaled: the head's output is divided by a constant, which makes one more copy in the compute dtype.
+        compiled: torch.compile fuses cast, shift and log-softmax: logits and their gradient in the compute dtype.
     """
 
     kind: Literal["plain", "fused", "chunked", "liger"] = "plain"
@@ -28,6 +29,7 @@ class LossRecipe(Frozen):
     shift_copies: bool = True
     num_chunks: int = 8
     logits_scaled: bool = False
+    compiled: bool = False
 
 
 class LossPeak(Frozen):
@@ -73,6 +75,8 @@ def loss_peak(
     if recipe.kind == "chunked":
         return _chunked(recipe, num_tokens, vocab_size, hidden_size, compute_dtype)
     num_logits = num_tokens * cdiv(vocab_size, vocab_parallel_size)
+    if recipe.compiled:
+        return _compiled(num_tokens, num_logits, int(dtype_bytes(compute_dtype)))
     return _plain_or_fused(recipe, num_tokens, num_logits, int(dtype_bytes(compute_dtype)))
 
 
@@ -97,6 +101,23 @@ def _plain_or_fused(recipe: LossRecipe, num_tokens: int, num_logits: int, width:
         kept_bytes=_bytes(num_logits * (4 if plain or recipe.upcast != "none" else width)),
         formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x ({made_of})",
         source="transformers@4.48.1:loss/loss_utils.py:ForCausalLMLoss",
+    )
+
+
+def _compiled(num_tokens: int, num_logits: int, width: int) -> LossPeak:
+    """Return the peak of a loss inside a compiled graph.
+
+    Formula: the head's product stays, with the largest value and the logarithm of the sum of each row; backward writes
+        the gradient from it: 2 x bsV in the compute dtype.
+    Source: torch@2.13.0:torch/_functorch/partitioners.py:min_cut_rematerialization_partition, as run on ForCausalLMLoss
+        (tests/contract/test_compiled_tables.py).
+    """
+    return LossPeak(
+        forward_bytes=_bytes(num_logits * width) + _bytes(8 * num_tokens),
+        backward_bytes=_bytes(2 * num_logits * width),
+        kept_bytes=_bytes(num_logits * width),
+        formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x logits {width}, compiled",
+        source="torch@2.13.0:torch/_functorch/partitioners.py:min_cut_rematerialization_partition",
     )
 
 

@@ -104,6 +104,8 @@ class Implementation(Frozen):
             their input).
         softmax_dtype: attention written out computes its softmax in this format (GPT-2: the compute dtype).
         recurrent: delta rules and state-space layers run by the packages written for them, or by PyTorch alone.
+        compiled: torch.compile: the partitioner keeps inputs and results of products and of attention, residual sums
+            and statistics; what lies between is made again (norm, gate and rotation are then "fused").
     """
 
     attention: Literal["flash", "sdpa", "eager", "unfused", "te"] = "sdpa"
@@ -123,6 +125,7 @@ class Implementation(Frozen):
     softmax_dtype: str = "float32"
     ffn_dtype: str | None = None
     recurrent: Literal["packages", "torch"] = "packages"
+    compiled: bool = False
 
 
 class Keeper(Frozen):

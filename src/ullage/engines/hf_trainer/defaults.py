@@ -165,6 +165,11 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
         assumed.append(_("optimizer implementation: {impl}").format(impl=impl))
     if any(getattr(mixer, "indexer", None) for layer in job.model.layers for mixer in layer.mixers):
         assumed.append(_("sparse attention is trained densely: the indexer's own tensors are not counted"))
+    if job.compile:
+        sentence = _("torch.compile: what its partitioner keeps, and the loss in the graph")
+        if not compiles(job):
+            sentence = _("torch.compile: counted as if eager, because a quantised base breaks its graphs")
+        assumed.append(sentence)
     if "recurrent_kernels" not in dict(job.flags) and has_recurrent(job):
         assumed.append(_("recurrent layers run by flash-linear-attention, mamba-ssm and causal-conv1d"))
     filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
@@ -235,8 +240,12 @@ def _casts_back(job: TrainingJob) -> bool:
     """Return whether the trainer does without k-bit preparation, or makes its fp32 norms 16-bit again.
 
     Source: trl@0.11.4:trainer/sft_trainer.py:SFTTrainer.__init__ (is_sharded_qlora: no preparation under FSDP);
-        axolotl@067b021c:src/axolotl/loaders/model.py (norms and embeddings back to the compute dtype).
+        axolotl@067b021c:src/axolotl/loaders/model.py (norms and embeddings back to the compute dtype);
+        fms-acceleration@876e2ed6:plugins/accelerated-peft/src/fms_acceleration_peft/framework_plugin_bnb.py:
+        _prepare_model_for_kbit_training (flag ``kbit_preparation`` "none").
     """
+    if dict(job.flags).get("kbit_preparation") == "none":
+        return True
     return job.parallel.fsdp is not None or "axolotl" in job.engine_version.lower()
 
 
@@ -269,9 +278,10 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
     written: Literal["native", "clamped"] = "clamped" if architecture in CLAMPED else "native"
     return Implementation(
         attention=attention,
-        norm="fused" if "rms_norm" in fused else native,
-        gated_ffn="fused" if "swiglu" in fused else written,
-        rotary="fused" if "rope" in fused else "native",
+        norm="fused" if "rms_norm" in fused or compiles(job) else native,
+        gated_ffn="fused" if "swiglu" in fused or compiles(job) else written,
+        rotary="fused" if "rope" in fused or compiles(job) else "native",
+        compiled=compiles(job),
         moe="grouped" if version >= GROUPED_EXPERTS else "loop",
         compute_dtype=compute,
         residual_dtype="float32" if prepared or job.precision.params == "float32" else compute,
@@ -287,6 +297,14 @@ def _implementation(job: TrainingJob, version: Version, fused: frozenset[str], p
         softmax_dtype=compute if architecture in PLAIN_SOFTMAX else "float32",
         recurrent="torch" if dict(job.flags).get("recurrent_kernels") == "torch" else "packages",
     )
+
+
+def compiles(job: TrainingJob) -> bool:
+    """Return whether blocks run as compiled graphs: kernels of a quantised base break them up into pieces.
+
+    Source: bitsandbytes@0.49.0:autograd/_functions.py:MatMul4Bit (an autograd function with attributes of its own).
+    """
+    return job.compile and job.base_quantization is None
 
 
 def _autocasts(job: TrainingJob) -> bool:
@@ -314,5 +332,6 @@ def _loss(job: TrainingJob, version: Version) -> LossRecipe:
     return LossRecipe(
         kind=job.loss or "plain",
         upcast="head" if version < UPCAST_IN_LOSS else "loss",
-        shift_copies=version < NO_SHIFT_COPY,
+        shift_copies=version < NO_SHIFT_COPY and not compiles(job),
+        compiled=compiles(job),
     )

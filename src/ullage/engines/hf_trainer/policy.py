@@ -1,6 +1,8 @@
-"""The loss of a policy that is compared, scored or ranked, in the place of next-token cross entropy."""
+"""The loss of a job: cross entropy of next tokens, or of a policy that is compared, scored or ranked."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ullage.account.activations.log_probs import log_probs_of
 from ullage.account.activations.logits import LossPeak, loss_peak
@@ -21,3 +23,12 @@ def loss_of(job: TrainingJob, recipe: Recipe) -> LossPeak:
         compute_dtype=recipe.implementation.compute_dtype,
         head_trained=recipe.implementation.trained,
     )
+
+
+def outside_graph(job: TrainingJob, recipe: Recipe) -> int:
+    """Return what a loss outside a compiled model takes more: a loop of one's own may compute it there."""
+    if not recipe.loss.compiled or job.engine != "single":
+        return 0
+    inside = loss_of(job, recipe)
+    eager = loss_of(job, replace(recipe, loss=replace(recipe.loss, compiled=False)))
+    return max(0, max(eager.forward_bytes, eager.backward_bytes) - max(inside.forward_bytes, inside.backward_bytes))

@@ -12,7 +12,7 @@ from ullage.engines.hf_trainer import adapted, fsdp, offload
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
-from ullage.engines.hf_trainer.policy import loss_of
+from ullage.engines.hf_trainer.policy import loss_of, outside_graph
 from ullage.engines.hf_trainer.states import States, states
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.errors import InputError
@@ -150,11 +150,17 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
             _near("kept_activations", walk.one_pass.kept_bytes, walk.low_pass.kept_bytes, formula=_kept_formula(walk)),
         ),
         _near("final_norm_and_head_input", *frames),
-        _shortened(walk, exact("loss", peak, formula=walk.loss.formula, source=walk.loss.source)),
+        _shortened(walk, _loss_term(walk, peak)),
         *_casts(walk),
         *_last_outputs(walk),
         *fsdp.gathered_terms(walk.job, trained=walk.recipe.implementation.trained, backward=False),
     )
+
+
+def _loss_term(walk: Walk, peak: int) -> Term:
+    """Return the loss's own bytes; in a loop of one's own it may lie outside a compiled model."""
+    high = peak + outside_graph(walk.job, walk.recipe)
+    return ranged("loss", peak, low=peak, high=high, formula=walk.loss.formula, source=walk.loss.source)
 
 
 def _loss_and_frames(walk: Walk) -> tuple[int, list[int]]:
