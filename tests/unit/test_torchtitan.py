@@ -63,6 +63,32 @@ def test_the_date_of_a_version(version: str, date: str | None) -> None:
 def test_rules_change_on_their_dates() -> None:
     assert not rules_at("2025-04-01").loss_compiled and rules_at("2025-04-02").loss_compiled
     assert not rules_at("2025-07-27").split_root and rules_at("2025-07-28").split_root
+    assert not rules_at("2025-10-08").cudnn_first and rules_at("2025-10-09").cudnn_first
+    assert rules_at("2026-01-26").repeats_kv and not rules_at("2026-01-27").repeats_kv
+    assert not rules_at("2026-06-23").fused_qkv and rules_at("2026-06-24").fused_qkv
+
+
+def test_cudnn_s_attention_is_made_again_until_its_result_is_on_the_list() -> None:
+    def kept(date: str, **changes: object) -> int:
+        ledgers = {ledger.moment: ledger for ledger in step(job(engine_version=date, **changes)).ranks[0].moments}
+        return next(one.bytes for one in ledgers["forward"].allocated.children if one.name == "activations")
+
+    one = job()
+    result = 32 * one.micro_batch_size * one.seq_len * 4096 * 2
+    assert kept("2025-10-08") - kept("2025-10-09") == pytest.approx(result, rel=0.03)
+    assert kept("2025-12-01") == kept("2025-10-08") == kept("2025-11-01", attention="flash")
+    amd = {"machine": parse_machine("8xMI300X"), "parallel": TrainingParallel(data_parallel_size=8, fsdp="full_shard")}
+    assert kept("2025-11-01", **amd) == kept("2025-10-08", **amd)
+
+
+def test_a_compiled_loss_of_a_chunk_stores_nothing_in_fp32() -> None:
+    def at_loss(compiled: bool) -> int:
+        ledgers = {one.moment: one for one in step(job(engine_version="2026-06-01", compile=compiled)).ranks[0].moments}
+        terms = {one.name: one.bytes for one in ledgers["backward"].allocated.children}
+        return terms.get("logits", 0) + terms.get("logits_gradient", 0)
+
+    chunk = 1024 * 128_256
+    assert at_loss(True) <= 2 * 2 * chunk + 1024 < at_loss(False)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class LossPlan:
         num_tokens, vocab: rows and columns of the logits on this rank; num_rows: sequences that they are of.
         element_bytes: of the logits as the head makes them.
         widened: the framework hands logits on in fp32 (Lightning Fabric's convert_output).
-        num_chunks: for the chunked kinds.
+        num_chunks: for the chunked kinds; compiled: the loss of a chunk is compiled, and stores nothing in fp32.
         logits_held: the caller keeps the logits until the next forward pass has made new ones.
         upcast: the model returns fp32 logits (Transformers before 4.45 and with labels).
         returned: the model's output object holds the logits until the step is over (Transformers).
@@ -53,6 +53,7 @@ class LossPlan:
     widened: bool = False
     element_bytes: int = 2
     num_chunks: int = 1
+    compiled: bool = False
     logits_held: bool = False
     upcast: bool = False
     shift_copies: bool = False
@@ -266,7 +267,7 @@ def _chunks(plan: LossPlan, timeline: Timeline, state: LossState, on_weight_grad
     hidden = state.buffers.pop("hidden")
     grad = timeline.take("activation_gradients", hidden.num_bytes)
     small, wide = _sizes(plan)
-    small, wide = cdiv(small, plan.num_chunks), cdiv(wide, plan.num_chunks)
+    small, wide = cdiv(small, plan.num_chunks), 0 if plan.compiled else cdiv(wide, plan.num_chunks)
     weight = [op.weight_grad_bytes for op in plan.head.ops if op.weight_grad_bytes]
     total = [timeline.take("unsharded_gradients", size * (2 if plan.kind == "chunked" else 1)) for size in weight]
     for _chunk in range(min(plan.num_chunks, 2)):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.account.activations.blocks import Builder, Style, Training
-from ullage.account.activations.decoder import Slice, decoder_graph
-from ullage.account.activations.graph import Checkpoint, Graph, Op
+from ullage.account.activations.decoder import Slice, decoder_graph, rearranged_bytes
+from ullage.account.activations.graph import Checkpoint, Graph, Op, Policy
 from ullage.account.fsdp import Group
 from ullage.engines.sharded.groups import Formats, Spread, frame_parameters, group_of, of_layer
 from ullage.engines.sharded.loss import LossKind, LossPlan
-from ullage.engines.sharded.walk import Block, StepPlan
+from ullage.engines.sharded.walk import Block, StepPlan, Vocabulary
 from ullage.engines.torchtitan.defaults import Rules
 from ullage.spec import model as spec
 from ullage.spec.training import TrainingJob
@@ -49,7 +49,8 @@ def style_of(job: TrainingJob, rules: Rules) -> Style:
     return Style(
         norm="fused" if rules.fused_norm or job.compile else "native",
         rope="fused" if job.compile else "complex",
-        repeat_kv=True,
+        repeat_kv=rules.repeats_kv,
+        fused_qkv=rules.fused_qkv,
         linear_weight_copy_bytes=1 if fp8 else 0,
     )
 
@@ -60,9 +61,16 @@ def checkpoint_of(job: TrainingJob, rules: Rules, index: int) -> Checkpoint | No
     if kind == "full" and (index % job.recompute.every == 0):
         return Checkpoint(fused=job.compile)
     if kind == "selective":
-        cudnn = (job.machine.gpu.compute_capability or (0, 0)) >= (10, 0) and not rules.saves_cudnn
-        return Checkpoint(policy=without_attention if cudnn else every_second_matmul, fused=job.compile)
+        return Checkpoint(policy=_kept(job, rules), fused=job.compile)
     return Checkpoint(policy=every_matmul, fused=True) if job.compile else None
+
+
+def _kept(job: TrainingJob, rules: Rules) -> Policy:
+    """Which results op-wise checkpointing keeps."""
+    gpu = job.machine.gpu
+    newest = (gpu.compute_capability or (0, 0)) >= (10, 0)
+    cudnn = gpu.vendor != "amd" and job.attention != "flash" and (newest or rules.cudnn_first)
+    return without_attention if cudnn and not rules.saves_cudnn else every_second_matmul
 
 
 def loss_kind(job: TrainingJob, rules: Rules) -> LossKind:
@@ -95,7 +103,7 @@ def formats_of(job: TrainingJob) -> Formats:
     return Formats(stored=stored, gathered=2, reduced=int(dtype_bytes(job.precision.grads)))
 
 
-def slice_of(job: TrainingJob) -> Slice:
+def slice_of(job: TrainingJob, rules: Rules) -> Slice:
     """What a rank works on."""
     parallel = job.parallel
     return Slice(
@@ -103,6 +111,8 @@ def slice_of(job: TrainingJob) -> Slice:
         seq_len=cdiv(job.seq_len, parallel.context_parallel_size),
         tensor_parallel_size=parallel.tensor_parallel_size,
         sequence_parallel=parallel.tensor_parallel_size > 1,
+        rearranges=parallel.tensor_parallel_size > 1,
+        gathered_copies=job.micro_batch_size > 1 or not rules.gathers_in_place,
         expert_parallel_size=parallel.expert_parallel_size,
     )
 
@@ -111,7 +121,7 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
     """Return the plan of a pipeline stage: layers ``[first, last)``, whether it embeds, whether it has the head."""
     _first, _last, embeds, has_head = stage
     model, spread, formats = job.model, spread_of(job), formats_of(job)
-    style, slice_ = style_of(job, rules), slice_of(job)
+    style, slice_ = style_of(job, rules), slice_of(job, rules)
     blocks = _blocks(job, rules, stage)
     groups = [group for block in blocks for group in (block.group, *block.more)]
     front, back = _frame_groups(job, rules, spread, formats, embeds, has_head)
@@ -129,7 +139,7 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
         back=back,
         hidden_bytes=hidden,
         embedding_grad_bytes=rows * model.hidden_size * 2 if embeds else 0,
-        embedding_work_bytes=slice_.num_tokens * model.hidden_size * 2 if spread.tensor_parallel_size > 1 else 0,
+        vocabulary=_vocabulary(job, slice_, style) if embeds else None,
         loss=_loss(job, rules, style, slice_) if has_head else None,
         weights=(*weights, *_received(job, embeds, has_head, hidden), ("buffers", _rope_bytes(model, job.seq_len))),
         state_bytes=states,
@@ -145,7 +155,7 @@ def _blocks(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool]) 
     """The stage's blocks with their units; a pipeline keeps units gathered, and so did the last block's of old."""
     first, last = stage[:2]
     model, spread, formats = job.model, spread_of(job), formats_of(job)
-    style, slice_ = style_of(job, rules), slice_of(job)
+    style, slice_ = style_of(job, rules), slice_of(job, rules)
     kept = job.parallel.pipeline_parallel_size > 1 or job.parallel.fsdp == "shard_grad_op"
     blocks = []
     for index in range(first, last):
@@ -213,7 +223,9 @@ def _loss(job: TrainingJob, rules: Rules, style: Style, slice_: Slice) -> LossPl
     head = Builder(style=head_style, training=Training(), num_tokens=slice_.num_tokens)
     source = "x"
     if tensor > 1:
-        source = head.op("gathered", slice_.num_tokens * model.hidden_size * style.element_bytes, ("x",), kind="comm")
+        whole = slice_.num_tokens * model.hidden_size * style.element_bytes
+        gathers, scatters = rearranged_bytes(slice_, whole)
+        source = head.op("gathered", whole, ("x",), kind="comm", work_bytes=gathers, grad_work_bytes=scatters)
     head.linear("logits", source, model.hidden_size, vocab)
     return LossPlan(
         kind=loss_kind(job, rules),
@@ -223,6 +235,21 @@ def _loss(job: TrainingJob, rules: Rules, style: Style, slice_: Slice) -> LossPl
         vocab=vocab,
         element_bytes=style.element_bytes,
         num_chunks=8,
+        compiled=job.compile and rules.loss_compiled,
+    )
+
+
+def _vocabulary(job: TrainingJob, slice_: Slice, style: Style) -> Vocabulary | None:
+    """What an embedding that is split by rows takes: each rank looks all tokens up, and has the gradient of all rows."""
+    if slice_.tensor_parallel_size == 1:
+        return None
+    hidden = job.model.hidden_size * style.element_bytes
+    gathers, scatters = rearranged_bytes(slice_, slice_.num_tokens * hidden)
+    return Vocabulary(
+        looked_up_bytes=slice_.num_tokens * hidden,
+        scatter_bytes=scatters,
+        gather_bytes=gathers,
+        gradient_bytes=job.model.vocab_size * hidden,
     )
 
 

@@ -10,7 +10,7 @@ from ullage.account.timeline import Timeline
 from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
-from ullage.engines.torchtitan.defaults import NEWEST_KNOWN, VERSIONS, Rules, date_of, rules_at
+from ullage.engines.torchtitan.defaults import NEWEST_RELEASE, RELEASES, VERSIONS, Rules, date_of, rules_at
 from ullage.engines.torchtitan.plan import plan_of
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.errors import InputError
@@ -31,8 +31,8 @@ def step(job: TrainingJob) -> TrainingStep:
     date = date_of(job.engine_version)
     known = date is not None
     if date is None:
-        date = NEWEST_KNOWN
-        assumed.append(_("torchtitan's version is not given: taken as of {date}").format(date=date))
+        date = RELEASES[NEWEST_RELEASE]
+        assumed.append(_("torchtitan's version is not given: taken to be {release}").format(release=NEWEST_RELEASE))
     rules = rules_at(date)
     low, high = (0, 0) if known else _spread_over_versions(job, rules)
     ranks = tuple(_ranks(job, rules, Doubt(shift_low_bytes=low, shift_high_bytes=high)))
