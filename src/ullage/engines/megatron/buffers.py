@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ullage.engines.megatron.defaults import Settings
 from ullage.engines.megatron.holdings import distinct_shapes
 from ullage.engines.megatron.layout import Chunk
@@ -30,7 +32,23 @@ def buffers(
         _userbuffers(job, settings, sizes),
         _rotary(job, settings, sizes),
         _dummy_gradients(job, settings, held),
+        _towers(job, parts),
     )
+
+
+def _towers(job: TrainingJob, parts: tuple[Chunk, ...]) -> Term:
+    """Vision and audio towers: whole on every rank of the first stage, frozen unless a job says otherwise.
+
+    Formula: elements x bytes of a parameter; at least nothing, where the text part alone is trained.
+    Source: ms-swift@3602360a:swift/megatron/arguments/megatron_args.py:MegatronTunerMixin (freeze_vit),
+        mcore-bridge@1.6.5:model/mm_gpt_model.py.
+    Known error: what a tower keeps of its images is not counted; trained, it has gradients and states too.
+    """
+    if not job.model.towers or not any(chunk.embedding for chunk in parts):
+        return exact("vision_towers", 0)
+    elements = sum(math.prod(tensor.shape) * tower.copies for tower in job.model.towers for tensor in tower.tensors)
+    size = tensor_bytes(elements, job.precision.params)
+    return ranged("vision_towers", size, low=0, high=size, formula=f"{elements} x {job.precision.params}, frozen")
 
 
 def has_moe(job: TrainingJob, parts: tuple[Chunk, ...]) -> bool:
