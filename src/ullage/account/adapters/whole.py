@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
+from ullage.account.adapters.naming import is_named
 from ullage.account.adapters.prompts import AdaptionPrompt, key_value_width
 from ullage.account.adapters.rule import AdapterPrecision, Rows, Target
 from ullage.account.optimizer import Trained
@@ -27,16 +28,12 @@ MOST_SOLVED = 1 << 24
 def is_target(parameter: Parameter, targets: tuple[str, ...]) -> bool:
     """Return whether peft would wrap the linear layer of this weight.
 
-    Source: peft@0.19.1:tuners/tuners_utils.py:check_target_module_exists (suffix of the module's name).
+    Source: peft@0.19.1:tuners/tuners_utils.py:check_target_module_exists.
     """
     if parameter.role not in _LINEAR_ROLES or not parameter.name.endswith(".weight") or len(parameter.shape) != 2:
         return False
     module = parameter.name.removesuffix(".weight")
-    return targets == ("all-linear",) or _is_named(module, targets)
-
-
-def _is_named(module: str, targets: tuple[str, ...]) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    return targets == ("all-linear",) or is_named(module, targets)
 
 
 @lru_cache(maxsize=256)
@@ -47,7 +44,7 @@ def layer_targets(layer: spec.Layer, hidden_size: int, lora: Lora) -> tuple[Targ
     for one in layer_parameters(layer, hidden_size):
         module = re.sub(r"\{e\}\.", "", one.name.removesuffix(".weight"))
         if rule.names == ("ln_tuning",):
-            if one.role is Role.NORM and _is_named(module, names):
+            if one.role is Role.NORM and is_named(module, names):
                 found.append(Target(module=module, out_features=one.shape[0], in_features=1, copies=one.copies))
         elif is_target(one, names):
             rows, columns = one.shape
@@ -75,7 +72,7 @@ def final_targets(model: spec.Model, lora: Lora) -> tuple[Target, ...]:
     return tuple(
         Target(module=norm.name, out_features=norm.size, in_features=1)
         for norm in model.final_norms
-        if _is_named(norm.name, names)
+        if is_named(norm.name, names)
     )
 
 
