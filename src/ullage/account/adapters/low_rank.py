@@ -65,7 +65,7 @@ class DeLora(Rule):
 class GraLora(Rule):
     """LoRA in blocks: as many parameters, k times the product.
 
-    Formula: r(i + o) + h(i + o) for a hybrid rank h; kept: the cast input, the mixed product n k r.
+    Formula: r(i + o) + h(i + o) for a hybrid rank h; kept: the cast input (hybrid: twice), the mixed product n k r.
     Source: peft@0.21.2:tuners/gralora/layer.py:Linear.forward.
     """
 
@@ -85,6 +85,8 @@ class GraLora(Rule):
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         parts, hybrid = self.whole(lora, "gralora_k"), self.whole(lora, "hybrid_r")
         rows.own_input()
+        if hybrid:
+            rows.own_input()
         rows.per_token("product", parts * lora.rank + hybrid, rows.product)
 
 

@@ -124,12 +124,12 @@ class TrainableTokens(Rule):
 
 
 class Osf(Rule):
-    """The weight's singular vectors: the weakest are trained in the base's dtype, the others frozen.
+    """The weight's singular vectors: the weakest are trained, the others frozen.
 
     Formula: r(i + o + 1) for the r weakest of min(i, o) (half of them unless told). Up to peft 0.20 (``factored`` 0):
-        frozen the min(i, o) - r others, kept the input, the weight written out o i, the scaled vectors r o. From 0.21
-        on: frozen a copy of the weakest and, of a linear that is not square, the others on its wider side; kept the
-        input, two factors of rank 2r and n 2r.
+        frozen the min(i, o) - r others, kept the cast input, the weight written out o i, the scaled vectors r o. From
+        0.21 on: frozen a copy of the weakest and, of a linear that is not square, the others on its wider side; kept
+        the cast input, two factors of rank 2r and n 2r.
     Source: peft@0.20.1:tuners/osf/layer.py:OSFLayer._reconstruct_weight, :utils.py:decompose_weight_matrix;
         peft@0.21.2:tuners/osf/layer.py:Linear.forward.
     """
@@ -137,7 +137,6 @@ class Osf(Rule):
     names = ("osf",)
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
     options: Mapping[str, int | float | str] = {"factored": 1}
-    base_dtype = True
     source = "peft@0.21.2:tuners/osf/layer.py:Linear.forward"
 
     def weakest(self, target: Target, lora: Lora) -> int:
@@ -153,20 +152,20 @@ class Osf(Rule):
         rank = self.weakest(target, lora)
         others = min(target.in_features, target.out_features) - rank
         if not self.whole(lora, "factored"):
-            return ((others * (target.both + 1), "bfloat16"),)
+            return ((others * (target.both + 1), ""),)
         wider = max(target.in_features, target.out_features) if target.in_features != target.out_features else 0
-        return ((rank * (target.both + 1) + others * wider, "bfloat16"),)
+        return ((rank * (target.both + 1) + others * wider, ""),)
 
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         rank = self.weakest(target, lora)
-        rows.shared_input()
+        rows.own_input()
         if not self.whole(lora, "factored"):
-            rows.keep("weight, written out", target.size, rows.compute)
-            rows.keep("scaled vectors", rank * target.out_features, rows.compute)
+            rows.keep("weight, written out", target.size, rows.product)
+            rows.keep("scaled vectors", rank * target.out_features, rows.product)
             return
-        rows.keep("left factor", 2 * rank * target.out_features, rows.compute)
-        rows.keep("right factor", 2 * rank * target.in_features, rows.compute)
-        rows.per_token("product", 2 * rank, rows.compute)
+        rows.keep("left factor", 2 * rank * target.out_features, rows.product)
+        rows.keep("right factor", 2 * rank * target.in_features, rows.product)
+        rows.per_token("product", 2 * rank, rows.product)
 
     def work_elements(self, target: Target, lora: Lora) -> int:
         return 0 if self.whole(lora, "factored") else 2 * target.size

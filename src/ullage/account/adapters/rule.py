@@ -10,7 +10,7 @@ from ullage.spec import model as spec
 from ullage.spec.training import Lora
 
 Shape = tuple[int, ...]
-#: (elements, canonical dtype)
+#: (elements, canonical dtype or ``""``: the adapter's own)
 Buffer = tuple[int, str]
 
 
@@ -21,11 +21,13 @@ class AdapterPrecision(Frozen):
         dtype: of the adapter's weights; peft makes 16-bit ones fp32 (autocast_adapter_dtype).
         compute_dtype: of the base's activations.
         autocast: its products run in ``compute_dtype`` although the weights are fp32.
+        uncast: dtype of the layer's input where adapters take it as it comes; None: each casts it for itself.
     """
 
     dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     autocast: bool = True
+    uncast: str | None = None
 
     @property
     def product(self) -> str:
@@ -36,7 +38,7 @@ class AdapterPrecision(Frozen):
 class Target(Frozen):
     """A wrapped linear layer, or a norm (``in_features`` 1): ``copies`` equal ones, of one layer.
 
-    ``module``: its path within the layer.
+    ``module``: its path within the layer; ``bias``: it has one.
     """
 
     module: str
@@ -44,6 +46,7 @@ class Target(Frozen):
     in_features: int
     copies: int = 1
     routed: bool = False
+    bias: bool = False
 
     @property
     def name(self) -> str:
@@ -152,6 +155,10 @@ class Rule:
 
     def shared_held(self, model: spec.Model, targets: Sequence[Target], lora: Lora) -> tuple[Buffer, ...]:
         """Return what lies frozen once."""
+        return ()
+
+    def hosted(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
+        """Return buffers of one target that are made on the host, and come along where the whole model is moved."""
         return ()
 
     def freed_bytes(self, target: Target, lora: Lora, base_width: float) -> int:

@@ -103,25 +103,37 @@ class Peanut(Rule):
 class Glora(Rule):
     """A weight that is scaled and shifted by paths of their own, and used instead of the base's.
 
-    Formula: paths A and B: lora r(i + o) each, vector o each; kept: the shared input, the new weight o i. The paths C,
-        D and E are frozen zeros of i, o and o.
+    Formula: paths A and B: lora r(i + o) each, vector o each; kept: the shared input, the new weight o i. Without a
+        bias the paths C, D and E are frozen zeros of i, o and o; with one C is trained as lora r(i + 1) or vector i,
+        D and E as constants or vectors of o.
     Source: peft@0.21.2:tuners/glora/layer.py:GloraLinear.forward, :make_param.
     """
 
     names = ("glora",)
     rank = 8
-    options: Mapping[str, int | float | str] = {"config_A_B": "lora"}
+    options: Mapping[str, int | float | str] = {
+        "config_A_B": "lora",
+        "config_C": "lora",
+        "config_D_E": "constant",
+    }
     alternatives: Mapping[str, tuple[int | float | str, ...]] = {"config_A_B": ("vector", "constant")}
     source = "peft@0.21.2:tuners/glora/layer.py:GloraLinear.forward"
 
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
-        kind = self.option(lora, "config_A_B")
+        found = self._path(lora, "config_A_B", target.out_features, target.in_features) * 2
+        if target.bias:
+            found += self._path(lora, "config_C", target.in_features, 1)
+            found += self._path(lora, "config_D_E", target.out_features, 1) * 2
+        return found
+
+    def _path(self, lora: Lora, name: str, rows: int, columns: int) -> tuple[Shape, ...]:
+        kind = self.option(lora, name)
         if kind == "lora":
-            return ((target.out_features, lora.rank), (lora.rank, target.in_features)) * 2
-        return ((target.out_features, 1),) * 2 if kind == "vector" else ((1,),) * 2 if kind == "constant" else ()
+            return ((rows, lora.rank), (lora.rank, columns))
+        return ((rows, 1),) if kind == "vector" else ((1,),) if kind == "constant" else ()
 
     def held(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
-        return ((target.in_features + 2 * target.out_features, "bfloat16"),)
+        return () if target.bias else ((target.in_features + 2 * target.out_features, "bfloat16"),)
 
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         rows.shared_input()
@@ -170,7 +182,9 @@ class Boft(Rule):
 
     Formula: N butterflies (factor) of blocks of size s: N i s + o; kept: 3 N i i (permutation, unit matrix or partial
         product, product), the shared input, the base's output n o.
-    Source: peft@0.21.2:tuners/boft/layer.py:Linear.forward (``boft_P`` stays on the host and is copied each time).
+        The permutations are N i i in fp32 where the model was moved as a whole; else they stay on the host, and are
+        copied each time.
+    Source: peft@0.21.2:tuners/boft/layer.py:Linear.forward, :BOFTLayer.update_layer (``boft_P``).
     """
 
     names = ("boft",)
@@ -189,6 +203,9 @@ class Boft(Rule):
     def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
         size, butterflies = self._size(target, lora), max(1, self.whole(lora, "boft_n_butterfly_factor"))
         return ((butterflies, target.in_features // size, size, size), (target.out_features, 1))
+
+    def hosted(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
+        return ((max(1, self.whole(lora, "boft_n_butterfly_factor")) * target.in_features**2, "float32"),)
 
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         butterflies = max(1, self.whole(lora, "boft_n_butterfly_factor"))

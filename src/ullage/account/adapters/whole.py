@@ -11,7 +11,7 @@ from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.naming import is_named
 from ullage.account.adapters.prompts import AdaptionPrompt, key_value_width
-from ullage.account.adapters.rule import AdapterPrecision, Rows, Target
+from ullage.account.adapters.rule import AdapterPrecision, Buffer, Rows, Target
 from ullage.account.optimizer import Trained
 from ullage.account.parameters import Parameter, Role, layer_parameters
 from ullage.errors import InputError
@@ -41,16 +41,24 @@ def layer_targets(layer: spec.Layer, hidden_size: int, lora: Lora) -> tuple[Targ
     """Return what a method wraps in one layer: linears, of LN tuning norms."""
     rule, found = rule_of(lora.kind), []
     names = lora.targets or rule.targets
-    for one in layer_parameters(layer, hidden_size):
+    parameters = layer_parameters(layer, hidden_size)
+    biases = {one.name.removesuffix(".bias") for one in parameters if one.name.endswith(".bias")}
+    for one in parameters:
         module = re.sub(r"\{e\}\.", "", one.name.removesuffix(".weight"))
         if rule.names == ("ln_tuning",):
             if one.role is Role.NORM and is_named(module, names):
                 found.append(Target(module=module, out_features=one.shape[0], in_features=1, copies=one.copies))
         elif is_target(one, names):
             rows, columns = one.shape
-            routed = one.role is Role.EXPERT
             found.append(
-                Target(module=module, out_features=rows, in_features=columns, copies=one.copies, routed=routed)
+                Target(
+                    module=module,
+                    out_features=rows,
+                    in_features=columns,
+                    copies=one.copies,
+                    routed=one.role is Role.EXPERT,
+                    bias=one.name.removesuffix(".weight") in biases,
+                )
             )
     return tuple(found)
 
@@ -109,14 +117,24 @@ def _by_rule(model: spec.Model, lora: Lora) -> Trained:
     return Trained(tensors=tuple(tensors.items()))
 
 
-def held_bytes(model: spec.Model, lora: Lora, base_width: float) -> int:
+def held_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision, *, base_width: float) -> int:
     """Return what lies frozen beside a method's targets, less what leaves of their base."""
     rule, targets = rule_of(lora.kind), tuple(targets_of(model, lora))
-    found = sum(int(elements * dtype_bytes(dtype)) for elements, dtype in rule.shared_held(model, targets, lora))
+    found = _sum(rule.shared_held(model, targets, lora), precision)
     for target in targets:
-        own = sum(int(elements * dtype_bytes(dtype)) for elements, dtype in rule.held(target, lora))
+        own = _sum(rule.held(target, lora), precision)
         found += target.copies * (own - rule.freed_bytes(target, lora, base_width))
     return found
+
+
+def hosted_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision) -> int:
+    """Return the buffers that are made on the host, and lie on the GPU only where the model was moved as a whole."""
+    rule = rule_of(lora.kind)
+    return sum(one.copies * _sum(rule.hosted(one, lora), precision) for one in targets_of(model, lora))
+
+
+def _sum(buffers: tuple[Buffer, ...], precision: AdapterPrecision) -> int:
+    return sum(int(elements * dtype_bytes(dtype or precision.dtype)) for elements, dtype in buffers)
 
 
 def layer_rows(
@@ -241,14 +259,14 @@ def _solved_share(model: spec.Model, lora: Lora, num_parameters: int) -> Lora | 
     return _with(lora, name, round(value, 6)) if 0 <= value <= 1 else None
 
 
-def least_held_bytes(model: spec.Model, lora: Lora, base_width: float) -> int:
+def least_held_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision, *, base_width: float) -> int:
     """Return the least that may lie beside the targets: settings that are not said may have their other values."""
     rule, said = rule_of(lora.kind), {name for name, _value in lora.options}
     others = ((name, value) for name, values in rule.alternatives.items() if name not in said for value in values)
     count = _by_rule(model, lora).num_elements
     options = [lora, *(_with(lora, name, value) for name, value in others)]
     same = [one for one in options if _by_rule(model, one).num_elements == count]
-    return min(held_bytes(model, one, base_width) for one in same)
+    return min(held_bytes(model, one, precision, base_width=base_width) for one in same)
 
 
 def _with(lora: Lora, name: str, value: int | float | str) -> Lora:

@@ -9,10 +9,18 @@ from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.prompts import key_value_width
 from ullage.account.adapters.rule import AdapterPrecision
-from ullage.account.adapters.whole import frame_bytes, held_bytes, layer_rows, least_held_bytes, prefix_rows, work_bytes
+from ullage.account.adapters.whole import (
+    frame_bytes,
+    held_bytes,
+    hosted_bytes,
+    layer_rows,
+    least_held_bytes,
+    prefix_rows,
+    work_bytes,
+)
 from ullage.account.lora import adapter_table, frozen_elements
 from ullage.account.optimizer import Trained, rule_name
-from ullage.engines.hf_trainer.defaults import Recipe, transformers_version
+from ullage.engines.hf_trainer.defaults import Recipe, precision_of, transformers_version
 from ullage.i18n import _
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec import model as spec
@@ -157,7 +165,9 @@ def frame_of(job: TrainingJob, shape: Shape) -> int:
 def beside_weights(job: TrainingJob, trained: Trained) -> Term:
     """Return what lies frozen beside a method's trained tensors, and the scores it keeps of them.
 
-    AdaLoRA's scores are there only where the loop calls ``update_and_allocate``.
+    AdaLoRA's scores are there only where the loop calls ``update_and_allocate``. The Trainer moves a model as a whole,
+    and with it what a method makes on the host; a loop of one's own that wraps a model on the GPU does not.
+    Source: transformers@5.23.0:trainer.py:Trainer._move_model_to_device.
     """
     lora = job.lora
     if lora is None:
@@ -165,10 +175,13 @@ def beside_weights(job: TrainingJob, trained: Trained) -> Term:
     if lora.kind == "lora":
         frozen = 4 * frozen_elements(job.model, lora)
         return exact("adapter_buffers", frozen, source="peft@0.21.2:tuners/lora/layer.py:LoraLayer.update_layer")
-    rule, width = rule_of(lora.kind), float(dtype_bytes(job.precision.params))
-    held, least = held_bytes(job.model, lora, width), least_held_bytes(job.model, lora, width)
+    rule, width, precision = rule_of(lora.kind), float(dtype_bytes(job.precision.params)), precision_of(job)
+    held = held_bytes(job.model, lora, precision, base_width=width)
+    least = least_held_bytes(job.model, lora, precision, base_width=width)
     scores = 4 * trained.num_elements * rule.num_scores()
-    return ranged("adapter_buffers", held + scores, low=least, high=held + scores, source=rule.source)
+    hosted = hosted_bytes(job.model, lora, precision)
+    expected = held + scores + (0 if job.engine == "single" else hosted)
+    return ranged("adapter_buffers", expected, low=least, high=held + scores + hosted, source=rule.source)
 
 
 def idle_gradients(job: TrainingJob) -> int:

@@ -88,10 +88,10 @@ def _layer(
     """Return one layer: its table, its adapters', and what its backward needs. ``blind``: no gradient comes before."""
     shape, implementation, hidden = micro_batch(job), recipe.implementation, job.model.hidden_size
     table: tuple[SavedTensor, ...] = layer_table(layer, hidden, shape, implementation)
-    if blind and layer.norms:
-        table = tuple(row for row in table if row.module != layer.norms[0].name)
-    table += adapted.rows_of(job, layer, recipe.adapters, shape)
-    table += adapted.mask_rows(job, recipe, layer, shape)
+    rows = adapted.rows_of(job, layer, recipe.adapters, shape)
+    masks = adapted.mask_rows(job, recipe, layer, shape)
+    table = _before_first(layer, (*table, *masks), rows) if blind else (*table, *masks)
+    table += rows
     width = dtype_bytes(job.precision.grads) if implementation.trained else 0
     more = stream if again and recipe.reentrant else 0
     more += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
@@ -103,6 +103,21 @@ def _layer(
     if again:
         table = _without_input(table, layer, implementation.residual_dtype)
     return layer_memory(table, recomputed=again, recompute=job.recompute, input_bytes=stream, backward=points)
+
+
+def _before_first(
+    layer: spec.Layer, table: tuple[SavedTensor, ...], rows: tuple[SavedTensor, ...]
+) -> tuple[SavedTensor, ...]:
+    """Drop what lies before the first adapter, where no gradient arrives: a norm, or all of attention and two norms."""
+    mixers = tuple(mixer.prefix for mixer in layer.mixers)
+    inside = any(row.module.startswith(mixers) or row.name.startswith(mixers) for row in rows)
+    whole = rows and not inside and len(layer.norms) == 2 and not layer.parallel
+    gone = {norm.name for norm in layer.norms[: 2 if whole else 1]}
+    return tuple(
+        row
+        for row in table
+        if row.module not in gone and not (whole and (row.module in mixers or row.module.startswith(mixers)))
+    )
 
 
 def _without_input(table: tuple[SavedTensor, ...], layer: spec.Layer, residual: str) -> tuple[SavedTensor, ...]:
