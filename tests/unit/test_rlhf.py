@@ -122,6 +122,25 @@ def test_a_pool_stands_beside_every_moment_unless_it_sleeps():
     assert awake.peak.device_used.bytes > asleep.peak.device_used.bytes > away.peak.device_used.bytes
 
 
+def test_verl_leaves_the_card_to_the_rollout_and_back():
+    rollout = Rollout(engine="vllm", memory_fraction=0.5, sleeps=True, alone=True)
+    settings = {
+        "machine": "8xH100",
+        "engine": "fsdp2",
+        "engine_version": "verl",
+        "parallel": TrainingParallel(data_parallel_size=8, fsdp="full_shard"),
+        "completion_len": 512,
+        "rlhf": {"rollout": rollout},
+    }
+    rank = walk("grpo", **settings)
+    found = terms(named(rank, "generation"))
+    assert set(found) == {"rollout_pool"}
+    logits = 2 * 2 * 1024 * MODEL.vocab_size
+    assert terms(named(rank, "scoring"))["scoring"].bytes == 4 * logits  # entropy over all tokens
+    rows = walk("grpo", **{**settings, "engine_version": "trl 0.19", "completion_len": 1023})
+    assert named(rows, "backward").allocated.bytes > named(rank, "backward").allocated.bytes + logits
+
+
 def test_versions_of_trl_differ():
     peaks = [named(walk(engine_version=text), "loss") for text in ("trl 0.14", "trl 0.19.1", "trl 1.16")]
     full, rows, tiled = (terms(ledger)["loss"].bytes for ledger in peaks)

@@ -56,7 +56,7 @@ def rlhf_of(fields: Mapping[str, Any], where: str) -> Rlhf:
     Raises:
         InputError: a field that is not known, or a value that it cannot have.
     """
-    known = ("kind", "reference", "completion", "steps", "vllm", "sleep", "server", "reward_model")
+    known = ("kind", "reference", "completion", "steps", "vllm", "sleep", "offload", "server", "reward_model")
     unknown = sorted(str(name)[:40] for name in fields if name not in known)
     if unknown or not isinstance(fields.get("kind"), str):
         raise _wrong(", ".join(unknown) or "kind", where)
@@ -88,7 +88,8 @@ def _rollout(fields: Mapping[str, Any], where: str) -> Rollout | None:
         fraction = -1.0
     if not 0 < fraction < 1 or given is True:
         raise _wrong("vllm", where)
-    return Rollout(engine="vllm", memory_fraction=fraction, sleeps=fields.get("sleep") in (True, "true"))
+    sleeps, alone = (fields.get(key) in (True, "true") for key in ("sleep", "offload"))
+    return Rollout(engine="vllm", memory_fraction=fraction, sleeps=sleeps, alone=alone)
 
 
 def _count(fields: Mapping[str, Any], key: str, where: str) -> int | None:

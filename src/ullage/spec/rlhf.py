@@ -11,7 +11,7 @@ from ullage.frozen import Frozen
 
 RlhfKind = Literal["dpo", "orpo", "simpo", "cpo", "kto", "rm", "grpo", "rloo", "ppo"]
 Reference = Literal["copy", "adapter", "precomputed", "none"]
-LogProbStyle = Literal["", "rows", "full", "tiled", "none", "unused"]
+LogProbStyle = Literal["", "rows", "full", "tiled", "inplace", "none", "unused"]
 KINDS: tuple[str, ...] = get_args(RlhfKind)
 #: A row of the batch is a pair: the chosen and the rejected answer run as two rows of one forward pass.
 PAIRED = ("dpo", "orpo", "simpo", "cpo", "rm")
@@ -27,12 +27,16 @@ class Rollout(Frozen):
     Attributes:
         engine: ``vllm`` on the same card, ``transformers`` with the policy itself, or ``server`` on other cards.
         memory_fraction: of the card, vLLM's pool (``gpu_memory_utilization``).
-        sleeps: the pool is given back while the policy is trained (``vllm_enable_sleep_mode``).
+        sleeps: the pool is given back while the policy is trained (``vllm_enable_sleep_mode``, verl's
+            ``free_cache_engine``).
+        alone: the policy, its gradients and states are on the host meanwhile (verl's ``param_offload`` and
+            ``optimizer_offload``).
     """
 
     engine: Literal["vllm", "transformers", "server"] = "transformers"
     memory_fraction: float = 0.0
     sleeps: bool = False
+    alone: bool = False
 
 
 class Rlhf(Frozen):
@@ -48,9 +52,9 @@ class Rlhf(Frozen):
         reward_model: a frozen reward model of the policy's size stands on the card too (ppo always has one).
         unmatched_batch: kto's second batch, which estimates the divergence (``calculate_KL``).
         log_probs: how log-probabilities of the labels are made: ``rows`` (all logits, log-softmax row by row), ``full``
-            (all at once), ``tiled`` (no logits: tiles of head and log-softmax), ``none`` (a scalar head in the place of
-            the vocabulary's), ``unused`` (a scalar head beside it: logits are made and dropped). Empty: by the
-            framework's version.
+            (all at once), ``tiled`` (no logits: tiles of head and log-softmax), ``inplace`` (a kernel that writes the
+            gradient over the logits), ``none`` (a scalar head in the place of the vocabulary's), ``unused`` (a scalar
+            head beside it: logits are made and dropped). Empty: by the framework's version.
         alone: the policy is walked by itself: frozen models, scoring and generation are laid beside it afterwards.
     """
 

@@ -75,10 +75,11 @@ def log_probs_of(job: TrainingJob) -> LogProbPeak:
 def scored_tokens(job: TrainingJob) -> int:
     """Return the tokens of a batch that are scored: of generated rows the completion alone (``logits_to_keep``).
 
-    Source: trl@1.16.0:trainer/grpo_trainer.py:GRPOTrainer._get_per_token_logps_and_entropies.
+    Source: trl@1.16.0:trainer/grpo_trainer.py:GRPOTrainer._get_per_token_logps_and_entropies; verl scores all tokens
+        (verl@1dda039:verl/workers/engine/fsdp/transformer_impl.py).
     """
     asked, length = job.rlhf, job.seq_len
-    if asked is not None and asked.kind in ON_POLICY and asked.completion_len:
+    if asked is not None and asked.kind in ON_POLICY and asked.completion_len and asked.log_probs != "inplace":
         length = min(length, asked.completion_len)
     return job.micro_batch_size * length
 
@@ -90,6 +91,8 @@ def is_widened(job: TrainingJob) -> bool:
     Source: accelerate@1.10.0:accelerator.py:Accelerator.prepare_model (convert_outputs_to_fp32);
         llamafactory@0.9.5:train/dpo/trainer.py:CustomDPOTrainer.concatenated_forward.
     """
+    if job.rlhf is not None and job.rlhf.log_probs == "inplace":
+        return False
     return job.engine != "deepspeed" or (job.rlhf is not None and job.rlhf.log_probs == "full")
 
 
@@ -114,6 +117,8 @@ def log_prob_peak(asked: LogProbs) -> LogProbPeak:
         return _unused(asked)
     if asked.style == "tiled":
         return _tiled(asked)
+    if asked.style == "inplace":
+        return _in_place(asked)
     return _full(asked) if asked.style == "full" else _rows(asked)
 
 
@@ -163,6 +168,18 @@ def _peak(
         source=source,
     )
     return LogProbPeak(loss=loss, scoring_bytes=_bytes(logits * scoring))
+
+
+def _in_place(asked: LogProbs) -> LogProbPeak:
+    """Return the peak of a kernel that writes the gradient over the logits; scoring makes the entropy of all of them.
+
+    Formula: wNV in forward and backward; without gradients logits, softmax, their product and its exponents: 4wNV.
+    Source: verl@1dda039:verl/utils/torch_functional.py:logprobs_from_logits_flash_attn, entropy_from_logits.
+    Known error: with chunks or a fused kernel the entropy's three copies drop out.
+    """
+    logits, width = asked.num_tokens * asked.vocab_size, asked.width
+    source = "verl@1dda039:verl/utils/torch_functional.py:logprobs_from_logits_flash_attn"
+    return _peak(asked, logits, width, width, width, 4 * width, f"logits {width}, gradient in place", source)
 
 
 def _tiled(asked: LogProbs) -> LogProbPeak:

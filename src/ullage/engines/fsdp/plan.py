@@ -275,7 +275,7 @@ def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, sl
 def _on_log_probs(job: TrainingJob, plan: LossPlan) -> LossPlan:
     """Return the loss of a policy: on log-probabilities, or on scores of a scalar head."""
     style = job.rlhf.log_probs if job.rlhf else ""
-    kinds: dict[str, Any] = {name: name for name in ("rows", "full", "tiled", "unused")}
+    kinds: dict[str, Any] = {name: name for name in ("rows", "full", "tiled", "unused", "inplace")}
     return replace(
         plan,
         kind=kinds.get(style, "native"),

@@ -125,6 +125,8 @@ def _style(job: TrainingJob, asked: Rlhf, said: list[str]) -> LogProbStyle:
         return "full"
     if is_swift(job):
         return "rows"
+    if "verl" in job.engine_version.lower() and job.engine in SHARDED:
+        return "inplace"
     version = trl_version(job.engine_version)
     if version is None:
         version = NEWEST_TRL

@@ -10,7 +10,7 @@ from ullage.account.sharding import whole
 from ullage.account.weights import weights_term
 from ullage.engines.rlhf.models import with_terms
 from ullage.engines.training import TrainingRank
-from ullage.ledger import Term, exact, ranged
+from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.rlhf import Rlhf
 from ullage.spec.training import TrainingJob
 from ullage.units import GiB, dtype_bytes
@@ -38,11 +38,21 @@ def with_generation(rank: TrainingRank, policy: TrainingJob) -> TrainingRank:
         return replace(rank, moments=(found, *rank.moments))
     pool, sleeping = _pool(policy), rollout.sleeps
     beside = _asleep() if sleeping else pool
+    generation = _alone(start, pool) if rollout.alone else with_terms(start, (pool,))
     return replace(
         rank,
-        moments=(with_terms(start, (pool,)), *(with_terms(one, (beside,)) for one in rank.moments)),
+        moments=(generation, *(with_terms(one, (beside,)) for one in rank.moments)),
         after_step=with_terms(rank.after_step, (beside,)),
     )
+
+
+def _alone(ledger: Ledger, pool: Term) -> Ledger:
+    """Return the moment of generation with the policy on the host and the cache of its allocator emptied.
+
+    Source: verl@1dda039:verl/workers/engine/fsdp/transformer_impl.py (offload_fsdp_model_to_cpu), verl/workers/
+        engine_workers.py (aggressive_empty_cache).
+    """
+    return replace(ledger, allocated=total("allocated", (pool,)), reserved_overhead=exact("reserved_overhead", 0))
 
 
 def _pool(policy: TrainingJob) -> Term:

@@ -17,7 +17,7 @@ from ullage.units import cdiv
 
 LossKind = Literal[
     "plain", "compiled", "compiled_chunks", "vocab_parallel", "listed_chunks", "chunked", "fused", "native", "rows",
-    "full", "tiled", "unused",
+    "full", "tiled", "unused", "inplace",
 ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class LossPlan:
             logits go one after the other; "vocab_parallel" torch's loss-parallel functions;
             "native" cross_entropy in the dtype of the logits; "listed_chunks" head and loss in chunks that all stay
             (litgpt); "chunked" forward and backward of one chunk at a time (torchtitan, torchtune); "fused" no logits
-            kept (Liger); "rows", "full", "tiled" and "unused": :mod:`ullage.engines.sharded.preference`.
+            kept (Liger); "rows", "full", "tiled", "inplace", "unused": :mod:`ullage.engines.sharded.preference`.
         norm: graph of the final norm.
         head: graph of the head for the whole micro-batch (its ops stand for chunks too).
         num_tokens, vocab: rows and columns of the logits on this rank; num_rows: sequences that they are of.
@@ -299,6 +299,7 @@ _FORWARDS: dict[str, Callable[[LossPlan, Timeline, LossState, Buffer], None]] = 
     "rows": preference.rows_forward,
     "full": preference.full_forward,
     "unused": preference.unused_forward,
+    "inplace": preference.in_place_forward,
 }
 _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "plain": _plain_backward,
@@ -309,4 +310,5 @@ _BACKWARDS: dict[str, Callable[[LossPlan, Timeline, LossState], Buffer]] = {
     "listed_chunks": _native_backward,
     "rows": preference.rows_backward,
     "full": preference.full_backward,
+    "inplace": preference.in_place_backward,
 }

@@ -63,6 +63,19 @@ def rows_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffe
     return _narrowed(plan, timeline, total)
 
 
+def in_place_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
+    """The logits stay.
+
+    Source: verl@1dda039:verl/utils/torch_functional.py:logprobs_from_logits_flash_attn.
+    """
+    state.buffers["logits"] = logits
+
+
+def in_place_backward(plan: LossPlan, timeline: Timeline, state: LossState) -> Buffer:
+    """Their gradient is written over them."""
+    return state.buffers.pop("logits")
+
+
 def full_forward(plan: LossPlan, timeline: Timeline, state: LossState, logits: Buffer) -> None:
     """All at once: a contiguous copy of the shifted logits, and their log-softmax, which stays.
 
