@@ -18,6 +18,9 @@ class Slice:
     """What of a micro-batch and a layer one rank works on.
 
     ``seq_len``: after context parallelism. ``sequence_parallel``: norms and residual stream hold n/t tokens.
+    ``rearranges``: DTensor's collectives work on the first dimension, and the sequence is the second: what is gathered
+    (``gathered_copies``) is copied into place afterwards, what is scattered before. ``holds_inputs``: not compiled, so
+    that the frame of a module's function holds its input until it returns.
     ``expert_load``: received over balanced tokens; ``expert_parallel_size`` spreads routed experts.
     """
 
@@ -25,6 +28,9 @@ class Slice:
     seq_len: int
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
+    rearranges: bool = False
+    gathered_copies: bool = True
+    holds_inputs: bool = False
     expert_parallel_size: int = 1
     expert_load: float = 1.0
 
@@ -56,14 +62,17 @@ def decoder_graph(layer: spec.Layer, hidden_size: int, slice_: Slice, style: Sty
     x, residual = "x", "x"
     sandwich, shared = len(norms) == 4, len(norms) == 1
     blocks = [*layer.mixers, *layer.ffns]
-    normed = ""
+    normed = before = ""
     for number, part in enumerate(blocks):
         if not (shared and number):
             norm = norms[min(2 * number if sandwich else number, len(norms) - 1)]
             normed = build.norm(f"norm{number}", x, hidden_size, kind=norm.kind, rows=slice_.num_split_tokens)
+            before = normed
             normed = _gathered(build, normed, number, hidden_size, slice_)
         out = _part(build, part, normed, number, hidden_size, slice_)
         out = _scattered(build, out, number, hidden_size, slice_)
+        if slice_.holds_inputs:
+            build.ops[-1] = replace(build.ops[-1], reads=(before, normed))
         if sandwich:
             after = norms[2 * number + 1]
             out = build.norm(f"after{number}", out, hidden_size, kind=after.kind, rows=slice_.num_split_tokens)
@@ -77,11 +86,22 @@ def decoder_graph(layer: spec.Layer, hidden_size: int, slice_: Slice, style: Sty
 
 
 def _gathered(build: Builder, x: str, number: int, hidden_size: int, slice_: Slice) -> str:
-    """All-gather of a sequence-parallel part's output before split linears."""
+    """All-gather of a sequence-parallel part's output before split linears; backward scatters its gradient.
+
+    Source: torch@2.13.0:torch/distributed/_functional_collectives.py:all_gather_single, reduce_scatter_single.
+    """
     if not slice_.sequence_parallel or slice_.tensor_parallel_size == 1:
         return x
     size = slice_.num_tokens * hidden_size * build.style.element_bytes
-    return build.op(f"gathered{number}", size, (x,), kind="comm", grad_work_bytes=0)
+    gathers, scatters = rearranged_bytes(slice_, size)
+    return build.op(f"gathered{number}", size, (x,), kind="comm", work_bytes=gathers, grad_work_bytes=scatters)
+
+
+def rearranged_bytes(slice_: Slice, num_bytes: int) -> tuple[int, int]:
+    """Return the bytes of the copies that a gather and a scatter of a whole tensor make."""
+    if not slice_.rearranges:
+        return 0, 0
+    return num_bytes if slice_.gathered_copies else 0, num_bytes
 
 
 def _scattered(build: Builder, x: str, number: int, hidden_size: int, slice_: Slice) -> str:
@@ -89,7 +109,8 @@ def _scattered(build: Builder, x: str, number: int, hidden_size: int, slice_: Sl
     if slice_.tensor_parallel_size == 1:
         return x
     size = slice_.num_split_tokens * hidden_size * build.style.element_bytes
-    return build.op(f"scattered{number}", size, (x,), kind="comm")
+    gathers, scatters = rearranged_bytes(slice_, slice_.num_tokens * hidden_size * build.style.element_bytes)
+    return build.op(f"scattered{number}", size, (x,), kind="comm", work_bytes=scatters, grad_work_bytes=gathers)
 
 
 def _part(build: Builder, part: object, x: str, number: int, hidden_size: int, slice_: Slice) -> str:

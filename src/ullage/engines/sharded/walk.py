@@ -28,6 +28,25 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """An embedding whose rows are split by DTensor: every rank looks up all tokens and makes the gradient of all rows.
+
+    Attributes:
+        looked_up_bytes: hidden states of all tokens, and in backward their gradients.
+        scatter_bytes, gather_bytes: copies that put the sequence first, and back.
+        gradient_bytes: of all rows; this rank's are cut out of it.
+
+    Source: torch@2.13.0:torch/distributed/tensor/_ops/_embedding_ops.py:embedding_dense_backward_strategy (replicated);
+        torch/distributed/fsdp/_fully_shard/_fsdp_param.py:_get_grad_inner_tensor.
+    """
+
+    looked_up_bytes: int
+    scatter_bytes: int
+    gather_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """What one rank does in a step.
 
@@ -36,7 +55,7 @@ class StepPlan:
         front: group of the embedding; back: of final norm and head; the same object where one unit holds both.
         hidden_bytes: of the embedding's output.
         embedding_grad_bytes: unsharded gradient of the embedding, 0: frozen or not here.
-        embedding_work_bytes: temporaries of the embedding's forward.
+        vocabulary: of an embedding whose rows are split.
         loss: None on a pipeline stage without one.
         weights: tensors that stay on the device: shards of parameters, frozen weights, buffers.
         state_bytes: optimizer states, one tensor each; on the device.
@@ -58,7 +77,7 @@ class StepPlan:
     back: Group | None
     hidden_bytes: int
     embedding_grad_bytes: int
-    embedding_work_bytes: int = 0
+    vocabulary: Vocabulary | None = None
     loss: LossPlan | None
     weights: tuple[tuple[str, int], ...]
     state_bytes: tuple[int, ...]
@@ -133,8 +152,12 @@ class Walk:
         found = _Pass()
         if plan.front is not None:
             sharder.unshard(plan.front, forward=True)
-        timeline.brief("temporaries", plan.embedding_work_bytes)
+        split = plan.vocabulary
+        sizes = (split.looked_up_bytes, split.scatter_bytes) if split is not None else ()
+        looked_up = [timeline.take("temporaries", size) for size in sizes]
         x = timeline.take("activations", plan.hidden_bytes)
+        for buffer in looked_up:
+            timeline.drop(buffer)
         if plan.front is not None and plan.front is not plan.back and plan.front.reshard_after_forward:
             sharder.reshard(plan.front)
         for index, block in enumerate(plan.blocks):
@@ -186,14 +209,32 @@ class Walk:
         if plan.embedding_grad_bytes:
             if plan.front is not None:
                 sharder.unshard(plan.front, forward=False)
-            root_grads.append(timeline.take("unsharded_gradients", plan.embedding_grad_bytes))
-        timeline.drop(grad)
+            root_grads.append(self._embedding_backward(grad))
+        else:
+            timeline.drop(grad)
         timeline.begin("gradient reduction")
         if plan.front is not None:
             sharder.reduce(plan.front, root_grads)
         else:
             for buffer in root_grads:
                 timeline.drop(buffer)
+
+    def _embedding_backward(self, grad: Buffer | None) -> Buffer:
+        """Take over the gradient of the embedding's output; return that of this rank's rows."""
+        plan, timeline, split = self.plan, self.timeline, self.plan.vocabulary
+        if split is None:
+            made = timeline.take("unsharded_gradients", plan.embedding_grad_bytes)
+            timeline.drop(grad)
+            return made
+        sent = timeline.take("temporaries", split.gather_bytes)
+        gathered = timeline.take("activation_gradients", split.looked_up_bytes)
+        timeline.drop(sent)
+        timeline.drop(grad)
+        whole = timeline.take("unsharded_gradients", split.gradient_bytes)
+        timeline.drop(gathered)
+        made = timeline.take("unsharded_gradients", plan.embedding_grad_bytes)
+        timeline.drop(whole)
+        return made
 
     def _block_backward(self, index: int, kept: Kept, grad: Buffer | None) -> Buffer | None:
         plan, sharder = self.plan, self.sharder

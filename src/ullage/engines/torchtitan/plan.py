@@ -113,6 +113,7 @@ def slice_of(job: TrainingJob, rules: Rules) -> Slice:
         sequence_parallel=parallel.tensor_parallel_size > 1,
         rearranges=parallel.tensor_parallel_size > 1,
         gathered_copies=job.micro_batch_size > 1 or not rules.gathers_in_place,
+        holds_inputs=parallel.tensor_parallel_size > 1 and not job.compile,
         expert_parallel_size=parallel.expert_parallel_size,
     )
 
@@ -240,7 +241,7 @@ def _loss(job: TrainingJob, rules: Rules, style: Style, slice_: Slice) -> LossPl
 
 
 def _vocabulary(job: TrainingJob, slice_: Slice, style: Style) -> Vocabulary | None:
-    """What an embedding that is split by rows takes: each rank looks all tokens up, and has the gradient of all rows."""
+    """What an embedding split by rows takes: each rank looks all tokens up, and makes the gradient of all rows."""
     if slice_.tensor_parallel_size == 1:
         return None
     hidden = job.model.hidden_size * style.element_bytes
