@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from ullage.account.kernels import chunked, ffn, ops
+from ullage.account.activations.logits import LossRecipe, loss_peak
+from ullage.account.kernels import chunked, ffn, losses, ops
 from ullage.account.kernels.device import Device
+from ullage.account.kernels.megatron_moe import Sizes
+from ullage.account.kernels.needs import needs_of
 from ullage.account.kernels.tape import Tape, Tensor, block_bytes
 from ullage.records.compare import NotComparableError
 from ullage.records.kernels import SCRIPTS, predict
@@ -161,7 +164,7 @@ PUBLISHED = [
     _row("rms_norm", "huggingface", "0.2.1", A100, "full", 80.020, rows=2048, hidden=1024, dtype="bf16"),
     _row("rms_norm", "liger", "0.2.1", A100, "full", 268.133, rows=2048, hidden=8192, dtype="bf16"),
     _row("layer_norm", "liger", "0.2.1", A100, "full", 80.906, rows=4096, hidden=1024, dtype="fp32"),
-    _row("fused_add_rms_norm", "liger_rms_norm", "0.7.0", H100, "full", 2960.884, rows=2048, dtype="fp32", hidden=2**15),
+    _row("fused_add_rms_norm", "liger_rms_norm", "0.7.0", H100, "full", 104.036, rows=2048, dtype="fp32", hidden=1024),
     _row("dyt", "torch", "0.8.0", B200, "full", 960.032, hidden=4096, dtype="bf16", beta=False, tokens=8192),
     _row(
         "rope", "huggingface", "0.2.1", A100, "full", 234.141,
@@ -205,3 +208,57 @@ def test_what_cannot_be_the_kernels_own_is_not_compared() -> None:
 
 def test_every_script_names_its_source() -> None:
     assert all(script.__doc__ for script in SCRIPTS.values())
+
+
+def test_needs_of_a_loss_agree_with_the_closed_form() -> None:
+    tokens, vocab, hidden = 16384, 128256, 4096
+
+    def program(tape: Tape) -> Any:
+        x, head = tape.leaf(tokens * hidden, 2), tape.leaf(vocab * hidden, 2)
+        return lambda: chunked.liger_cross_entropy_head(tape, x, head, tokens, vocab, version=(0, 6, 3), wide_sum=False)
+
+    found = needs_of(program)
+    sizes = {"num_tokens": tokens, "vocab_size": vocab, "hidden_size": hidden, "compute_dtype": "bfloat16"}
+    closed = loss_peak(LossRecipe(kind="liger"), head_trained=True, **sizes)  # type: ignore[arg-type]
+    assert found.forward_bytes == pytest.approx(closed.forward_bytes, rel=1e-3)
+    assert found.gradient_bytes == pytest.approx(closed.kept_bytes, rel=1e-3)
+
+
+def test_needs_of_cross_entropy_by_hand() -> None:
+    logits = 4 * 1024 * 4096
+
+    def program(tape: Tape) -> Any:
+        x = tape.leaf(1024 * 4096, 4)
+        return lambda: losses.cross_entropy(tape, x, 1024)
+
+    found = needs_of(program)
+    assert found.forward_bytes == pytest.approx(logits, rel=1e-3)  # the log-softmax
+    assert found.backward_bytes == pytest.approx(3 * logits, rel=1e-3)  # and two gradients
+    assert found.gradient_bytes == pytest.approx(logits, rel=1e-3)
+
+
+def test_rows_received_where_a_token_goes_to_a_rank_once() -> None:
+    layer = {"num_tokens": 4096, "hidden_size": 8, "intermediate_size": 8, "num_ranks": 8}
+    assert Sizes(num_local_experts=1, top_k=2, **layer).num_received == 2 * 4096
+    grouped = Sizes(num_local_experts=4, top_k=8, num_groups=4, **layer)
+    assert grouped.num_rows == 8 * 4096 and 3.8 * 4096 < grouped.num_received < 4 * 4096
+
+
+def test_a_layer_of_experts_as_published() -> None:
+    """NVIDIA/Megatron-LM@d98e8a64:tests/functional_tests/test_cases/common/moe_perf/baseline.json (bytes)."""
+    record = read_record(
+        {
+            "id": "moe",
+            "group": "megatron-moe-layer-perf",
+            "kernel": "moe_layer",
+            "provider": "megatron_deepep",
+            "mode": "full",
+            "params": {"seq": 4096, "batch": 1, "hidden": 4096, "moe_intermediate": 14336, "num_experts": 8, "topk": 2}
+            | {"ep": 8, "dtype": "bf16"},
+            "gpu": "H100",
+            "version": "Megatron-LM d98e8a64",
+            "measured": [{"quantity": "max_allocated", "value": 2890295808, "unit": "bytes"}],
+        },
+        "here",
+    )
+    assert predict(record).figures["max_allocated"].value == pytest.approx(2890295808, rel=0.02)

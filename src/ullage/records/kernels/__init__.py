@@ -54,6 +54,7 @@ SCRIPTS: dict[str, Callable[[Case, Tape], Trial]] = {
     "megatron_swiglu": blocks.megatron_swiglu,
     "fused_moe": blocks.fused_moe,
     "embedding": blocks.embedding,
+    "moe_layer": blocks.moe_layer,
 }
 #: Kernels that have a program for modules that went through ``torch.compile``.
 COMPILED = ("dyt", "embedding")
@@ -83,4 +84,4 @@ def _known(case: Case) -> bool:
     """Return whether there is a program for a provider's kernel."""
     if case.compiled:
         return case.kernel in COMPILED
-    return case.liger or case.provider in PROVIDERS or case.kernel.startswith("megatron_")
+    return case.liger or case.provider in PROVIDERS or case.kernel.startswith(("megatron_", "moe_layer"))

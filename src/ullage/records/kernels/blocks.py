@@ -6,7 +6,7 @@ Source: liger-kernel@0.4.2, @0.8.0:benchmark/scripts/benchmark_swiglu.py, benchm
 
 from __future__ import annotations
 
-from ullage.account.kernels import experts, ffn, ops
+from ullage.account.kernels import experts, ffn, megatron_moe, ops
 from ullage.account.kernels.tape import Tape
 from ullage.i18n import _
 from ullage.records.compare import NotComparableError
@@ -58,3 +58,52 @@ def embedding(case: Case, t: Tape) -> Trial:
     rows, hidden, width = case.tokens, case.size("hidden"), case.width("fp32")
     weight, ids = t.leaf(case.vocab * hidden, width), t.empty(rows, 8)
     return Trial(lambda: experts.embedding(t, weight, ids, hidden))
+
+
+#: Streams of Transformer Engine's grouped products, each with a workspace of cuBLAS.
+#: Source: transformer_engine@2.9:pytorch/cpp_extensions/gemm.py:get_multi_stream_cublas_workspace.
+GROUPED_STREAMS = 4
+DISPATCHERS: dict[str, megatron_moe.Dispatcher] = {
+    "megatron_alltoall": "alltoall",
+    "megatron_a2a": "alltoall",
+    "megatron_deepep": "deepep",
+    "megatron_hybridep": "hybridep",
+}
+
+
+def moe_layer(case: Case, t: Tape) -> Trial:
+    """One layer of routed experts in bf16; gradients are dropped before every iteration.
+
+    The script's configuration names neither a gated activation nor shared experts, so the layer has GELU and none of
+    them, whatever the table's model has. Output and gradient of the iteration before stay until they are replaced.
+    Source: megatron-lm@d98e8a64:tests/functional_tests/test_cases/common/moe_perf/__main__.py:
+        _build_transformer_config, _benchmark_moe_layer.
+    """
+    if case.params.get("fp8"):
+        raise NotComparableError(_("no count of products on blocks of eight-bit values"))
+    if case.provider not in DISPATCHERS:
+        raise case.not_counted()
+    tokens, hidden, inner = case.tokens, case.size("hidden"), case.size("moe_intermediate")
+    ranks = case.size("ep")
+    local = case.size("num_experts") // ranks
+    sizes = megatron_moe.Sizes(
+        num_tokens=tokens,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_local_experts=local,
+        top_k=case.size("topk"),
+        num_ranks=ranks,
+        num_groups=int(case.params.get("router_group_topk") or 0),
+    )
+    x = t.leaf(tokens * hidden, 2)
+    fc1, fc2 = t.leaf(local * hidden * inner, 2), t.leaf(local * hidden * inner, 2)
+    probabilities = t.leaf(sizes.num_rows, 4)
+    probabilities.per_row = True
+    beside = [t.empty(case.workspace, 1) for _each in range(2 + GROUPED_STREAMS)]
+    return Trial(
+        lambda: megatron_moe.experts_layer(t, x, fc1, fc2, probabilities, sizes, DISPATCHERS[case.provider]),
+        retain_graph=False,
+        cleared=[x, fc1, fc2, probabilities],
+        beside=beside,
+        holds=True,
+    )

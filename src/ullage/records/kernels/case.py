@@ -128,6 +128,7 @@ class Trial:
         summed: the output's sum is differentiated: a gradient of one value, seen as the whole.
         cleared: leaves whose gradient is dropped before every iteration.
         beside: what stays alive all the time: cuBLAS workspaces, indices, other modules.
+        holds: variables hold outputs and gradients of an iteration until the next one replaces them.
         always_full: the script runs forward and backward whatever mode the row names.
         high_bytes: how much more it may be than counted.
     """
@@ -139,6 +140,8 @@ class Trial:
     summed: bool = False
     cleared: Sequence[Tensor] = ()
     beside: list[Tensor] = field(default_factory=list)
+    holds: bool = False
+    held: list[Sequence[Tensor]] = field(default_factory=lambda: [(), ()])
     always_full: bool = False
     high_bytes: int = 0
 
@@ -147,7 +150,12 @@ class Trial:
         for leaf in self.cleared:
             leaf.grad = None
         outputs = self.outputs()
-        self.differentiate(tape, outputs)
+        if not self.holds:
+            self.differentiate(tape, outputs)
+            return
+        self.held[0] = outputs
+        self.held[1] = self.gradients(tape, outputs)
+        self.differentiate(tape, outputs, self.held[1])
 
     def outputs(self) -> Sequence[Tensor]:
         """Forward."""
