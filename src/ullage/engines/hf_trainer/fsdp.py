@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ullage.account.sharding import whole
 from ullage.account.weights import weights_term
-from ullage.engines.hf_trainer.states import NF4, base_quantization
+from ullage.engines.hf_trainer.states import NF4, base_quantization, wide_experts
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Certainty, Term, exact, ranged
@@ -28,6 +28,11 @@ class Unsharded(Frozen):
 def is_sharded(job: TrainingJob) -> bool:
     """Return whether parameters, gradients and states are spread over the ranks."""
     return job.parallel.fsdp == "full_shard" and num_shards(job) > 1
+
+
+def is_fsdp2(job: TrainingJob) -> bool:
+    """Return whether FSDP 2 is named; its own rules follow no 8-bit base."""
+    return "fsdp2" in job.engine_version.lower() and is_sharded(job) and job.base_quantization in (None, "nf4", "fp4")
 
 
 def as_fsdp2(job: TrainingJob) -> TrainingJob:
@@ -70,12 +75,25 @@ def shard(term: Term, ranks: int) -> Term:
 def sharded_weights(job: TrainingJob, weights: Term) -> Term:
     """Return one rank's weights: packed values are spread, the scales of a 4-bit base stay whole on every rank.
 
-    Source: transformers@4.45.2:quantizers/quantizer_bnb_4bit.py (bnb_4bit_quant_storage: the packed tensor is a flat
-        parameter; its quant_state is an attribute, which FSDP does not see).
+    So do GPTQ's scales and group numbers, which are buffers; its packed values and zeros are made parameters.
+    Source: fms-acceleration@876e2ed6:plugins/accelerated-peft/src/fms_acceleration_peft/autogptq_utils.py
+        (PATCH_FOR_FSDP_TRITON_V2); transformers@4.45.2:quantizers/quantizer_bnb_4bit.py (bnb_4bit_quant_storage: the
+        packed tensor is a flat parameter; its quant_state is an attribute, which FSDP does not see).
     Known error: published bytes of 4 ranks show half of the scales more.
     """
     ranks = num_shards(job)
     found = shard(weights, ranks)
+    if job.base_quantization == "gptq":
+        buffers = gptq_buffer_bytes(job)
+        extra = buffers - buffers // ranks
+        return replace(
+            found,
+            bytes=found.bytes + extra,
+            low_bytes=found.low_bytes + extra,
+            high_bytes=found.high_bytes + extra,
+            children=(),
+            formula=f"{found.formula} + whole scales and group numbers",
+        )
     if job.base_quantization not in ("nf4", "fp4"):
         return found
     scales = scale_bytes(job, weights.bytes)
@@ -90,10 +108,25 @@ def sharded_weights(job: TrainingJob, weights: Term) -> Term:
     )
 
 
+def gptq_buffer_bytes(job: TrainingJob) -> int:
+    """Return the bytes of GPTQ's scales and group numbers: the differences of wider scales and of no numbers."""
+    share = replace(whole(job.model), mtp=False, towers=False)
+    quantization = base_quantization(job)
+    stored = quantization.rules[-1].format if quantization is not None else None
+    if quantization is None or stored is None:
+        return 0
+    sizes = []
+    for one in (stored, replace(stored, scale_dtype="float32"), replace(stored, column_index_bytes=0)):
+        rules = (*quantization.rules[:-1], spec.QuantRule(pattern="", format=one))
+        changed = replace(quantization, rules=rules)
+        sizes.append(weights_term(job.model, share, quantization=changed, dtype=job.precision.compute).bytes)
+    return max(0, sizes[1] - sizes[0]) + max(0, sizes[0] - sizes[2])
+
+
 def scale_bytes(job: TrainingJob, whole_bytes: int) -> int:
     """Return the bytes of all scales of a 4-bit base, of its weights' bytes."""
     packed = spec.QuantRule(pattern="", format=replace(NF4, block=None, scales_per_scale=0))
-    values = spec.Quantization(method="nf4", rules=(packed,))
+    values = spec.Quantization(method="nf4", rules=(*wide_experts(job), packed))
     share = replace(whole(job.model), mtp=False, towers=False)
     without = weights_term(job.model, share, quantization=values, dtype=job.precision.compute).bytes
     return max(0, whole_bytes - without)

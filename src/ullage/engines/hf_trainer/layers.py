@@ -10,7 +10,7 @@ from ullage.account.activations.norms import norm_table
 from ullage.account.activations.recompute import LayerMemory, is_recomputed, layer_memory
 from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
 from ullage.account.parameters import layer_parameters
-from ullage.engines.hf_trainer import adapted
+from ullage.engines.hf_trainer import adapted, experts
 from ullage.engines.hf_trainer.defaults import Recipe
 from ullage.frozen import Frozen
 from ullage.spec import model as spec
@@ -93,7 +93,7 @@ def _layer(
     table = _before_first(layer, (*table, *masks), rows) if blind else (*table, *masks)
     table += rows
     width = dtype_bytes(job.precision.grads) if implementation.trained else 0
-    more = stream if again and recipe.reentrant else 0
+    more = (stream if again and recipe.reentrant else 0) + experts.dequantised_bytes(job, layer)
     more += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
     more += adapted.work_of(job, layer, recipe.adapters)
     points = tuple(

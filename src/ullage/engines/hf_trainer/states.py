@@ -11,6 +11,7 @@ from ullage.account.optimizer import Trained, optimizer_terms
 from ullage.account.parameters import Placed, Role, model_parameters
 from ullage.account.sharding import RankShare, whole
 from ullage.account.weights import weights_term
+from ullage.engines.hf_trainer import experts
 from ullage.engines.hf_trainer.adapted import beside_weights, idle_gradients
 from ullage.engines.hf_trainer.defaults import Recipe
 from ullage.errors import InputError
@@ -163,7 +164,13 @@ def base_quantization(job: TrainingJob) -> spec.Quantization | None:
     scheme = job.base_quantization
     if scheme not in BASE_FORMATS:
         return None
-    return spec.Quantization(method=scheme, rules=(spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]),))
+    rules = (*wide_experts(job), spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]))
+    return spec.Quantization(method=scheme, rules=rules)
+
+
+def wide_experts(job: TrainingJob) -> tuple[spec.QuantRule, ...]:
+    """Return the rule that leaves stacked experts as they are, where it applies."""
+    return (spec.QuantRule(pattern=experts.ROUTED, format=None),) if experts.stay_wide(job) else ()
 
 
 def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
@@ -182,6 +189,8 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
     widened = _widened_bytes(job, recipe)
     if not widened:
         return base
+    stacks = int(experts.widened_elements(job) * (4 - dtype_bytes(job.precision.compute)))
+    fp32 = ranged("fp32_experts", stacks, low=0, high=stacks, formula="2 bytes more per element of stacked experts")
     extra = ranged(
         "fp32_norms_and_biases",
         widened,
@@ -191,12 +200,13 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
         source="peft@0.13.2:utils/other.py:prepare_model_for_kbit_training; trl@0.11.4:trainer/utils.py:"
         "peft_module_casting_to_bf16",
     )
-    return total("weights", (*(base.children or (base,)), extra), source=base.source)
+    more = (extra, fp32) if stacks else (extra,)
+    return total("weights", (*(base.children or (base,)), *more), source=base.source)
 
 
 def _unstated(job: TrainingJob, share: RankShare, base: Term, other: WeightFormat) -> Term:
     """Return the weights with the range of what a job does not state: nested scales of nf4, group size of GPTQ."""
-    rules = (spec.QuantRule(pattern="", format=other),)
+    rules = (*wide_experts(job), spec.QuantRule(pattern="", format=other))
     quantization = spec.Quantization(method=other.name, rules=rules)
     size = weights_term(job.model, share, quantization=quantization, dtype=job.precision.compute).bytes
     return ranged("weights", base.bytes, low=size, high=size, formula=base.formula, source=base.source)

@@ -8,7 +8,7 @@ from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines import training
-from ullage.engines.hf_trainer import adapted, fsdp, offload
+from ullage.engines.hf_trainer import adapted, experts, fsdp, offload
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
@@ -47,9 +47,10 @@ def step(job: TrainingJob) -> TrainingStep:
     """
     if job.parallel.zero_stage and job.parallel.data_parallel_size > 1:
         return _under_deepspeed(job)
-    if "fsdp2" in job.engine_version.lower() and fsdp.is_sharded(job):
+    if fsdp.is_fsdp2(job):
         return training.step(fsdp.as_fsdp2(job))
     filled, recipe = resolve(adapted.as_run(job))
+    filled = replace(filled, assumed=(*filled.assumed, *experts.said(filled)))
     offload.check(filled)
     whole, on_gpu, loss = _held(filled, recipe), forward_pass(filled, recipe), loss_of(filled, recipe)
     held, one_pass = offload.on_device(filled, whole), offload.without_host(filled, recipe, on_gpu)
