@@ -109,6 +109,21 @@ def test_collectives_are_charged_to_their_modules():
     }
 
 
+def test_what_a_checkpoint_repeats_is_charged_to_its_modules(config):
+    """Backward repeats a layer's collectives but the last, whose result nothing needs."""
+    path = config("llama", num_hidden_layers=3)
+    job = {"engine": "plain", "optimizer": "none", "steps": 1, "unroll": False}
+    found = trace(path, tp=2, sp=True, recompute="full", seq_len=32, **job).trace
+    seen = {}
+    for one in found.allocations:
+        place = found.places[one.place]
+        if one.op.startswith("_c10d_functional::") and place.module.startswith("model.layers.1."):
+            seen.setdefault(place.phase, []).append((place.module[len("model.layers.1.") :], one.op.partition("::")[2]))
+    assert seen["forward"][-1] == ("mlp.down_proj", "reduce_scatter_tensor")
+    assert seen["recompute"] == seen["forward"][:-1]
+    assert {module for module, _op in seen["backward"]} == {module for module, _op in seen["forward"]}
+
+
 def test_uneven_shards_differ_by_rank():
     rows = {}
     for rank in (0, 3):

@@ -48,6 +48,7 @@ class Positions:
         self._makers: list[str] = []
         self._parent: tuple[int, str] = (-1, "")
         self._left_by: dict[int, Any] = {}
+        self._repeating = 0  # modules that were entered in backward
 
     def learn(self, root: Any) -> None:
         """Learn the paths of a model's modules and parameters."""
@@ -68,7 +69,8 @@ class Positions:
         """Return the number of the place where the program is."""
         if torch._C._current_graph_task_id() == -1:
             phase, module = self.forced or FORWARD, self._stack[-1] if self._stack else ""
-        elif torch.is_grad_enabled():  # autograd turns it off in backward; whoever recomputes turns it on
+        elif torch.is_grad_enabled() or self._repeating:
+            # autograd turns gradients off in backward, whoever recomputes turns them on; a function's forward has none
             phase, module = RECOMPUTE, self._stack[-1] if self._stack else self._repeated()
         else:
             phase, module = BACKWARD, self._maker(torch._C._current_autograd_node())
@@ -100,10 +102,12 @@ class Positions:
         if id(module) not in self._left_by:  # behind the hooks of wrappers: what they do belongs to the module
             self._left_by[id(module)] = module.register_forward_hook(self._leave, always_call=True)
         self._stack.append(path)
+        self._repeating = self._repeating + 1 if torch._C._current_graph_task_id() != -1 else 0
         self._note(path)
 
     def _leave(self, _module: Any, _arguments: Any, _result: Any) -> None:
         left = self._stack.pop() if self._stack else ""
+        self._repeating = max(0, self._repeating - 1)
         if not self._stack and torch._C._current_graph_task_id() != -1:
             self._parent = (_sequence(torch._C._current_autograd_node()), left.rpartition(".")[0])
             self._note(self._parent[1])
