@@ -224,3 +224,108 @@ def test_sparsemax() -> None:
 
     # the trace counts scratch for a sort of any length
     _agree(Leaves({"x": (ROWS, HIDDEN)}), forward, lambda t, m: attention.sparsemax(t, m["x"], HIDDEN), rel=0.05)
+
+
+def test_polynomial_norm() -> None:
+    def normed(x: Any) -> Any:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def forward(m: Any) -> Any:
+        wide = m.x.to(torch.float32)
+        cube, square, plain = wide**3, wide**2, wide**1
+        parts = normed(cube), normed(square), normed(plain)
+        total = m.weight_wide[0] * parts[0] + m.weight_wide[1] * parts[1] + m.weight_wide[2] * parts[2]
+        return (total + m.bias_wide).to(torch.bfloat16)
+
+    _agree(
+        Leaves({"x": (ROWS, HIDDEN), "weight_wide": (3,), "bias_wide": (1,)}),
+        forward,
+        lambda t, m: norms.polynomial_norm(t, m["x"], m["weight_wide"], m["bias_wide"], ROWS),
+        rel=0.01,
+    )
+
+
+def test_squared_relu() -> None:
+    _agree(
+        Leaves({"x": (ROWS, HIDDEN)}),
+        lambda m: torch.square(functional.relu(m.x)),
+        lambda t, m: norms.squared_relu(t, m["x"]),
+    )
+
+
+def test_halves() -> None:
+    def forward(m: Any) -> Any:
+        gate, up = torch.chunk(m.x, 2, -1)
+        return functional.silu(gate) * up
+
+    _agree(Leaves({"x": (ROWS, HIDDEN)}), forward, lambda t, m: ffn.swiglu_of_halves(t, m["x"], kind="torch"))
+
+
+def test_distillation_head() -> None:
+    def forward(m: Any) -> Any:
+        logits = (m.x @ m.weight.t()).float()
+        with torch.no_grad():
+            other = (m.teacher_x @ m.teacher.t()).float()
+        hard = functional.cross_entropy(logits.view(-1, VOCAB), m.labels)
+        logits /= 1.0
+        own, teacher = functional.log_softmax(logits, dim=-1), functional.log_softmax(other, dim=-1)
+        mean = (0.5 * own.exp() + 0.5 * teacher.exp()).log()
+        one = functional.kl_div(mean, own, reduction="batchmean", log_target=True)
+        return 0.5 * hard + 0.5 * (one + functional.kl_div(mean, teacher, reduction="batchmean", log_target=True))
+
+    _agree(
+        Leaves(
+            {"x": (ROWS, HIDDEN), "weight": (VOCAB, HIDDEN)},
+            {"teacher_x": (ROWS, HIDDEN), "teacher": (VOCAB, HIDDEN), "labels": (ROWS,)},
+        ),
+        forward,
+        lambda t, m: heads.distillation_head(t, (m["x"], m["weight"]), (m["teacher_x"], m["teacher"]), ROWS),
+        rel=0.01,
+    )
+
+
+def test_jensen_shannon_head() -> None:
+    def forward(m: Any) -> Any:
+        kl = torch.nn.KLDivLoss(reduction="none", log_target=True)
+        logits, others = m.x @ m.weight.t(), m.teacher_x @ m.teacher.t()
+        q = torch.log_softmax(logits / 1.0, dim=-1)
+        p = torch.log_softmax(others / 1.0, dim=-1)
+        return divergence(kl, q, p)
+
+    def divergence(kl: Any, q: Any, p: Any) -> Any:
+        p, q = p.to(torch.float), q.to(torch.float)
+        mean = torch.lerp(torch.exp(q), torch.exp(p), 0.5)
+        both = 0.5 * kl(torch.log(mean), p).sum(-1) + 0.5 * kl(torch.log(mean), q).sum(-1)
+        return (both / ROWS).sum()
+
+    _agree(
+        Leaves(
+            {"x": (ROWS, HIDDEN), "weight": (VOCAB, HIDDEN), "teacher": (VOCAB, HIDDEN)},
+            {"teacher_x": (ROWS, HIDDEN)},
+        ),
+        forward,
+        lambda t, m: heads.jensen_shannon_head(t, (m["x"], m["weight"]), (m["teacher_x"], m["teacher"]), ROWS),
+        rel=0.01,
+    )
+
+
+def test_complex_rotary_embedding() -> None:
+    def forward(m: Any) -> Any:
+        angles = torch.polar(m.angles_wide, m.angles_wide)[:, :, None, :]
+        return turned(m, angles)
+
+    def turned(m: Any, angles: Any) -> Any:
+        q, k = (torch.view_as_complex(each.float().reshape(*each.shape[:-1], -1, 2)) for each in (m.q, m.k))
+        q_out, k_out = (torch.view_as_real(each * angles).flatten(3) for each in (q, k))
+        return (q_out.type_as(m.q), k_out.type_as(m.k))[0]
+
+    size = HIDDEN // NUM_HEADS
+    module = Leaves(
+        {"q": (1, ROWS, NUM_HEADS, size), "k": (1, ROWS, KV_HEADS, size)}, {"angles_wide": (1, ROWS, size // 2)}
+    )
+    _agree(
+        module,
+        forward,
+        lambda t, m: rotary.complex_product(t, m["q"], m["k"], t.empty(ROWS * size // 2, 8))[0],
+        rel=0.06,  # the tables, which the program is given, are made here, and held by the function
+    )

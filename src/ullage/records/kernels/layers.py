@@ -16,9 +16,9 @@ from ullage.i18n import _
 from ullage.records.compare import NotComparableError
 from ullage.records.kernels.case import Case, Trial
 
-#: Liger's LayerNorm added its weights' gradients with atomics in between. Source: liger-kernel@0.6.1,
-#: @0.6.4:ops/layer_norm.py:layer_norm_backward.
-ATOMIC_LAYER_NORM = ((0, 6, 1), (0, 6, 4))
+#: Liger's LayerNorm added its weights' gradients with atomics in between; the rows of 0.6.0 came with that change.
+#: Source: liger-kernel@6a2c4913, @0.6.4:ops/layer_norm.py:layer_norm_backward.
+ATOMIC_LAYER_NORM = ((0, 6), (0, 6, 4))
 #: Liger's RMSNorm kept one row of the weight's gradient for each row of the input before this version.
 #: Source: liger-kernel@0.3.1, @0.4.0:ops/rms_norm.py:rms_norm_backward.
 PARTIAL_SUMS = (0, 4)
