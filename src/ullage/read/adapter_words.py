@@ -177,7 +177,7 @@ def adapter_config(values: Mapping[str, Any], *, where: str) -> tuple[Lora, str]
     for name in rule.options if rule else ():
         value = values.get(name)
         if value is not None:
-            options.append((name, _value(kind, name, "+".join(value) if isinstance(value, list) else value)))
+            options.append((name, _value(kind, name, "+".join(map(str, value)) if isinstance(value, list) else value)))
     tokens = values.get("token_indices")
     if kind == "trainable_tokens" and isinstance(tokens, list):
         options.append(("num_tokens", len(tokens)))

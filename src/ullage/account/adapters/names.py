@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ullage.account.adapters import low_rank, parts, prompts, weights
 from ullage.account.adapters.rule import Rule
 from ullage.errors import InputError
 from ullage.i18n import _
@@ -15,8 +14,10 @@ LORA_NAMES = ("lora", "qlora", "dora")
 
 @lru_cache(maxsize=1)
 def rules() -> dict[str, Rule]:
-    """Return the rules by every name they go by."""
-    every = (*low_rank.RULES, *weights.RULES, *parts.RULES, *prompts.RULES)
+    """Return the rules by every name they go by; loaded only where a method that is not LoRA is asked for."""
+    from ullage.account.adapters import low_rank, maps, parts, prompts, weights
+
+    every = (*low_rank.RULES, *weights.RULES, *maps.RULES, *parts.RULES, *prompts.RULES)
     return {name: rule for rule in every for name in rule.names}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ullage.account.adapters.rule import Rule, Shape, Target
+from ullage.account.adapters.rule import Rule, Shape, Target, key_value_width
 from ullage.spec import model as spec
 from ullage.spec.training import Lora
 
@@ -117,16 +117,6 @@ class AdaptionPrompt(Rule):
     def shared(self, model: spec.Model, targets: Sequence[Target], lora: Lora) -> tuple[Shape, ...]:
         one = ((1, self.whole(lora, "adapter_len"), model.hidden_size), (1,))
         return one * self.layers(model, lora)
-
-
-def key_value_width(model: spec.Model) -> int:
-    """Return the elements of one token's keys and values in all layers."""
-    found = 0
-    for layer in model.layers:
-        for mixer in layer.mixers:
-            if isinstance(mixer, spec.Attention):
-                found += mixer.num_kv_heads * (mixer.head_dim + (mixer.v_head_dim or mixer.head_dim))
-    return found
 
 
 RULES: Sequence[Rule] = (PromptTuning(), PTuning(), PrefixTuning(), AdaptionPrompt())

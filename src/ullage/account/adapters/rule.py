@@ -22,12 +22,14 @@ class AdapterPrecision(Frozen):
         compute_dtype: of the base's activations.
         autocast: its products run in ``compute_dtype`` although the weights are fp32.
         uncast: dtype of the layer's input where adapters take it as it comes; None: each casts it for itself.
+        fused: they run as one function that keeps its input and what dropout left of it, no mask and no product.
     """
 
     dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     autocast: bool = True
     uncast: str | None = None
+    fused: bool = False
 
     @property
     def product(self) -> str:
@@ -183,3 +185,13 @@ class Rule:
     def num_scores(self) -> int:
         """Return the fp32 copies of the trained tensors that the method keeps for itself."""
         return 0
+
+
+def key_value_width(model: spec.Model) -> int:
+    """Return the elements of one token's keys and values in all layers."""
+    found = 0
+    for layer in model.layers:
+        for mixer in layer.mixers:
+            if isinstance(mixer, spec.Attention):
+                found += mixer.num_kv_heads * (mixer.head_dim + (mixer.v_head_dim or mixer.head_dim))
+    return found

@@ -10,8 +10,7 @@ from functools import lru_cache
 from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.naming import is_named
-from ullage.account.adapters.prompts import AdaptionPrompt, key_value_width
-from ullage.account.adapters.rule import AdapterPrecision, Buffer, Rows, Target
+from ullage.account.adapters.rule import AdapterPrecision, Buffer, Rows, Target, key_value_width
 from ullage.account.optimizer import Trained
 from ullage.account.parameters import Parameter, Role, layer_parameters
 from ullage.errors import InputError
@@ -155,7 +154,7 @@ def layer_rows(
         rows = Rows(target, num_tokens, precision, shared, rule.source)
         rule.keep(rows, target, lora)
         found += rows.found
-    if isinstance(rule, AdaptionPrompt):
+    if rule.names[0] == "adaption_prompt":
         found += adaption_rows(layer, rule.whole(lora, "adapter_len"), precision, shape)
     return tuple(found)
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
-from ullage.account.adapters.prompts import key_value_width
-from ullage.account.adapters.rule import AdapterPrecision
+from ullage.account.adapters.rule import AdapterPrecision, key_value_width
 from ullage.account.adapters.whole import (
     frame_bytes,
     held_bytes,
