@@ -233,3 +233,20 @@ def test_log_probs_by_hand():
     assert (narrow.forward_bytes, narrow.kept_bytes, narrow.backward_bytes) == (4 * million, 2 * million, 4 * million)
     full = log_prob_peak(LogProbs(style="full", **asked)).loss
     assert (full.forward_bytes, full.kept_bytes, full.backward_bytes) == (12 * million, 8 * million, 12 * million)
+
+
+def advised(capsys, *words):
+    main(["fit", "train", "qwen2.5-3b", "--on", "1xA100-80GB", "--recompute", "full", "--json", *words])
+    return json.loads(capsys.readouterr().out)["advice"]
+
+
+def test_a_pool_that_sleeps_is_advised_where_a_rollout_leaves_no_room(capsys):
+    found = advised(capsys, "--rlhf", "grpo,completion=256,vllm=0.6,reference=copy", "--seq", "2048")
+    changes = {item["flags"]: item for item in found}
+    sleeping = changes["--rlhf grpo,reference=copy,completion=256,vllm=0.6,sleep"]
+    assert sleeping["gain_bytes"] > 0 and sleeping["typed"] == "vllm_enable_sleep_mode: true"
+
+
+def test_log_probs_made_before_training_are_advised(capsys):
+    found = advised(capsys, "--rlhf", "dpo", "--seq", "2048", "--micro-batch", "16")
+    assert any(item["flags"] == "--rlhf dpo,reference=precomputed" for item in found)
