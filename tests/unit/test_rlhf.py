@@ -241,9 +241,10 @@ def advised(capsys, *words):
 
 
 def test_a_pool_that_sleeps_is_advised_where_a_rollout_leaves_no_room(capsys):
-    found = advised(capsys, "--rlhf", "grpo,completion=256,vllm=0.6,reference=copy", "--seq", "2048")
+    asked = ("--rlhf", "grpo,completion=256,vllm=0.4,reference=copy", "--seq", "2048", "--micro-batch", "8")
+    found = advised(capsys, *asked)
     changes = {item["flags"]: item for item in found}
-    sleeping = changes["--rlhf grpo,reference=copy,completion=256,vllm=0.6,sleep"]
+    sleeping = changes["--rlhf grpo,reference=copy,completion=256,vllm=0.4,sleep"]
     assert sleeping["gain_bytes"] > 0 and sleeping["typed"] == "vllm_enable_sleep_mode: true"
 
 
