@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ullage.catalog import models as catalog
+from ullage.engines.torchtune.defaults import rules_of
 from ullage.engines.training import step
 from ullage.read.machine import parse_machine
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
@@ -33,9 +34,56 @@ def allocated(one: TrainingJob) -> int:
     return max(ledger.allocated.bytes for ledger in step(one).ranks[0].moments)
 
 
-def test_adapter_recipes_recompute_and_say_so() -> None:
-    answer = step(job())
+UNSAID = Recompute(given=False)
+
+
+def test_recipes_recompute_by_size_and_say_so() -> None:
+    answer = step(job(recompute=UNSAID))
     assert answer.job.recompute.kind == "full" and len(answer.job.assumed) == 2
+    eight = {"machine": parse_machine("8xA100-80GB"), "parallel": TrainingParallel(data_parallel_size=8)}
+    assert step(job(recompute=UNSAID, **eight)).job.recompute.kind == "none"
+    assert step(job(recompute=UNSAID, method="full", lora=None, **eight)).job.recompute.kind == "full"
+    for kind in ("none", "full"):
+        assert step(job(recompute=Recompute(kind=kind))).job.recompute.kind == kind, "what is said is not changed"
+
+
+def test_the_range_holds_both_where_nothing_is_said_of_recompute() -> None:
+    bounds = step(job(recompute=UNSAID)).ranks[0].peak.allocated
+    said = [allocated(job(recompute=Recompute(kind=kind))) for kind in ("full", "none")]
+    assert bounds.bytes == said[0] and bounds.low_bytes <= said[0] < said[1] <= bounds.high_bytes
+
+
+def test_a_compiled_block_keeps_eighteen_and_a_half_hidden_states() -> None:
+    """Input, two norms, q, k, v and result of attention, the sum, and three of the feed-forward's width."""
+    hidden, layers = 4096 * 4096 * 2, 32
+    kept = [step(job(compile=True, recompute=Recompute(kind=kind))).ranks[0].moments for kind in ("none", "full")]
+    forward = [next(one for one in moments if one.moment == "forward").allocated for moments in kept]
+    sums = [next(one.bytes for one in term.children if one.name == "activations") for term in forward]
+    assert (sums[0] - sums[1]) / hidden / layers == pytest.approx(17.5, rel=0.02)
+
+
+def test_a_paged_optimizer_steps_in_the_backward_pass_and_leaves_no_states() -> None:
+    changes = {"method": "full", "lora": None, "optimizer_impl": None, "recompute": Recompute(kind="full")}
+    paged = step(job(**changes, optimizer="paged_adamw_8bit", precision=Precision(moments="int8"), compile=True))
+    rank = paged.ranks[0]
+    assert rank.after_step.find("gradients") is None and rank.after_step.find("optimizer_states") is None
+    table, logits = 128_256 * 4096 * 2, 4096 * 128_256 * 2
+    floor = 8_030_261_248 * 2 + 32 * 4096 * 4096 * 2 + logits + 2 * table
+    assert rank.peak.allocated.bytes == pytest.approx(floor, rel=0.02), "two gradients of the head, one of the logits"
+    assert any("paged" in sentence for sentence in paged.job.assumed)
+
+
+def test_before_chunks_the_recipe_held_fp32_logits() -> None:
+    old, new = (allocated(job(engine_version=version)) for version in ("0.1.0", "0.3.0"))
+    assert old - new > 4096 * 128_256 * 4
+
+
+@pytest.mark.parametrize(
+    ("version", "chunked"),
+    [("0.1.1", False), ("0.2.1", False), ("0.3.1", True), ("", True), ("bd2a0fc7", True), ("main of 2024-05", False)],
+)
+def test_the_loss_of_a_version(version: str, chunked: bool) -> None:
+    assert rules_of(version).chunked_loss == chunked
 
 
 def test_chunks_cost_less_than_a_plain_loss() -> None:

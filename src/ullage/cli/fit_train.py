@@ -203,7 +203,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         micro_batch_size=arguments.micro_batch or 1,
         seq_len=arguments.seq or DEFAULT_SEQ_LEN,
         grad_accum=accumulated,
-        recompute=parse_recompute(arguments.recompute or "none"),
+        recompute=parse_recompute(arguments.recompute),
         attention=arguments.attention,
         compile=arguments.compile,
         loss=arguments.loss,

@@ -79,7 +79,10 @@ FOLLOWS = {
     "fsdp1": _FSDP,
     "fsdp2": _FSDP,
     "torchtune": Follows(
-        fsdp=FULLY_SHARDED, losses=frozenset({"plain", "chunked"}), offload=frozenset({"optimizer", "params"})
+        fsdp=FULLY_SHARDED,
+        optimizers=PLAIN_OPTIMIZERS | {"paged_adamw", "paged_adamw_8bit"},
+        losses=frozenset({"plain", "chunked"}),
+        offload=frozenset({"optimizer", "params"}),
     ),
     "torchtitan": Follows(
         splits=frozenset({"tensor", "context", "pipeline", "expert"}),

@@ -42,8 +42,10 @@ def parse_precision(text: str | None, engine: str) -> tuple[Precision, tuple[str
     return RECIPES[text], ()
 
 
-def parse_recompute(text: str) -> Recompute:
-    """Parse ``none``, ``full``, ``selective``, ``every=4``, or module names such as ``mlp,layernorm``."""
+def parse_recompute(text: str | None) -> Recompute:
+    """Parse ``none``, ``full``, ``selective``, ``every=4`` or names such as ``mlp,layernorm``; None: not given."""
+    if text is None:
+        return Recompute(given=False)
     word = text.strip()
     if word in ("none", "full", "selective"):
         return Recompute(kind=word)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         seq_len=seq_len or 1,
         grad_accum=words.integer(fields, "grad_accum", record.where) or 1,
         packing=fields.get("packing") is True,
-        recompute=recompute(fields.get("recompute"), record.where),
+        recompute=replace(recompute(fields.get("recompute"), record.where), given="recompute" in fields),
         attention=_one_of(fields, "attention", ("flash", "sdpa", "eager", "unfused")),
         compile=fields.get("compile") is True,
         loss=_one_of(fields, "loss", ("plain", "fused", "chunked", "liger")),

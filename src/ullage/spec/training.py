@@ -57,13 +57,17 @@ class Precision(Frozen):
 
 
 class Recompute(Frozen):
-    """Activation checkpointing. ``every`` k layers, the first ``num_layers`` of a stage, or named ``modules``."""
+    """Activation checkpointing. ``every`` k layers, the first ``num_layers`` of a stage, or named ``modules``.
+
+    ``given`` False: nobody said so, and a framework's own default may differ.
+    """
 
     kind: Literal["none", "full", "selective", "modules"] = "none"
     every: int = 1
     num_layers: int | None = None
     method: Literal["block", "uniform"] | None = None
     modules: tuple[str, ...] = ()
+    given: bool = True
 
 
 class Lora(Frozen):
