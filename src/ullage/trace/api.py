@@ -45,6 +45,9 @@ def trace(
         raise MissingExtraError("torch", "trace") from None
     from ullage.allocator.run import run_workload
     from ullage.allocator.settings import parse_settings, parse_version
+    from ullage.trace.internals import ALWAYS, check_names
+
+    check_names(ALWAYS)
     from ullage.trace.running import run
 
     parsed = parse_settings(settings, version=parse_version(torch_version))

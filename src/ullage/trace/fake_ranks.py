@@ -23,6 +23,7 @@ import torch
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.trace import events as names
+from ullage.trace.internals import RANKS, check_names
 
 _GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
@@ -140,6 +141,7 @@ def fake_ranks(tracker: Any, world_size: int, rank: int = 0) -> Iterator[None]:
             _("torch.distributed is initialised in this process already"),
             remedy=_("leave it to the trace: --world N makes a process group of N fake ranks"),
         )
+    check_names(RANKS)
     store = import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
     tensors = import_module("torch.distributed.tensor")
     functional = import_module("torch.distributed._functional_collectives")

@@ -70,7 +70,14 @@ def _split_by_plan(model: Any, mesh: Any, job: TraceJob) -> None:
     Source: transformers@5.23.0:distributed/mixin.py:maybe_distribute_model; distributed/tensor_parallel.py:
         apply_tensor_parallelism.
     """
-    if not getattr(model, "tp_plan", None) or not hasattr(model, "_resolve_parallel_plans"):
+    if not hasattr(model, "_resolve_parallel_plans"):
+        raise InputError(
+            _("transformers {version} has no PreTrainedModel._resolve_parallel_plans, which --tp relies on").format(
+                version=import_module("transformers").__version__
+            ),
+            remedy=_("tracing is tested with transformers {version}").format(version="5.23"),
+        )
+    if not getattr(model, "tp_plan", None):
         raise InputError(
             _("transformers declares no tensor-parallel plan for {kind}").format(kind=type(model).__name__),
             where="--tp",
