@@ -81,6 +81,7 @@ LINES = [
         "fit train gpt2 --on 1xT4-16GB --engine single --attention eager --optimizer adamw_8bit --json",
         "fit train llama-3.2-1b --on 4xH100 --engine litgpt --fsdp shard_grad_op --loss chunked --metrics",
         "fit train llama-3.2-1b --on 4xH100 --engine torchtune --optimizer-impl fused --json",
+        "fit train qwen3-0.6b --on 2xH100 --engine ddp --rlhf grpo,completion=128,vllm=0.4,sleep --seq 512 --json",
         "fit train deepseek-v2-lite --on 16xH100 --engine megatron --pp 8 --schedule dualpipe --vpp 2 --recompute mlp",
     )
 ]
@@ -98,6 +99,9 @@ TRAINING_WORDS = [
     "params=nvme",
     "fp8-deepseek",
     "fp16-mixed",
+    "dpo",
+    "grpo,completion=64,vllm=0.5,sleep,offload",
+    "ppo,server",
     "muon",
     "lion",
     "paged_adamw_8bit",
@@ -142,6 +146,7 @@ FLAGS = {
     "--loss": ["plain", "fused", "chunked", "liger"],
     "--lora": ["r=8", "r=16,targets=q_proj+v_proj", "r=64,dropout=0.1"],
     "--base-quantization": ["nf4", "int8", "gptq"],
+    "--rlhf": ["dpo", "kto,reference=precomputed", "rm", "orpo", "grpo,vllm=0.3,sleep", "rloo,completion=8", "ppo"],
     "--offload": ["optimizer=cpu", "params=cpu", "activations=cpu"],
     "--reserve": ["0%", "10%", "8GiB", "200GiB"],
 }

@@ -50,7 +50,6 @@ class Rlhf(Frozen):
         steps_per_generation: micro-batches whose completions are generated at once.
         rollout: where completions are generated, for the kinds that need it.
         reward_model: a frozen reward model of the policy's size stands on the card too (ppo always has one).
-        unmatched_batch: kto's second batch, which estimates the divergence (``calculate_KL``).
         log_probs: how log-probabilities of the labels are made: ``rows`` (all logits, log-softmax row by row), ``full``
             (all at once), ``tiled`` (no logits: tiles of head and log-softmax), ``inplace`` (a kernel that writes the
             gradient over the logits), ``none`` (a scalar head in the place of the vocabulary's), ``unused`` (a scalar
@@ -64,7 +63,6 @@ class Rlhf(Frozen):
     steps_per_generation: int | None = None
     rollout: Rollout | None = None
     reward_model: bool = False
-    unmatched_batch: bool = True
     log_probs: LogProbStyle = ""
     alone: bool = False
 
