@@ -31,17 +31,11 @@ _CACHED = (
     "the device figure holds cached blocks, whose share changes the other way; allocated bytes of the same pairs have "
     "the right sign in every case"
 )
-_PLUG_IN = (
-    "the target c_attn does not exist in these models: the pairs tell rows of a plug-in, which does not prepare a "
-    "quantised base for training, from rows of plain PEFT, and nothing else in the records says so"
-)
 #: Where signs are wrong, and why: (change, source, quantity) -> (how many at most, reason).
 WRONG = {
     ("loss", "fms-acceleration", "device_used"): (11, _CACHED),
     ("base quantisation", "fms-acceleration", "device_used"): (2, _CACHED),
     ("data parallel", "fms-acceleration", "device_used"): (1, _CACHED),
-    ("LoRA", "fms-acceleration", "max_allocated"): (4, _PLUG_IN),
-    ("LoRA", "fms-acceleration", "device_used"): (4, _PLUG_IN),
     ("base quantisation", "litgpt-config-hub", "max_allocated"): (1, "a difference of 2 %; not explained"),
     ("precision", "ms-swift-examples", "device_used"): (1, "one pair, read off the driver; not explained"),
     ("compile", "rasbt-llms-from-scratch", "max_reserved"): (
@@ -60,7 +54,7 @@ NOT_MET = {
     ("data parallel", "device_used"): _CACHED,
     ("data parallel", "max_reserved"): "torchtitan from 8 to 128 GPUs, 3 GiB in 82 GiB: not explained",
     ("base quantisation", "device_used"): _CACHED,
-    ("LoRA", "device_used"): "rows of a plug-in (see wrong signs)",
+    ("LoRA", "device_used"): "the device figure holds cached blocks",
     ("LoRA", "max_reserved"): "of these runs the longest sample is known, not the batch of the peak",
     ("precision", "device_used"): "one pair (see wrong signs)",
     ("precision", "max_reserved"): _WRITTEN_OUT,

@@ -86,7 +86,7 @@ def test_experts_keep_rows_of_their_own() -> None:
     table = layer_table(layer, HIDDEN, SHAPE, FLASH)
     rows = 2 * TOKENS
     experts = sum(row.bytes for row in table if row.name.startswith("experts.") and row.dtype == "bfloat16")
-    assert experts == 2 * rows * (HIDDEN + 4 * INNER + HIDDEN)
+    assert experts == 2 * rows * (HIDDEN + 4 * INNER + 2 * HIDDEN)  # outputs, and once more with their weights
     spread = replace(SHAPE, expert_parallel_size=8)
     assert num_bytes(layer_table(layer, HIDDEN, spread, FLASH)) == num_bytes(table)  # every rank receives as many
     skewed = layer_table(layer, HIDDEN, replace(spread, expert_load=1.5), FLASH)

@@ -109,12 +109,16 @@ def adapter_table(
 
     Formula: per target the input in the product's dtype (each adapter casts for itself) + with dropout a mask of one
         byte per element + the low-rank product. Without a cast and without dropout, adapters that read one input
-        share it.
-    Source: peft@0.13.2:tuners/lora/layer.py:Linear.forward (_cast_input_dtype, lora_dropout).
+        share it; the output of attention is kept by attention itself.
+    Source: peft@0.13.2:tuners/lora/layer.py:Linear.forward (_cast_input_dtype, lora_dropout); tuners/lora/bnb.py:
+        Linear4bit.forward (no cast under autocast).
     Known error: none against saved tensors of a wrapped model, DoRA's norms apart.
     """
+    if precision.fused:
+        return _fused_table(layer, hidden_size, lora, precision, num_tokens)
     product = precision.product
-    shares_input = precision.dtype == precision.compute_dtype and not lora.dropout
+    shares_input = precision.compute_dtype in (precision.dtype, precision.uncast) and not lora.dropout
+    read_anyway = _outputs_of_attention(layer) if precision.uncast is not None and not lora.dropout else ()
     frozen = dict(lora.options).get("frozen")
     found: list[SavedTensor] = []
     inputs_kept: set[tuple[str, int]] = set()
@@ -124,7 +128,8 @@ def adapter_table(
         rows = num_routed_tokens if routed else num_tokens
         out_features, in_features = parameter.shape
         shared = (module.rpartition(".")[0], in_features)
-        if frozen != "a" and not (shares_input and shared in inputs_kept):
+        kept = module in read_anyway or (shares_input and shared in inputs_kept)
+        if frozen != "a" and not kept:
             found.append(_row(f"{module}.lora input", module, rows * in_features, product))
             inputs_kept.add(shared)
         if lora.dropout:
@@ -135,6 +140,34 @@ def adapter_table(
             found.append(_row(f"{module}.base output", module, rows * out_features, precision.compute_dtype))
             found.append(_row(f"{module}.dora output", module, rows * out_features, product))
     return tuple(found)
+
+
+def _fused_table(
+    layer: spec.Layer, hidden_size: int, lora: Lora, precision: AdapterPrecision, num_tokens: int
+) -> tuple[SavedTensor, ...]:
+    """Return what adapters of attention keep as fused kernels.
+
+    Formula: the input of queries, keys and values once; with dropout what is left of the input, for each.
+    Source: fms-acceleration@876e2ed6:plugins/fused-ops-and-kernels/src/fms_acceleration_foak/fused_ops/unsloth_lora/
+        bnb/fast_lora.py:LoRA_QKV, LoRA_W.
+    """
+    found: list[SavedTensor] = []
+    kept: set[str] = set()
+    outputs = _outputs_of_attention(layer)
+    for parameter in layer_targets(layer, hidden_size, lora.targets):
+        module = parameter.name.removesuffix(".weight")
+        elements, parent = num_tokens * parameter.shape[1], module.rpartition(".")[0]
+        if module not in outputs and parent not in kept:
+            found.append(_row(f"{module}.lora input", module, elements, precision.compute_dtype))
+            kept.add(parent)
+        if lora.dropout:
+            found.append(_row(f"{module}.lora input dropped", module, elements, precision.compute_dtype))
+    return tuple(found)
+
+
+def _outputs_of_attention(layer: spec.Layer) -> tuple[str, ...]:
+    """Return the projections that read what the kernel of attention keeps."""
+    return tuple(f"{mixer.prefix}.{mixer.o_name}" for mixer in layer.mixers if isinstance(mixer, spec.Attention))
 
 
 def _row(name: str, module: str, num_elements: int, dtype: str) -> SavedTensor:

@@ -71,3 +71,16 @@ def framework(record: Record) -> Framework | None:
         prepared=name == "baseline-peft-bnb",
         fused=_FUSED[name],
     )
+
+
+def framework_flags(record: Record) -> tuple[tuple[str, str], ...]:
+    """Return what a record's framework and checkpoint decide, as flags of a job."""
+    found, flags = framework(record), []
+    if found is not None and found.fused:
+        flags.append(("fused_kernels", ",".join(sorted(found.fused))))
+    if found is not None and not found.prepared and record.job.get("base_quantization") == "nf4":
+        flags.append(("kbit_preparation", "none"))
+    group_size = gptq_group_size(record)
+    if group_size is not None:
+        flags.append(("gptq_group_size", str(group_size)))
+    return tuple(flags)

@@ -19,6 +19,7 @@ from ullage.read.rlhf_words import is_kind, parse_rlhf, rlhf_of
 from ullage.records import words
 from ullage.records.adapters import adapters_of, method_of, script_flags
 from ullage.records.compare import NotComparableError, Prediction
+from ullage.records.frameworks import framework_flags
 from ullage.records.megatron import LAYER_KEYS, megatron_job, with_layers
 from ullage.records.models import record_model
 from ullage.records.schema import Record
@@ -69,7 +70,8 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
     own = _METHODS_OF_ENGINE.get(record.engine, ())
     method, model = method_of(fields, own), _model(record)
     precision, base = _precision(fields, record.where)
-    seq_len, flags = words.integer(fields, "seq_len", record.where), (*_flags(fields), *script_flags(record))
+    seq_len = words.integer(fields, "seq_len", record.where)
+    flags = (*_flags(fields), *script_flags(record), *framework_flags(record))
     if seq_len is None and "seq_len_at_most" in dict(flags):
         seq_len = int(dict(flags)["seq_len_at_most"])
     if seq_len is None:

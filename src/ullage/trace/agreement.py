@@ -31,7 +31,8 @@ MOMENTS = ("loss", "backward", "embedding backward", "optimizer step")
 class Case(Frozen):
     """A job that is traced and worked out.
 
-    ``overrides``: of the catalog's model, the depth first of all; ``loss``: plain, or liger (a stand-in).
+    ``overrides``: of the catalog's model, the depth first of all; ``loss``: plain, or liger (a stand-in); ``base``: how
+    the frozen base is held (nf4, gptq); ``prepared``: as TRL prepares it.
     """
 
     model: str
@@ -41,6 +42,8 @@ class Case(Frozen):
     loss: str = "plain"
     micro_batch: int = 4
     seq_len: int = 1024
+    base: str | None = None
+    prepared: bool = True
 
 
 class Agreement(Frozen):
@@ -76,7 +79,10 @@ def compare(case: Case) -> Agreement:
         seq_len=case.seq_len,
         recompute=case.recompute,
         lora=LoraOptions(r=16, targets=case.lora) if case.lora else None,
-        autocast="bfloat16" if case.lora else None,
+        autocast=None if not case.lora else _compute(case),
+        dtype=_compute(case),
+        base=case.base,
+        prepare="trl" if case.prepared else "none",
         attention="eager" if eager else "auto",
     )
     trace = trace_model(model, options, loss=case.loss)
@@ -121,7 +127,7 @@ def closed_form(model: Model, case: Case, *, eager: bool) -> TrainingStep:
             machine=parse_machine("1xH200"),
             engine="hf_trainer",
             engine_version="transformers 5.23.0",
-            precision=Precision(grads=small, moments=small),
+            precision=Precision(compute=_compute(case), params=_compute(case), grads=small, moments=small),
             optimizer_impl="fused",
             micro_batch_size=case.micro_batch,
             seq_len=case.seq_len,
@@ -131,9 +137,20 @@ def closed_form(model: Model, case: Case, *, eager: bool) -> TrainingStep:
             loss="liger" if case.loss == "liger" else "plain",
             method="lora" if case.lora else "full",
             lora=Lora(rank=16, targets=case.lora) if case.lora else None,
-            flags=(("fused_kernels", ""),) if case.loss == "liger" else (),
+            base_quantization=case.base,
+            flags=_flags(case),
         )
     )
+
+
+def _compute(case: Case) -> str:
+    """Return the compute dtype: GPTQ's layers answer in fp16."""
+    return "float16" if case.base == "gptq" else "bfloat16"
+
+
+def _flags(case: Case) -> tuple[tuple[str, str], ...]:
+    fused = (("fused_kernels", ""),) if case.loss == "liger" else ()
+    return fused if case.prepared else (*fused, ("kbit_preparation", "none"))
 
 
 def traced_moments(trace: Trace) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ullage.engines.hf_trainer.defaults import (
+    CASTS_FOR_GPTQ,
     NO_SHIFT_COPY,
     NOT_REENTRANT,
     REPEATED_BEFORE,
@@ -82,7 +83,7 @@ def _options(job: TrainingJob, through: Framework, group_size: int | None) -> Tr
         base=base,
         group_size=128 if group_size is None else group_size,
         prepare="trl" if through.prepared else "none",
-        earlier_adapters=_peft_version(job) < (0, 14),
+        earlier_adapters=_peft_version(job) < CASTS_FOR_GPTQ,
         autocast=through.autocast,
         optimizer_impl=job.optimizer_impl.replace("_", "") if job.optimizer_impl else "foreach",
         compute_capability=job.machine.gpu.compute_capability or (8, 0),

@@ -14,9 +14,10 @@ def moe_table(
 
     Formula: R = rows of this rank's routed experts (tokens x top_k when balanced): permuted input Rh + 4RI (3RI fused)
         + expert output Rh (for the gradient of the routing weights) + shared expert as a dense block
-        + router scores bsE and indices.
+        + router scores bsE and indices. In a loop + the weighted output Rh, which ``index_add_`` keeps.
     Source: transformers@5.23.0:integrations/moe.py:grouped_mm_experts_forward and, before version 5, the loop over
-        experts of models/mixtral/modeling_mixtral.py:MixtralSparseMoeBlock.forward (same tensors, one per expert).
+        experts of models/mixtral/modeling_mixtral.py:MixtralSparseMoeBlock.forward (same tensors, one per expert);
+        torch@2.13.0:tools/autograd/derivatives.yaml (index_add: source).
     Known error: none for balanced routing on CPU; on one rank routing does not change the sum, with expert
         parallelism it does (``Shape.expert_load``).
     """
@@ -35,6 +36,8 @@ def moe_table(
     if implementation.moe != "megatron":
         # Megatron folds the routing weights into the activation, so that the output is not kept.
         found.append(keeper.keep("experts.output", rows * width, "Rh", implementation.ffn_dtype))
+    if implementation.moe == "loop":
+        found.append(keeper.keep("experts.weighted output", rows * width, "Rh", implementation.ffn_dtype))
     found.append(keeper.keep("experts.routing weights", rows, "R", implementation.router_dtype))
     found.append(keeper.keep("experts.indices", 3 * rows, "3R", "int64"))
     return (*found, *_shared(ffn, hidden_size, keeper))

@@ -24,6 +24,8 @@ UPCAST_IN_LOSS: Version = (4, 46)
 #: From here labels are padded instead of shifting the logits. Source: transformers@4.49.0:loss/loss_utils.py:
 #: ForCausalLMLoss, against @4.48.1.
 NO_SHIFT_COPY: Version = (4, 49)
+#: PEFT casts the input of adapters around GPTQ; it did not at 0.13.2. Versions between were not read.
+CASTS_FOR_GPTQ: Version = (0, 14)
 #: Source: transformers@5.23.0:training_args.py (default_optim with torch 2.8 or newer).
 FUSED_BY_DEFAULT: Version = (5, 0)
 #: Experts as one grouped product. Source: transformers@5.23.0:integrations/moe.py:grouped_mm_experts_forward.
@@ -208,7 +210,7 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
     return Recipe(
         implementation=_implementation(job, version, fused, prepared),
         loss=_loss(job, version),
-        adapters=precision_of(job),
+        adapters=replace(precision_of(job), uncast=_uncast(job, prepared), fused="adapters" in fused),
         reentrant=version < NOT_REENTRANT,
         norms_fp32=prepared,
         autocast_casts=autocast,
@@ -234,6 +236,19 @@ def precision_of(job: TrainingJob) -> AdapterPrecision:
         dtype = job.precision.compute
     autocast = job.engine != "single" or job.precision.params == "float32"
     return AdapterPrecision(dtype=dtype, compute_dtype=job.precision.compute, autocast=autocast)
+
+
+def _uncast(job: TrainingJob, prepared: bool) -> str | None:
+    """Return the dtype of inputs that adapters around a quantised base take as they come, None where they cast.
+
+    Source: peft@0.21.2:tuners/lora/bnb.py:Linear4bit.forward; @0.13.2:tuners/lora/gptq.py:QuantLinear.forward, against
+        @0.21.2 (_cast_input_dtype).
+    """
+    if job.base_quantization in ("nf4", "fp4"):
+        return "float32" if prepared else job.precision.compute
+    found = re.search(r"peft\D{0,3}(\d{1,3})\.(\d{1,3})", job.engine_version)
+    earlier = found is not None and (int(found.group(1)), int(found.group(2))) < CASTS_FOR_GPTQ
+    return job.precision.compute if job.base_quantization == "gptq" and earlier else None
 
 
 def _casts_back(job: TrainingJob) -> bool:

@@ -7,6 +7,7 @@ import math
 from ullage.account.activations.backward import backward_points
 from ullage.account.activations.layer import layer_table
 from ullage.account.activations.norms import norm_table
+from ullage.account.activations.packed import written_out_points
 from ullage.account.activations.recompute import LayerMemory, is_recomputed, layer_memory
 from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
 from ullage.account.parameters import layer_parameters
@@ -94,12 +95,16 @@ def _layer(
     table += rows
     width = dtype_bytes(job.precision.grads) if implementation.trained else 0
     more = (stream if again and recipe.reentrant else 0) + experts.dequantised_bytes(job, layer)
-    more += _dequantised(job, layer, implementation.ffn_dtype or implementation.compute_dtype)
     more += adapted.work_of(job, layer, recipe.adapters)
     points = tuple(
         (point.extra_bytes + more, int(point.num_weights * width))
         for point in backward_points(layer, hidden, shape, implementation, table, recomputed=again)
     )
+    if job.base_quantization is not None:
+        written = written_out_points(
+            layer, hidden, shape, implementation, table, recomputed=again, reentrant=recipe.reentrant
+        )
+        points += tuple((point.extra_bytes, 0) for point in written)
     if again:
         table = _without_input(table, layer, implementation.residual_dtype)
     return layer_memory(table, recomputed=again, recompute=job.recompute, input_bytes=stream, backward=points)
@@ -127,20 +132,6 @@ def _without_input(table: tuple[SavedTensor, ...], layer: spec.Layer, residual: 
         if row.module == first and row.name.startswith("input") and row.dtype == residual:
             return tuple(one for one in table if one is not row)
     return table
-
-
-def _dequantised(job: TrainingJob, layer: spec.Layer, grad_dtype: str) -> int:
-    """Return a frozen 4-bit weight in the compute dtype: its backward makes it again, one at a time.
-
-    Where the gradient is fp32, a copy in fp32 stands beside it.
-    Source: bitsandbytes@0.43.3:autograd/_functions.py:MatMul4Bit.backward (dequantize_4bit).
-    """
-    if job.base_quantization is None:
-        return 0
-    largest = max(math.prod(one.shape) for one in layer_parameters(layer, job.model.hidden_size))
-    compute = job.precision.compute
-    copy = dtype_bytes(grad_dtype) if grad_dtype != compute else 0
-    return int(largest * (dtype_bytes(compute) + copy))
 
 
 def _grads(job: TrainingJob, layer: spec.Layer, recipe: Recipe) -> int:

@@ -164,8 +164,17 @@ def base_quantization(job: TrainingJob) -> spec.Quantization | None:
     scheme = job.base_quantization
     if scheme not in BASE_FORMATS:
         return None
-    rules = (*wide_experts(job), spec.QuantRule(pattern="", format=BASE_FORMATS[scheme]))
-    return spec.Quantization(method=scheme, rules=rules)
+    return spec.Quantization(
+        method=scheme, rules=(*wide_experts(job), spec.QuantRule(pattern="", format=_base_format(job, scheme)))
+    )
+
+
+def _base_format(job: TrainingJob, scheme: str) -> WeightFormat:
+    """Return the format of a base; a job may state GPTQ's group size (flag ``gptq_group_size``, 0: no groups)."""
+    stated = dict(job.flags).get("gptq_group_size", "")
+    if scheme == "gptq" and stated.isdigit():
+        return replace(GPTQ, block=(1, int(stated)))
+    return BASE_FORMATS[scheme]
 
 
 def wide_experts(job: TrainingJob) -> tuple[spec.QuantRule, ...]:
@@ -184,7 +193,7 @@ def _base_weights(job: TrainingJob, recipe: Recipe) -> Term:
             remedy=_("known are {known}").format(known=", ".join(BASE_FORMATS)),
         )
     base = weights_term(job.model, share, quantization=base_quantization(job), dtype=job.precision.compute)
-    if scheme in UNSTATED:
+    if scheme in UNSTATED and "gptq_group_size" not in dict(job.flags):
         base = _unstated(job, share, base, UNSTATED[scheme])
     widened = _widened_bytes(job, recipe)
     if not widened:
