@@ -34,13 +34,14 @@ def step(job: TrainingJob) -> TrainingStep:
         date = RELEASES[NEWEST_RELEASE]
         assumed.append(_("torchtitan's version is not given: taken to be {release}").format(release=NEWEST_RELEASE))
     rules = rules_at(date)
-    low, high = (0, 0) if known else _spread_over_versions(job, rules)
-    ranks = tuple(_ranks(job, rules, Doubt(shift_low_bytes=low, shift_high_bytes=high)))
+    walks = [_walked(job, plan_of(job, rules, one, _in_flight(job, index))) for index, one in enumerate(stages(job))]
+    low, high = (0, 0) if known else _spread_over_versions(job, rules, walks[0])
+    ranks = tuple(_ranks(job, rules, walks, Doubt(shift_low_bytes=low, shift_high_bytes=high)))
     ranks = tuple(sorted(ranks, key=lambda one: -one.peak.device_used.bytes))
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=ranks)
 
 
-def _spread_over_versions(job: TrainingJob, rules: Rules) -> tuple[int, int]:
+def _spread_over_versions(job: TrainingJob, rules: Rules, walked: Timeline) -> tuple[int, int]:
     """How much less and more the first stage would reserve under the other known versions."""
     first = stages(job)[0]
     plans: list[StepPlan] = []
@@ -50,7 +51,8 @@ def _spread_over_versions(job: TrainingJob, rules: Rules) -> tuple[int, int]:
             plans.append(plan)
     own_plan = plan_of(job, rules, first, 1)
     peaks = [_walked(job, plan).allocator.peak_reserved for plan in plans if plan != own_plan]
-    own = _walked(job, own_plan).allocator.peak_reserved
+    alone = job.parallel.pipeline_parallel_size == 1  # then the first stage was walked with one pass, as here
+    own = (walked if alone else _walked(job, own_plan)).allocator.peak_reserved
     return max(0, own - min((*peaks, own))), max(0, max((*peaks, own)) - own)
 
 
@@ -112,12 +114,11 @@ def _in_flight(job: TrainingJob, index: int) -> int:
     return max(1, min(passes, job.grad_accum))
 
 
-def _ranks(job: TrainingJob, rules: Rules, doubt: Doubt) -> list[TrainingRank]:
+def _ranks(job: TrainingJob, rules: Rules, walks: list[Timeline], doubt: Doubt) -> list[TrainingRank]:
     pipeline = job.parallel.pipeline_parallel_size
     per_stage = job.machine.num_gpus // pipeline
     found = []
-    for index, stage in enumerate(stages(job)):
-        timeline = _walked(job, plan_of(job, rules, stage, _in_flight(job, index)))
+    for index, timeline in enumerate(walks):
         found.append(
             rank_of(
                 timeline,
