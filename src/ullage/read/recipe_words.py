@@ -156,7 +156,8 @@ def _with_deepspeed(job: TrainingJob, config: Any, path: Path) -> TrainingJob:
 
     if config is None:
         return job
-    job = replace(job, engine="deepspeed")
+    if job.base_quantization is None:
+        job = replace(job, engine="deepspeed")  # a quantised base is spread by the Trainer's own rules
     if isinstance(config, dict):
         return with_deepspeed_values(job, config, where=f"{path}: deepspeed")
     if not isinstance(config, str) or "\0" in config:

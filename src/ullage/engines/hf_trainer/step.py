@@ -8,16 +8,14 @@ from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines import training
-from ullage.engines.hf_trainer import adapted, experts, fsdp, offload
+from ullage.engines.hf_trainer import adapted, experts, fsdp, offload, zero
 from ullage.engines.hf_trainer.defaults import Recipe, resolve, unprepared
 from ullage.engines.hf_trainer.layers import Pass, forward_pass, micro_batch, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
 from ullage.engines.hf_trainer.policy import loss_of, outside_graph
 from ullage.engines.hf_trainer.states import States, states
 from ullage.engines.training import TrainingRank, TrainingStep
-from ullage.errors import InputError
 from ullage.frozen import Frozen
-from ullage.i18n import _
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob, is_headless
 from ullage.units import MiB, dtype_bytes
@@ -77,16 +75,19 @@ def _under_deepspeed(job: TrainingJob) -> TrainingStep:
     """Return the step under ZeRO: DeepSpeed's engine owns weights, gradients and states.
 
     Raises:
-        InputError: a quantised base, which the rules of that engine do not shard.
+        InputError: a quantised base that stage 3 cannot spread.
     """
     if job.base_quantization is not None:
-        raise InputError(_("a quantised base under ZeRO is not followed"))
+        return step(zero.as_followed(job))
     return training.step(replace(job, engine="deepspeed"))
 
 
 def _held(job: TrainingJob, recipe: Recipe) -> States:
     """Return what stays on one rank."""
     found = states(job, recipe)
+    if zero.stage_of(job) in (1, 2):
+        shared = fsdp.shard(found.optimizer, job.parallel.data_parallel_size)
+        return replace(found, optimizer=shared, buckets=zero.bucket_term(job))
     if not fsdp.is_sharded(job):
         return found
     ranks = fsdp.num_shards(job)
@@ -154,8 +155,15 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
         _shortened(walk, _loss_term(walk, peak)),
         *_casts(walk),
         *_last_outputs(walk),
-        *fsdp.gathered_terms(walk.job, trained=walk.recipe.implementation.trained, backward=False),
+        *_gathered(walk, backward=False),
     )
+
+
+def _gathered(walk: Walk, *, backward: bool) -> tuple[Term, ...]:
+    """Return the parameters that stand whole while a part of the model runs."""
+    if zero.stage_of(walk.job) == 3:
+        return (zero.live_term(walk.job),)
+    return fsdp.gathered_terms(walk.job, trained=walk.recipe.implementation.trained, backward=backward)
 
 
 def _loss_term(walk: Walk, peak: int) -> Term:
@@ -231,7 +239,8 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
     checkpoints and gradients of the layers' inputs stay until the end.
     """
     trained, passes = walk.recipe.implementation.trained, (walk.one_pass, walk.low_pass)
-    holds = not trained and walk.job.recompute.kind == "full" and walk.recipe.reentrant
+    hooked = not zero.stage_of(walk.job)  # FSDP's hooks hold the inputs of frozen units
+    holds = hooked and not trained and walk.job.recompute.kind == "full" and walk.recipe.reentrant
     num_layers = len(walk.one_pass.layers)
     layer = 0 if holds else num_layers - 1
     held = (fsdp.input_gradients(num_layers, walk.one_pass.stream_bytes),) if holds else ()
@@ -240,7 +249,7 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
         _near("kept_activations", *(each.kept_bytes for each in passes)),
         _near("layer_backward", *(each.layers[layer].working_bytes for each in passes), formula=f"layer {layer}"),
         *held,
-        *fsdp.gathered_terms(walk.job, trained=trained, backward=True),
+        *_gathered(walk, backward=True),
     )
 
 
