@@ -43,9 +43,12 @@ def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
 
     Formula: plain (2+4)*T*V/t: logits in the compute format stay with the caller while their fp32 copy becomes the
         softmax in place; backward holds the softmax and its 16-bit cast, as much. Transformer Engine's works in place:
-        2*T*V/t, and as much for a gradient that the framework scales. The native fusion is compiled, and a compiled
-        in-place update writes a second fp32 copy: (2+4+4)*T*V/t.
-    Source: PLAIN, NATIVE and TE as named on the term. Known error: compiled, one fp32 copy more or less.
+        2*T*V/t, and as much for a gradient that the framework scales. The native fusion is compiled: forward works in
+        place as the plain one; the backward's indexed update makes a copy of the softmax, and beside both stands the
+        16-bit gradient: (4+4+2)*T*V/t. Before PyTorch 2.6 the first call clones what a kernel writes in place, to
+        try its configurations: 4*T*V/t more until a later start finds them on disk.
+    Source: PLAIN, NATIVE and TE as named on the term; torch@2.13.0:torch/_inductor/runtime/triton_heuristics.py:
+        CachingAutotuner.copy_args_to_cpu_if_needed. Known error: compiled, one fp32 copy more or less.
     """
     elements = logits_elements(job, sizes)
     width = tensor_bytes(1, job.precision.compute)
@@ -66,7 +69,7 @@ def loss_peak(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
             peak,
             low=peak - 4 * elements if settings.flags.get("native") == "true" else width * elements,
             high=peak + 4 * elements,
-            formula="(2+4+4)*T*V/t",
+            formula="(4+4+2)*T*V/t",
             source=NATIVE,
         )
     return exact("logits_and_loss", peak, formula=f"({width}+4)*T*V/t", source=PLAIN)
