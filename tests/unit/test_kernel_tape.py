@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ullage.account.kernels.device import Device
 from ullage.account.kernels.megatron_moe import Sizes
 from ullage.account.kernels.needs import needs_of
 from ullage.account.kernels.tape import Tape, Tensor, block_bytes
+from ullage.errors import UllageError
 from ullage.records.compare import NotComparableError
 from ullage.records.kernels import SCRIPTS, predict
 from ullage.records.schema import read_record
@@ -262,3 +264,14 @@ def test_a_layer_of_experts_as_published() -> None:
         "here",
     )
     assert predict(record).figures["max_allocated"].value == pytest.approx(2890295808, rel=0.02)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 10**6, 10**12, "x", None, True, 1.5, [1]])
+@pytest.mark.parametrize("record", PUBLISHED[::3], ids=lambda record: str(record.job["kernel"]))
+def test_nonsense_is_one_sentence_and_takes_no_time(record: Any, value: Any) -> None:
+    for key in record.job["params"]:
+        job = dict(record.job) | {"params": dict(record.job["params"]) | {key: value}}
+        try:
+            predict(replace(record, job=job))
+        except UllageError as error:
+            assert str(error)

@@ -29,7 +29,7 @@ def experts_in_a_loop(
     Known error: routing is taken as balanced.
     """
     _tokens, num_experts, hidden, inner = sizes
-    rows = routing.num_elements // num_experts
+    rows = max(1, routing.num_elements // num_experts)
     made = t.empty(x.num_elements, x.width)
     mask = t.empty(routing.num_elements * num_experts, 8)
     index: Tensor | None = None

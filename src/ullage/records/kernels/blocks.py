@@ -24,7 +24,7 @@ def gated(case: Case, t: Tape) -> Trial:
     weights = ffn.Weights(gate=gate, up=up, down=down)
     beside = [t.empty(case.workspace, 1), t.empty(case.workspace, 1)]
     if case.provider.endswith("_tiled"):
-        slices = case.size("num_shards")
+        slices = case.parts("num_shards")
         return Trial(lambda: ffn.in_slices(t, x, weights, rows, slices, fused=case.liger), beside=beside)
     return Trial(lambda: ffn.gated(t, x, weights, rows, fused=case.liger), beside=beside)
 
@@ -40,7 +40,7 @@ def megatron_swiglu(case: Case, t: Tape) -> Trial:
 def fused_moe(case: Case, t: Tape) -> Trial:
     """Routed experts; their weights are leaves times a number. The loop, run in the same process, uses cuBLAS."""
     rows, hidden, inner, width = case.tokens, case.size("hidden"), case.size("intermediate"), case.width()
-    num_experts, top_k = case.size("num_experts"), case.size("topk")
+    num_experts, top_k = case.parts("num_experts"), case.size("topk")
     x = t.leaf(rows * hidden, width)
     gate_up = ops.scale(t, t.leaf(num_experts * 2 * inner * hidden, width))
     down = ops.scale(t, t.leaf(num_experts * inner * hidden, width))
@@ -86,6 +86,8 @@ def moe_layer(case: Case, t: Tape) -> Trial:
     tokens, hidden, inner = case.tokens, case.size("hidden"), case.size("moe_intermediate")
     ranks = case.size("ep")
     local = case.size("num_experts") // ranks
+    if not 0 < case.size("topk") <= (case.optional("router_group_topk") or ranks) * local:
+        raise NotComparableError(_("{key} is too large").format(key="topk"))
     sizes = megatron_moe.Sizes(
         num_tokens=tokens,
         hidden_size=hidden,
@@ -93,7 +95,7 @@ def moe_layer(case: Case, t: Tape) -> Trial:
         num_local_experts=local,
         top_k=case.size("topk"),
         num_ranks=ranks,
-        num_groups=int(case.params.get("router_group_topk") or 0),
+        num_groups=case.optional("router_group_topk"),
     )
     x = t.leaf(tokens * hidden, 2)
     fc1, fc2 = t.leaf(local * hidden * inner, 2), t.leaf(local * hidden * inner, 2)

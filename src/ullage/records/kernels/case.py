@@ -34,6 +34,8 @@ VOCABULARIES = {
     "deepseek_v2_lite": 102400,
     "deepseek_v3": 129280,
 }
+#: Largest size, and most parts of one, that a script is run with: beyond them a record is a mistake.
+MOST_VALUES, MOST_PARTS = 1 << 40, 4096
 #: From this version on the scripts make the gradient anew for every iteration and keep the graph; the loss's gradient
 #: is not 1. Source: liger-kernel@0.8.0:benchmark/scripts/utils.py:run_memory_benchmark.
 SHARED_SCRIPTS = (0, 8)
@@ -78,7 +80,20 @@ class Case:
         found = words.integer(self.params, key, self.record.where)
         if not found:
             raise NotComparableError(_("{key} is not given").format(key=key))
+        if found > MOST_VALUES:
+            raise NotComparableError(_("{key} is too large").format(key=key))
         return int(found)
+
+    def optional(self, key: str) -> int:
+        """Return a size, 0 where it is not given."""
+        return self.size(key) if self.params.get(key) else 0
+
+    def parts(self, key: str, count: int | None = None) -> int:
+        """Return how many parts a script runs through one after another."""
+        found = self.size(key) if count is None else count
+        if found > MOST_PARTS:
+            raise NotComparableError(_("{key} is too large").format(key=key))
+        return found
 
     def width(self, default: str = "bf16") -> int:
         """Return the bytes of a value."""
@@ -189,6 +204,7 @@ def peak_bytes(tape: Tape, trial: Trial, mode: str) -> int:
     if mode == "backward":
         outputs = trial.outputs()
         grads = trial.given or trial.gradients(tape, outputs)
+        trial.retain_graph = True
         for _index in range(ITERATIONS):
             tape.memory.reset()
             trial.differentiate(tape, outputs, grads)

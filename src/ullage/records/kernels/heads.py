@@ -33,6 +33,7 @@ def _module_count(case: Case) -> int:
 def cross_entropy(case: Case, t: Tape) -> Trial:
     """A head and labels."""
     rows, vocab, hidden, width = case.tokens, case.vocab, case.size("hidden"), case.width()
+    case.parts("vocab", vocab // hidden)
     x = t.leaf(rows * hidden, width)
     weights = [t.leaf(hidden * vocab, width) for _each in range(_module_count(case))]
     beside = [*_workspaces(case, t), *weights, t.empty(rows, 8)]
@@ -52,6 +53,7 @@ def cross_entropy(case: Case, t: Tape) -> Trial:
 def jsd(case: Case, t: Tape) -> Trial:
     """A student's and a teacher's head, both trained; the scripts share their weights between providers."""
     rows, vocab, hidden, width = case.tokens, case.vocab, case.size("hidden"), case.width()
+    case.parts("vocab", vocab // hidden)
     student = (t.leaf(rows * hidden, width), t.leaf(hidden * vocab, width))
     teacher = (t.empty(rows * hidden, width), t.leaf(hidden * vocab, width))
     beside = _workspaces(case, t)[: 1 if case.version < (0, 4) and case.liger else 2]
@@ -72,7 +74,7 @@ def preference(case: Case, t: Tape) -> Trial:
     head, the gradient it sums, and the input, its gradient, the chunk's input and gradient and the joined gradient of
     one pair. Source: torch@2.5.1:torch/_dynamo (a compiled closure keeps its cells).
     """
-    batch, seq = case.size("batch"), case.size("seq")
+    batch, seq = case.parts("batch"), case.size("seq")
     rows, vocab, hidden, width = batch * seq, case.vocab, case.size("hidden"), case.width()
     x = t.leaf(rows * hidden, width)
     weights = [t.leaf(hidden * vocab, width) for _each in range(_module_count(case))]
@@ -96,7 +98,7 @@ def preference(case: Case, t: Tape) -> Trial:
 
 def policy(case: Case, t: Tape) -> Trial:
     """GRPO and GSPO: sequences, and a reference model's head."""
-    batch, seq = case.size("batch"), case.size("seq")
+    batch, seq = case.parts("batch"), case.size("seq")
     rows, vocab, hidden, width = batch * seq, case.vocab, case.size("hidden"), case.width()
     x, reference_x = t.leaf(rows * hidden, width), t.empty(rows * hidden, width)
     modules = [(t.leaf(hidden * vocab, width), t.leaf(hidden * vocab, width)) for _each in range(_module_count(case))]
@@ -120,6 +122,7 @@ def distillation(case: Case, t: Tape) -> Trial:
         raise NotComparableError(_("measured before the kernel was released: its code is not known"))
     rows, vocab, hidden, width = case.tokens, case.vocab, case.size("hidden"), case.width()
     half = hidden // 2
+    case.parts("tokens", rows // DISTILLATION_CHUNK)
     copies = [t.empty(rows * half, width) for _each in range(2)]
     student = (t.leaf(rows * half, width), t.leaf(half * vocab, width))
     teacher = (t.empty(rows * hidden, width), t.leaf(hidden * vocab, width))

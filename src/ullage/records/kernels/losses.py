@@ -65,7 +65,7 @@ def tvd(case: Case, t: Tape) -> Trial:
 def megatron_cross_entropy(case: Case, t: Tape) -> Trial:
     """Logits of one rank in 16 bits; the loss is summed, the gradient dropped before every iteration."""
     rows = case.size("seq") * case.size("batch")
-    logits = t.leaf(rows * (case.vocab // (case.params.get("tp") or 1)), 2)
+    logits = t.leaf(rows * (case.vocab // (case.optional("tp") or 1)), 2)
     kinds = {"liger": "liger", "megatron-fused": "fused", "megatron-unfused": "unfused"}
     if case.provider not in kinds:
         raise case.not_counted()
