@@ -224,3 +224,40 @@ def test_reserved_and_device_hold_what_is_allocated() -> None:
         assert ledger.device_used.bytes <= parse_machine("1xA100-80GB-SXM").gpu.total_bytes
     expandable = lora_job(alloc_conf="expandable_segments:True")
     assert moment(expandable, "loss").reserved_overhead.high_bytes < moment(lora_job(), "loss").reserved_overhead.bytes
+
+
+@pytest.mark.parametrize("engine", ["hf_trainer", "fsdp2", "deepspeed"])
+def test_recurrent_layers_are_said_to_run_by_their_packages(engine: str) -> None:
+    parallel = TrainingParallel(data_parallel_size=8, fsdp="full_shard" if engine == "fsdp2" else None)
+    hybrid = model("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    job = full_job(model=hybrid, engine=engine, parallel=parallel, machine=parse_machine("8xH200"), loss="plain")
+    job = replace(job, engine_version="", seq_len=512)
+    answer = step(job)
+    assert sum("flash-linear-attention" in sentence for sentence in answer.job.assumed) == 1
+    asked = replace(job, flags=(("recurrent_kernels", "packages"),))
+    assert not any("flash-linear-attention" in sentence for sentence in step(asked).job.assumed)
+    plain = step(full_job(engine_version="", seq_len=512))
+    assert not any("flash-linear-attention" in sentence for sentence in plain.job.assumed)
+
+
+def test_recurrent_layers_without_kernels_need_more() -> None:
+    hybrid = model("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    one = full_job(model=hybrid, seq_len=1024, micro_batch_size=1, recompute=Recompute(kind="none"))
+    torch_only = replace(one, flags=(("recurrent_kernels", "torch"),))
+    kept = [moment(job, "loss").find("kept_activations") for job in (one, torch_only)]
+    assert kept[0] is not None and kept[1] is not None
+    more_per_token = 250_496  # of one layer: 353,600 in PyTorch alone, 103,104 by the packages
+    assert kept[1].bytes - kept[0].bytes == 36 * 1024 * more_per_token
+
+
+def test_a_compiled_model_needs_less_and_says_so() -> None:
+    eager = full_job(recompute=Recompute(kind="none"), micro_batch_size=1)
+    compiled = replace(eager, compile=True)
+    kept = [moment(job, "loss").find("kept_activations") for job in (eager, compiled)]
+    losses = [moment(job, "loss").find("loss") for job in (eager, compiled)]
+    assert all(kept) and all(losses)
+    assert kept[1].bytes < 0.75 * kept[0].bytes and losses[1].bytes < 0.5 * losses[0].bytes  # type: ignore[union-attr]
+    assert any("partitioner" in sentence for sentence in step(compiled).job.assumed)
+    quantised = lora_job(compile=True, base_quantization="nf4", method="qlora")
+    assert peak(quantised) == peak(replace(quantised, compile=False))
+    assert any("as if eager" in sentence for sentence in step(quantised).job.assumed)

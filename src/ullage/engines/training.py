@@ -8,7 +8,7 @@ the peak of the job is the largest of its ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 from ullage.engines.follows import check_followed
@@ -96,4 +96,15 @@ def step(job: TrainingJob) -> TrainingStep:
             raise
         raise InputError(_("no rules are written for the engine {engine!r} yet").format(engine=job.engine)) from None
     walk: Callable[[TrainingJob], TrainingStep] = module.step
-    return walk(job)
+    return walk(_said(job))
+
+
+def _said(job: TrainingJob) -> TrainingJob:
+    """Return the job with what the tables of recurrent layers take for granted, where it has such layers."""
+    from ullage.account.activations.recurrent import RECURRENT
+
+    sentence = _("recurrent layers run by flash-linear-attention, mamba-ssm and causal-conv1d")
+    recurrent = any(isinstance(mixer, RECURRENT) for layer in job.model.layers for mixer in layer.mixers)
+    if not recurrent or sentence in job.assumed or "recurrent_kernels" in dict(job.flags):
+        return job
+    return replace(job, assumed=(*job.assumed, sentence))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Literal
 
 from ullage.account.activations.logits import LossRecipe
-from ullage.account.activations.recurrent import RECURRENT
 from ullage.account.activations.saved import Implementation
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.rule import AdapterPrecision
@@ -172,15 +171,8 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Recipe]:
         if not compiles(job):
             sentence = _("torch.compile: counted as if eager, because a quantised base breaks its graphs")
         assumed.append(sentence)
-    if "recurrent_kernels" not in dict(job.flags) and has_recurrent(job):
-        assumed.append(_("recurrent layers run by flash-linear-attention, mamba-ssm and causal-conv1d"))
     filled = replace(job, attention=attention, loss=loss, optimizer_impl=impl, assumed=tuple(assumed))
     return filled, replace(_recipe(filled, version), impl_assumed=job.optimizer_impl is None)
-
-
-def has_recurrent(job: TrainingJob) -> bool:
-    """Return whether a layer has a delta rule, a state space or a short convolution."""
-    return any(isinstance(mixer, RECURRENT) for layer in job.model.layers for mixer in layer.mixers)
 
 
 def refuse(job: TrainingJob) -> None:
