@@ -59,6 +59,9 @@ def as_run(job: TrainingJob) -> TrainingJob:
         lora = replace(lora, options=(*lora.options, ("factored", int(_peft_version(job) >= FACTORED_OSF))))
     if lora is not None and lora.kind == "lora" and rule_name(job.optimizer) == "lora_fa":
         lora = replace(lora, options=(*lora.options, ("frozen", "a")))
+    if lora is not None and lora.kind != "lora" and not lora.targets and rule_of(lora.kind).targets:
+        lora = replace(lora, targets=rule_of(lora.kind).targets)
+        said.append(_("adapted modules: {names}, PEFT's choice").format(names=", ".join(lora.targets)))
     prompt = prompt_tokens(job)
     if prompt:
         said.append(_("{count} virtual tokens before every sequence").format(count=prompt))
