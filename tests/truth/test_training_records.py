@@ -43,6 +43,11 @@ TARGETS = [
     ("training.jsonl", "litgpt-config-hub", "max_allocated", 0.03, 0.6, 32),  # rows for four cards repeat one card's
     ("training.jsonl", "fsdp_qlora", "max_reserved", 0.05, 0.9, 15),
     ("training.jsonl", "torchtitan-benchmarks", "max_reserved", 0.03, 0.9, 14),
+    ("training.jsonl", "ms-swift-examples", "device_used", 0.08, 0.85, 21),  # dpo and reward models among them
+    ("training.jsonl", "deepspeed-chat-logs", "max_allocated", 0.05, 0.9, 2),
+    ("training.jsonl", "deepspeed-chat-logs", "allocated_after_step", 0.05, 0.5, 2),
+    ("training.jsonl", "deepspeed-examples", "allocated_after_step", 0.02, 0.9, 2),
+    ("training.jsonl", "deepspeed-examples", "max_allocated", 0.08, 0.6, 3),
     ("kernels.jsonl", "liger-kernel-bench", "max_allocated", 0.02, 0.9, 400),
 ]
 
