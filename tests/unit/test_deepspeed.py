@@ -159,3 +159,36 @@ def test_a_bad_configuration_is_one_sentence(text: str, tmp_path: Path) -> None:
 def test_native_text_that_is_no_json_is_refused() -> None:
     with pytest.raises(InputError):
         step(job(native="{not json"))
+
+
+def chat(version: str) -> TrainingJob:
+    """OPT 350M as DeepSpeed-Chat trains it, at the libraries of a date."""
+    found = catalog.find("facebook/opt-350m")
+    assert found is not None
+    return TrainingJob(
+        model=catalog.load_entry(found),
+        machine=parse_machine("8xA100-80GB"),
+        engine="deepspeed",
+        engine_version=version,
+        parallel=TrainingParallel(data_parallel_size=8, zero_stage=2),
+        precision=Precision(compute="float16", params="float16", grads="float16", master="float32"),
+        micro_batch_size=8,
+        seq_len=512,
+    )
+
+
+def test_attention_was_written_out_before_transformers_had_sdpa() -> None:
+    old, new = (step(chat(f"DeepSpeed {date}")).ranks[0] for date in ("2023-04-18", "2025-01-01"))
+    scores = 8 * 16 * 512 * 512 * 24
+    more = max(one.allocated.bytes for one in old.moments) - max(one.allocated.bytes for one in new.moments)
+    logits = 8 * 512 * 50272 * 6  # OPT's loss stays in 16 bits then
+    # fp32 softmax, its cast, and what torch.max keeps; not SDPA's output and keys repeated
+    assert scores * (4 + 2 + 1) < more + logits < scores * (4 + 2 + 2)
+
+
+def test_a_loop_of_its_own_holds_the_last_logits() -> None:
+    script, trainer = (
+        step(chat(version)).ranks[0] for version in ("DeepSpeed-Chat 2023-04-18", "DeepSpeed 2023-04-18")
+    )
+    held = script.after_step.allocated.bytes - trainer.after_step.allocated.bytes
+    assert held == pytest.approx(8 * 512 * 50272 * 2, rel=0.01)

@@ -469,3 +469,20 @@ def test_every_registered_reader_exists() -> None:
 )
 def test_rotation_by_sections_is_told_from_the_plain_one(name: str, sections: bool) -> None:
     assert read_config(need_shared("configs", name + ".json"), assume=True).rotary_sections is sections
+
+
+def test_gpt2_is_read_under_the_usual_names_too():
+    own = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 128, "vocab_size": 1000}
+    usual = {
+        "model_type": "gpt2",
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 128,
+        "intermediate_size": 1024,
+        "vocab_size": 1000,
+    }
+    first, second = (read_config_object(config, where="config.json", name="small") for config in (own, usual))
+    assert first == second
+    with pytest.raises(UnknownArchitectureError):  # n_inner alone is the width
+        read_config_object({**usual, "intermediate_size": 1000}, where="config.json", name="small")

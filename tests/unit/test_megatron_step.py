@@ -8,6 +8,7 @@ from ullage.engines import megatron
 from ullage.engines.megatron import layout, schedule
 from ullage.engines.megatron.blocks import placed_bytes
 from ullage.engines.megatron.defaults import cublas_workspace, resolve
+from ullage.engines.megatron.outside import communicator_bytes, communicators
 from ullage.engines.megatron.params import RankTensor, buffer_elements
 from ullage.errors import InputError, LayoutError
 from ullage.read.machine import parse_machine
@@ -302,3 +303,24 @@ def test_head_backward_is_the_peak_where_the_loss_works_in_place():
     head = next(m for m in rank.moments if m.moment == "head backward")
     assert term(head, "head_backward") == 2 * (4096 * 50304 + 50304 * 512 + 4096 * 512)
     assert rank.peak.moment == "head backward"
+
+
+def test_every_group_of_ranks_that_talks_is_a_communicator():
+    spread = {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2, "use-distributed-optimizer": True}
+    ampere = job(spread)
+    assert sorted(communicators(ampere)) == [1, 2, 2, 2, 2, 2, 4, 8, 8]  # context 1; ends of the tied pipeline 2
+    used = sum(communicator_bytes(size, ampere) for size in communicators(ampere))
+    assert used == (5 * 544 + 3 * 688) * MiB
+    hopper = job(spread, machine="8xH100")
+    assert communicator_bytes(8, hopper) == (688 + 8 * 32) * MiB
+    outside = only_stage(megatron.step(ampere)).peak.outside
+    assert {term.name: term.bytes for term in outside.children}["nccl"] == used
+
+
+def test_one_gpu_has_no_communicator():
+    (rank,) = megatron.step(job(machine="1xA100-80GB-SXM")).ranks
+    assert [term.name for term in rank.peak.outside.children] == ["context"]
+
+
+def only_stage(step):
+    return step.ranks[0]
