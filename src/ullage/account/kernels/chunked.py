@@ -89,41 +89,45 @@ def liger_jensen_shannon_head(
 
     Formula: loss of every value 4n + gradients of head and input + of one chunk (c rows): six to seven fp32 tensors
         of its logits 4cV, the product for the head's gradient.
-    Source: liger-kernel@0.8.0:ops/fused_linear_jsd.py:fused_linear_jsd_forward.
+    Source: liger-kernel@0.3.1, @0.8.0:ops/fused_linear_jsd.py:fused_linear_jsd_forward.
     """
     x, weight = student
-    width = ops.WIDE if wide else x.width
     hidden = x.num_elements // num_rows
     chunk = liger_chunk(num_rows, vocab_size, hidden)
     head_grad = t.empty(weight.num_elements, weight.width)
     input_grad = t.empty(x.num_elements, x.width)
     values = t.empty(num_rows * vocab_size, ops.WIDE)
-    logits: Tensor | None = None
-    teacher_logits: Tensor | None = None
-    own: Tensor | None = None
-    other: Tensor | None = None
+    held: dict[str, Tensor] = {}
     for start in range(0, num_rows, chunk):
-        size = min(chunk, num_rows - start) * vocab_size
-        logits = _product(t, size, x.width, width)
-        teacher_logits = _product(t, size, x.width, width)
-        logits = t.empty(size, width)
-        teacher_logits = t.empty(size, width)
-        own = t.empty(size, width)
-        other = t.empty(size, width)
-        probabilities = t.empty(size, width)
-        product = t.empty(size, width)
-        del probabilities
-        difference = t.empty(size, width)
-        del product
-        logits = t.empty(size, width)
-        del difference
-        if wide:
-            logits = t.empty(size, x.width)
-        t.brief(min(chunk, num_rows - start) * hidden * int(x.width))
+        rows = min(chunk, num_rows - start)
+        _divergence_chunk(t, held, rows * vocab_size, x.width, wide=wide)
+        t.brief(int(rows * hidden * x.width))
         t.brief(weight.num_bytes if wide else 0)
     made = t.empty(1, ops.WIDE)
-    del values, logits, teacher_logits, own, other
+    del values, held
     return t.record([x, weight], made, [input_grad, head_grad], made_before(scaled=False))
+
+
+def _divergence_chunk(t: Tape, held: dict[str, Tensor], size: int, narrow: float, *, wide: bool) -> None:
+    """One chunk of ``size`` logits; ``held``: what variables hold, of the chunk before until they are set again.
+
+    Logits of both models, their log-softmax (the first becomes the gradient), softmax, its product, the difference,
+    and the logits' gradient: each variable lets go of its old tensor once the new one is there.
+    """
+    width = ops.WIDE if wide else narrow
+    for name in ("logits", "teacher"):
+        held[name] = _product(t, size, narrow, width)
+    for name in ("logits", "teacher", "own", "other"):
+        held[name] = t.empty(size, width)
+    probabilities = t.empty(size, width)
+    product = t.empty(size, width)
+    del probabilities
+    difference = t.empty(size, width)
+    del product
+    held["logits"] = t.empty(size, width)
+    del difference
+    if wide:
+        held["logits"] = t.empty(size, narrow)
 
 
 def _product(t: Tape, size: int, width: float, made_width: float) -> Tensor:
