@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 import titan_net
+import torch
 
 from ullage.engines.torchtitan import step
 from ullage.read.machine import parse_machine
@@ -33,12 +34,12 @@ CONFIG = {
 }
 
 
-def closed_form(path, *, data, tensor, micro_batch, tokens, recompute):
+def closed_form(path, *, data, tensor, micro_batch, tokens, recompute, split_root):
     job = TrainingJob(
         model=load_model(path),
         machine=parse_machine("8xH100"),
         engine="torchtitan",
-        engine_version="2024-12-26",
+        engine_version="2025-12-20" if split_root else "2024-12-26",
         parallel=TrainingParallel(data_parallel_size=data, tensor_parallel_size=tensor, fsdp="full_shard"),
         precision=Precision(params="float32", grads="float32", moments="float32"),
         micro_batch_size=micro_batch,
@@ -65,21 +66,53 @@ def traced_moments(found):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "micro_batch", "recompute", "forward"),
+    ("tensor", "micro_batch", "recompute", "split_root", "forward"),
     [
-        (1, 2, "none", 0.001),
-        (4, 2, "none", 0.001),
-        (4, 2, "full", 0.02),
-        (4, 2, "selective", 0.02),
-        (4, 1, "none", 0.001),
+        (1, 2, "none", False, 0.001),
+        (4, 2, "none", False, 0.001),
+        (4, 2, "full", False, 0.02),
+        (4, 1, "none", False, 0.001),
+        (1, 2, "none", True, 0.03),
+        (4, 2, "none", True, 0.001),
+        (4, 2, "selective", True, 0.02),
+        (4, 1, "none", True, 0.01),
     ],
 )
-def test_moments_agree(tmp_path, tensor, micro_batch, recompute, forward):
+def test_moments_agree(tmp_path, tensor, micro_batch, recompute, split_root, forward):
     """The peak, in the loss's backward, to a thousandth; forward passes under checkpoints hold a little more."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     options = {"data": 2, "tensor": tensor, "micro_batch": micro_batch, "tokens": 1024, "recompute": recompute}
+    options["split_root"] = split_root
     closed = closed_form(str(path), **options)
     found = traced_moments(trace(titan_net.program(CONFIG, **options), world=2 * tensor).trace)
     assert closed["backward"] == pytest.approx(found["backward"] - WORKSPACE, rel=0.001)
     assert closed["forward"] == pytest.approx(found["forward"] - WORKSPACE, rel=forward)
+
+
+def test_the_norm_runs_as_one_kernel():
+    """PyTorch's RMS norm keeps its input and one number per row; weights of another dtype have it written out."""
+
+    def made(dtype):
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=torch.bfloat16), torch.nn.RMSNorm(64, dtype=dtype))
+        return lambda: {
+            "module": net,
+            "inputs": torch.ones(8, 64, dtype=torch.bfloat16),
+            "loss": lambda out: out.sin().sum(),
+        }
+
+    options = {"engine": "plain", "optimizer": "none", "steps": 1}
+    found = trace(made(torch.bfloat16), **options).trace
+    taken = [
+        (found.places[one.place].phase, one.shape, one.dtype, one.category)
+        for one in found.allocations
+        if found.places[one.place].module == "1"
+    ]
+    assert taken == [
+        ("forward", (8, 64), "bfloat16", "activation"),
+        ("forward", (8, 1), "float32", "activation"),
+        ("backward", (8, 64), "bfloat16", "temporary"),
+        ("backward", (64,), "bfloat16", "gradient"),
+    ]
+    wide = trace(made(torch.float32), **options).trace
+    assert len([one for one in wide.allocations if wide.places[one.place].module == "1"]) > len(taken)

@@ -80,12 +80,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, norm):
         super().__init__()
         size = config["hidden_size"]
         self.attention = Attention(size, config["num_attention_heads"], config["num_key_value_heads"])
         self.feed_forward = FeedForward(size, config["intermediate_size"])
-        self.attention_norm, self.ffn_norm = Norm(size), Norm(size)
+        self.attention_norm, self.ffn_norm = norm(size), norm(size)
 
     def forward(self, x, table):
         h = x + self.attention(self.attention_norm(x), table)
@@ -93,14 +93,14 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, config, tokens):
+    def __init__(self, config, tokens, norm):
         super().__init__()
         size, rows = config["hidden_size"], config["vocab_size"]
         self.tok_embeddings = nn.Embedding(rows, size)
         width = size // config["num_attention_heads"]
         self.register_buffer("table", torch.empty(tokens, width // 2, dtype=torch.complex64))
-        self.layers = nn.ModuleList(Block(config) for _each in range(config["num_hidden_layers"]))
-        self.norm = Norm(size)
+        self.layers = nn.ModuleList(Block(config, norm) for _each in range(config["num_hidden_layers"]))
+        self.norm = norm(size)
         self.output = nn.Linear(size, rows, bias=False)
 
     def forward(self, tokens):
@@ -167,11 +167,11 @@ def shard(net, mesh, split_root):
 
 
 def program(config, *, data, tensor, micro_batch, tokens, recompute, split_root=False):
-    """Return a function to be traced."""
+    """Return a function to be traced; ``split_root``: as of 2025-12, with PyTorch's own norm."""
 
     def made():
         mesh = dist.init_device_mesh("cuda", (data, tensor), mesh_dim_names=("dp", "tp"))
-        net = Net(config, tokens)
+        net = Net(config, tokens, nn.RMSNorm if split_root else Norm)
         if tensor > 1:
             split(net, mesh["tp"])
         if recompute != "none":

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ullage.trace.attention import attention
+from ullage.trace.norms import rms_norm
 from ullage.trace.temporaries import Kernels
 
 CUDA_NAMES = ("cuda",)
@@ -119,6 +120,7 @@ WIDEST = frozenset(
 _WITH_DTYPE = frozenset(["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"])
 #: The kernel's own name for it, before anything stands in for it.
 _ATTENTION = functional.scaled_dot_product_attention
+_RMS_NORMS = (functional.rms_norm, torch.rms_norm)
 
 
 class CudaFunctions(TorchFunctionMode):
@@ -140,6 +142,8 @@ class CudaFunctions(TorchFunctionMode):
             return self.attend(*args, **kwargs)
         if func is functional.dropout:
             return dropout(*args, **kwargs)
+        if func in _RMS_NORMS:
+            return rms_norm(func, *args, **kwargs)
         if func is torch.Tensor.cuda:
             return args[0].to("meta")
         return func(*args, **kwargs)
