@@ -9,8 +9,10 @@ import pytest
 from ullage.catalog import models as catalog
 from ullage.engines.torchtune.defaults import rules_of
 from ullage.engines.training import step
+from ullage.errors import InputError
 from ullage.read.machine import parse_machine
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.units import GiB
 
 
 def job(**changes: object) -> TrainingJob:
@@ -71,6 +73,41 @@ def test_a_paged_optimizer_steps_in_the_backward_pass_and_leaves_no_states() -> 
     floor = 8_030_261_248 * 2 + 32 * 4096 * 4096 * 2 + logits + 2 * table
     assert rank.peak.allocated.bytes == pytest.approx(floor, rel=0.02), "two gradients of the head, one of the logits"
     assert any("paged" in sentence for sentence in paged.job.assumed)
+
+
+def test_offloaded_activations_leave_the_inputs_of_five_blocks() -> None:
+    full = Recompute(kind="full")
+    plain, away = (step(job(compile=True, recompute=full, offload=sent)) for sent in ((), (("activations", "cpu"),)))
+    ledgers = [next(one for one in answer.ranks[0].moments if one.moment == "loss") for answer in (plain, away)]
+    hidden = 4096 * 4096 * 2
+    assert ledgers[0].allocated.bytes - ledgers[1].allocated.bytes == 27 * hidden
+    assert away.ranks[0].host_bytes == 27 * hidden and plain.ranks[0].host_bytes == 0
+    with pytest.raises(InputError, match="checkpointing"):
+        step(job(recompute=Recompute(), offload=(("activations", "cpu"),)))
+
+
+def test_states_of_eight_bits_are_a_byte_a_moment_and_their_scales() -> None:
+    rank = step(job(method="full", lora=None, optimizer="adamw_8bit", recompute=Recompute(kind="full"))).ranks[0]
+    states = rank.after_step.find("optimizer_states")
+    assert states is not None and states.bytes == pytest.approx(2 * 8_030_261_248 * (1 + 4 / 256), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [
+        ({"loss": "plain", "recompute": Recompute()}, 60.0),
+        ({"loss": "plain", "recompute": Recompute(), "compile": True}, 51.0),
+        ({"recompute": Recompute(), "compile": True}, 42.9),
+        ({"recompute": Recompute(kind="full"), "compile": True}, 24.9),
+    ],
+    ids=["packed", "compiled", "chunked", "recomputed"],
+)
+def test_the_ladder_of_the_readme(changes: dict[str, object], published: float) -> None:
+    """Llama 3.2 3B in full, 2 x 4,096 tokens: meta-pytorch/torchtune@bd2a0fc:README.md (Peak Memory Active, GiB)."""
+    found = catalog.find("meta-llama/Llama-3.2-3B")
+    assert found is not None
+    shape = {"model": catalog.load_entry(found), "seq_len": 4096, "method": "full", "lora": None}
+    assert allocated(job(**shape, **changes)) / GiB == pytest.approx(published, rel=0.01)
 
 
 def test_before_chunks_the_recipe_held_fp32_logits() -> None:

@@ -80,9 +80,9 @@ FOLLOWS = {
     "fsdp2": _FSDP,
     "torchtune": Follows(
         fsdp=FULLY_SHARDED,
-        optimizers=PLAIN_OPTIMIZERS | {"paged_adamw", "paged_adamw_8bit"},
+        optimizers=PLAIN_OPTIMIZERS | {"adamw_8bit", "paged_adamw", "paged_adamw_8bit"},
         losses=frozenset({"plain", "chunked"}),
-        offload=frozenset({"optimizer", "params"}),
+        offload=frozenset({"activations", "optimizer", "params"}),
     ),
     "torchtitan": Follows(
         splits=frozenset({"tensor", "context", "pipeline", "expert"}),

@@ -68,6 +68,7 @@ class StepPlan:
         grads_freed_before_forward: zero_grad at the start of a step instead of after it.
         forward_prefetch: in forward, too, the next unit is gathered before this one runs (otherwise the gathers only
             overlap: its output is made when it is needed).
+        stash: what the blocks keep goes to the host, but for the last ``stash`` of them; 0: nothing does.
         loss_inside: the model returns the loss (Transformers), not logits: its backward pass, and with it the first
             gather ahead, begins before the loss's.
     """
@@ -91,6 +92,7 @@ class StepPlan:
     input_grads: bool = True
     loss_inside: bool = False
     forward_prefetch: bool = False
+    stash: int = 0
 
 
 @dataclass
@@ -171,6 +173,8 @@ class Walk:
             if block.without_grad:
                 kept.release(timeline)
             found.kept.append(kept)
+            if plan.stash and index >= plan.stash:
+                self._send_away(found.kept[index - plan.stash])
             for group in (*block.more, block.group):
                 if group.reshard_after_forward:
                     sharder.reshard(group)
@@ -242,6 +246,7 @@ class Walk:
         for group in (block.group, *block.more):
             sharder.unshard(group, forward=False)
         self._gather_ahead(index - 1)
+        self._bring_back(kept)
         grads: list[Buffer] = []
         if grad is None or block.without_grad:
             self.timeline.drop(grad)
@@ -263,6 +268,18 @@ class Walk:
             sharder.reduce(group, ())
         sharder.reduce(block.group, grads)
         return grad
+
+    def _send_away(self, kept: Kept) -> None:
+        """Copy what a block keeps to the host; placeholders remember the sizes."""
+        for name, buffer in kept.tensors.items():
+            self.timeline.drop(buffer)
+            kept.tensors[name] = Buffer(buffer.num_bytes, buffer.category, None)
+
+    def _bring_back(self, kept: Kept) -> None:
+        """Have on the device what was sent away."""
+        for name, buffer in kept.tensors.items() if self.plan.stash else ():
+            if buffer.block is None:
+                kept.tensors[name] = self.timeline.take(buffer.category, buffer.num_bytes)
 
     def _gather_ahead(self, index: int) -> None:
         """Start the gather of the unit whose backward pass comes next: a block's, or the embedding's after them.

@@ -18,13 +18,18 @@ from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.torchtune.defaults import VERSIONS, Rules, recomputes, rules_of, steps_in_backward
 from ullage.engines.training import TrainingStep
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.spec.model import Attention
 from ullage.spec.training import Recompute, TrainingJob
+from ullage.units import cdiv, dtype_bytes
 
 __all__ = ["VERSIONS", "step", "style_of"]
 #: Chunks of the output. Source: torchtune@0.3.0:torchtune/modules/loss/ce_chunked_output_loss.py (num_output_chunks).
 NUM_CHUNKS = 8
+#: Blocks' inputs that are still on the device when the next is copied to the host.
+#: Source: torchtune@0.6.1:torchtune/training/_activation_offloading.py:OffloadActivations (max_fwd_stash_size).
+STASH = 5
 
 
 class InBackward(Replicated):
@@ -40,6 +45,13 @@ def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtune job; recompute that is not given widens the range to both."""
     check_recompute(job, "none", "full")
     rules, assumed = rules_of(job.engine_version), []
+    offloads = ("activations", "cpu") in job.offload
+    if offloads and not job.recompute.given:
+        job = replace(job, recompute=Recompute(kind="full"))
+    elif offloads and job.recompute.kind == "none":
+        raise InputError(
+            _("torchtune offloads activations only with activation checkpointing"), remedy=_("write recompute: full")
+        )
     if job.parallel.fsdp is None and job.parallel.data_parallel_size > 1:
         job = replace(job, parallel=replace(job.parallel, fsdp="full_shard"))
     other = None
@@ -69,6 +81,7 @@ def step(job: TrainingJob) -> TrainingStep:
         num_gpus=job.machine.num_gpus,
         source="torchtune@0.6.1:recipes/lora_finetune_distributed.py",
         workspace_bytes=workspace_of(job.machine.gpu),
+        host_bytes=_sent_bytes(job) if offloads else 0,
     )
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
 
@@ -96,11 +109,15 @@ def plan_of(job: TrainingJob, rules: Rules) -> StepPlan:
     plan = fsdp.plan_of(job, frame, style=style_of(job), loss=lambda last: _loss(job, rules, last))
     compiled = {one.graph: as_compiled(one.graph) for one in plan.blocks} if job.compile else {}
     paged = job.optimizer.startswith("paged")
+    states = plan.state_bytes
+    if job.optimizer == "adamw_8bit":
+        states = tuple(_eight_bit(size, int(dtype_bytes(job.precision.moments))) for size in states)
     return replace(
         plan,
         blocks=tuple(replace(one, graph=compiled.get(one.graph, one.graph)) for one in plan.blocks),
         weights=(("buffers", _rotations(job)), *plan.weights),
-        state_bytes=() if paged else plan.state_bytes,
+        state_bytes=() if paged else states,
+        stash=STASH if ("activations", "cpu") in job.offload else 0,
         step_work=() if paged else plan.step_work,
         loss_inside=False,
     )
@@ -131,6 +148,20 @@ def style_of(job: TrainingJob) -> Style:
         repeat_kv=True,
         linear_weight_copy_bytes=2 if job.base_quantization else 0,
     )
+
+
+def _eight_bit(size: int, moment: int) -> int:
+    """Two moments of a byte each, with a scale in fp32 for every 256.
+
+    Source: torchao@0.7:torchao/prototype/low_bit_optim/adam.py:AdamW8bit; bitsandbytes@0.45.0:optim/optimizer.py.
+    """
+    values = size // moment
+    return values + 4 * cdiv(values, 256)
+
+
+def _sent_bytes(job: TrainingJob) -> int:
+    hidden = job.micro_batch_size * job.seq_len * job.model.hidden_size * 2
+    return max(0, len(job.model.layers) - STASH) * hidden
 
 
 def _rotations(job: TrainingJob) -> int:
