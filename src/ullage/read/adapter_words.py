@@ -16,7 +16,7 @@ MOST_OPTION = 1 << 24
 _ABOVE_ZERO = (
     "gralora_k", "vector_length", "num_vectors", "topk", "block_size", "boft_block_size", "boft_n_butterfly_factor",
     "num_virtual_tokens", "adapter_len", "stride_A", "num_B", "num_tokens", "u", "theta_d_length",
-    "n_frequency", "encoder_num_layers",
+    "n_frequency", "encoder_num_layers", "num_subspaces", "subspace_rank",
 )  # fmt: skip
 #: Settings of PEFT's file that make every layer's adapters differ: better refused than left out.
 _NOT_FOLLOWED = (

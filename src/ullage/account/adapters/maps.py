@@ -87,6 +87,39 @@ class Boft(Rule):
         return 3 * target.in_features**2
 
 
+class Hra(Rule):
+    """Householder reflections of the input, one after another: every partial product is written out.
+
+    Formula: r i; kept: (r + 1) i i (Gram-Schmidt: i i and some r r i), the new weight o i, and without autocast its fp32
+        base o i and the cast input, under autocast the layer's own.
+    Source: peft@0.21.2:tuners/hra/layer.py:HRALinear.get_delta_weight, .forward.
+    """
+
+    names = ("hra",)
+    rank = 8
+    options: Mapping[str, int | float | str] = {"apply_GS": 0}
+    source = "peft@0.21.2:tuners/hra/layer.py:HRALinear.forward"
+
+    def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
+        return ((target.in_features, lora.rank),)
+
+    def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
+        orthogonal = bool(self.whole(lora, "apply_GS"))
+        for _matrix in range(1 if orthogonal else lora.rank + 1):
+            rows.keep("partial product", target.in_features**2, rows.product)
+        if orthogonal:
+            rows.keep("vectors made orthogonal", lora.rank**2 * target.in_features, rows.wide)
+        rows.keep("new weight", target.size, rows.product)
+        if rows.precision.autocast:
+            rows.shared_input()
+            return
+        rows.keep("base weight", target.size, rows.product)
+        rows.own_input()
+
+    def work_elements(self, target: Target, lora: Lora) -> int:
+        return 3 * target.in_features**2
+
+
 class C3a(Rule):
     """Circular convolution in blocks.
 
@@ -234,4 +267,4 @@ class Frod(Rule):
         rows.keep("sparse values", 2 * self._sparse(target, lora), rows.compute)
 
 
-RULES: Sequence[Rule] = (Oft(), Boft(), C3a(), Fourier(), Wave(), Shira(), Supertuning(), Frod())
+RULES: Sequence[Rule] = (Oft(), Boft(), Hra(), C3a(), Fourier(), Wave(), Shira(), Supertuning(), Frod())

@@ -171,8 +171,36 @@ class Osf(Rule):
         return 0 if self.whole(lora, "factored") else 2 * target.size
 
 
+class AdaMss(Rule):
+    """Small factors in clusters of the outputs, behind frozen leading singular vectors.
+
+    Formula: K clusters of rank q: K q r + q o; frozen in the base's format r i, positions 8 o bytes; kept in it: n r
+        and n K q.
+    Source: peft@0.21.2:tuners/adamss/layer.py:Linear.forward, :AdamssLayer.update_layer.
+    Known error: clusters may be fewer than asked for, where the vectors have fewer.
+    """
+
+    names = ("adamss",)
+    rank = 100
+    options: Mapping[str, int | float | str] = {"num_subspaces": 5, "subspace_rank": 1}
+    solved = "num_subspaces"
+    source = "peft@0.21.2:tuners/adamss/layer.py:Linear.forward"
+
+    def trained(self, target: Target, lora: Lora) -> tuple[Shape, ...]:
+        clusters, rank = self.whole(lora, "num_subspaces"), self.whole(lora, "subspace_rank")
+        return ((clusters * rank, lora.rank), (target.out_features, rank))
+
+    def held(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
+        return ((lora.rank * target.in_features, "bfloat16"), (target.out_features, "int64"))
+
+    def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
+        clusters, rank = self.whole(lora, "num_subspaces"), self.whole(lora, "subspace_rank")
+        rows.per_token("projected input", lora.rank, rows.compute)
+        rows.per_token("inner products", clusters * rank, rows.compute)
+
+
 def _feed_forward(targets: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in targets if name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2"))
 
 
-RULES: Sequence[Rule] = (Ia3(), Road(), Beft(), LnTuning(), TrainableTokens(), Osf())
+RULES: Sequence[Rule] = (Ia3(), Road(), Beft(), LnTuning(), TrainableTokens(), Osf(), AdaMss())

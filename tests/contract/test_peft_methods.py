@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 8, "target_modules": QV}),
     "dora": ("LoraConfig", {"r": 8, "target_modules": QV, "use_dora": True}),
     "adalora": ("AdaLoraConfig", {"init_r": 6, "target_r": 2, "total_step": 100, "target_modules": QV}),
+    "adamss": ("AdamssConfig", {"r": 12, "num_subspaces": 3, "target_modules": QV}),
     "adaption_prompt": ("AdaptionPromptConfig", {"adapter_len": 7, "adapter_layers": 2}),
     "beft": ("BeftConfig", {"target_modules": ["v_proj"]}),
     "boft": ("BOFTConfig", {}),
@@ -65,6 +66,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "glora vector": ("GloraConfig", {"config_A_B": "vector", "target_modules": QV}),
     "gralora": ("GraloraConfig", {"r": 8, "target_modules": QV}),
     "gralora hybrid": ("GraloraConfig", {"r": 8, "hybrid_r": 4, "target_modules": QV}),
+    "hra": ("HRAConfig", {"r": 4, "target_modules": QV}),
+    "hra orthogonal": ("HRAConfig", {"r": 4, "apply_GS": True, "target_modules": QV}),
     "hira": ("HiraConfig", {"r": 4, "target_modules": QV}),
     "ia3": (
         "IA3Config",
@@ -119,8 +122,8 @@ NOT_FOR = {
     ("adaption_prompt", "qwen2"): "PEFT does not know where its attention reads a prompt",
     ("beft", "qwen2"): "its projections have biases of their own",
 }
-#: What tracing cannot follow: values decide (boft, shira, unilora, vblora), or the host takes part (frod).
-NOT_TRACED = {"boft", "boft 2", "shira", "unilora", "vblora", "frod", "waveft"}
+#: What tracing cannot follow: values decide (adamss, boft, shira, unilora, vblora), or the host takes part (frod).
+NOT_TRACED = {"adamss", "boft", "boft 2", "shira", "unilora", "vblora", "frod", "waveft"}
 #: Their tensors belong to no layer: prompts lengthen the sequence, embeddings come before.
 NO_LAYER = {"p_tuning", "p_tuning lstm", "prefix_tuning", "prompt_tuning", "trainable_tokens", "adaption_prompt"}
 SHAPE = Shape(micro_batch_size=2, seq_len=128)
@@ -128,6 +131,8 @@ SHAPE = Shape(micro_batch_size=2, seq_len=128)
 
 def config_of(name: str) -> Any:
     kind, settings = METHODS[name]
+    if kind == "AdamssConfig":
+        pytest.importorskip("sklearn")
     found = getattr(peft, kind)
     if kind == "LNTuningConfig":
         return found(task_type="CAUSAL_LM", target_modules=settings["target_modules"])
@@ -179,7 +184,7 @@ def test_trained_parameters_are_counted_to_the_last(name: str, base: str) -> Non
     assert solved_for(model, lora, count).num_parameters == count
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if stated(name).kind != "lora"])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name][0] != "LoraConfig"])
 def test_what_lies_beside_is_counted(name: str) -> None:
     """All other tensors of the wrapped model, each storage once, are the base's and those of the rule."""
     lora, base = stated(name), BASES["llama"]
