@@ -166,7 +166,8 @@ def test_a_prepared_base_trains_with_an_fp32_stream_and_the_range_says_so() -> N
     prepared = replace(plain, method="qlora", base_quantization="nf4")
     kept = [moment(job, "loss").find("kept_activations") for job in (plain, prepared)]
     assert kept[0] is not None and kept[1] is not None
-    assert kept[1].bytes == 2 * kept[0].bytes and kept[1].low_bytes <= kept[0].bytes
+    embeddings = kept[0].bytes // 32  # the first of 32 checkpoints stays narrow
+    assert kept[1].bytes == 2 * kept[0].bytes - embeddings and kept[1].low_bytes <= kept[0].bytes
     norms = moment(prepared, "loss").find("fp32_norms_and_biases")
     assert norms is not None and norms.bytes == 2 * (65 * 4096)
 

@@ -90,8 +90,9 @@ def compare(case: Case) -> Agreement:
     found = {one.moment: one.allocated.bytes for one in worked_out.ranks[0].moments}
     seen = traced_moments(trace)
     moments = tuple((name, seen.get(name, 0), found[name]) for name in MOMENTS if name in found and name in seen)
-    recomputed = case.recompute != "none"
-    return Agreement(case=case, moments=moments, layers=() if recomputed else _layers(trace, worked_out.job))
+    # Norms of a prepared base keep the residual stream itself: what one layer makes is what the next one keeps.
+    apart = case.recompute == "none" and not (case.base in ("nf4", "fp4") and case.prepared)
+    return Agreement(case=case, moments=moments, layers=_layers(trace, worked_out.job) if apart else ())
 
 
 def trace_model(model: Model, job: TraceJob, *, loss: str = "plain") -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ullage.account.activations.backward import backward_points
 from ullage.account.activations.layer import layer_table
@@ -54,33 +55,37 @@ def forward_pass(job: TrainingJob, recipe: Recipe) -> Pass:
     model, shape, implementation = job.model, micro_batch(job), recipe.implementation
     width = dtype_bytes(implementation.residual_dtype)
     stream = int(shape.num_tokens * model.hidden_size * width)
+    narrow = int(shape.num_tokens * model.hidden_size * dtype_bytes(implementation.compute_dtype))
     memory: dict[tuple[spec.Layer, bool, bool], LayerMemory] = {}
     layers: list[LayerMemory] = []
     for index, layer in enumerate(model.layers):
         again = is_recomputed(job.recompute, index, len(model.layers))
-        blind = not index and not again and _no_gradient_before(job, recipe)
+        blind = not index and not again and _no_gradient_before(job)
         key = (layer, again, blind)
         if key not in memory:
             memory[key] = _layer(job, recipe, layer, again=again, stream=stream, blind=blind)
-        layers.append(memory[key])
+        found = memory[key]
+        if not index and again and recipe.norms_fp32:  # embeddings stay narrow; the first norm widens the stream
+            found = replace(found, kept_bytes=found.kept_bytes - (stream - narrow))
+        layers.append(found)
     return Pass(
         layers=tuple(layers),
         grad_bytes=tuple(_grads(job, layer, recipe) for layer in model.layers),
         stream_bytes=stream,
-        head_input_bytes=int(shape.num_tokens * model.hidden_size * dtype_bytes(implementation.compute_dtype)),
+        head_input_bytes=stream if recipe.norms_fp32 else narrow,
         frame_bytes=_frame(job, recipe, shape),
     )
 
 
-def _no_gradient_before(job: TrainingJob, recipe: Recipe) -> bool:
+def _no_gradient_before(job: TrainingJob) -> bool:
     """Return whether nothing before the first adapter has a gradient, so that the first norm keeps nothing.
 
     Source: peft@0.19.1:peft_model.py:PeftModel._prepare_model_for_gradient_checkpointing (embeddings that require a
-        gradient, only where layers are recomputed); utils/other.py:prepare_model_for_kbit_training.
+        gradient, only where layers are recomputed); utils/other.py:prepare_model_for_kbit_training likewise.
     """
     lora = job.lora
     blind = lora is not None and not lora.trained_modules and not adapted.reaches_input(job)
-    return blind and job.recompute.kind == "none" and not recipe.norms_fp32
+    return blind and job.recompute.kind == "none"
 
 
 def _layer(
