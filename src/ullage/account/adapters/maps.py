@@ -90,8 +90,8 @@ class Boft(Rule):
 class Hra(Rule):
     """Householder reflections of the input, one after another: every partial product is written out.
 
-    Formula: r i; kept: (r + 1) i i (Gram-Schmidt: i i and some r r i), the new weight o i, and without autocast its fp32
-        base o i and the cast input, under autocast the layer's own.
+    Formula: r i; kept: (r + 1) i i (Gram-Schmidt: i i and some r r i), the new weight o i, and without autocast its
+        fp32 base o i and the cast input, under autocast the layer's own.
     Source: peft@0.21.2:tuners/hra/layer.py:HRALinear.get_delta_weight, .forward.
     """
 
