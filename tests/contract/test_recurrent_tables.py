@@ -137,18 +137,19 @@ def predicted(part: Any, kernels: str, *, trained: bool, seq_len: int, autocast:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("seq_len", [128, 256])
-@pytest.mark.parametrize("kind", ["delta", "short"])
+@pytest.mark.parametrize("seq_len", [256, 512])
+@pytest.mark.parametrize("kind", ["delta", "short", "state"])
 def test_the_fall_backs_keep_what_autograd_keeps(kind: str, seq_len: int, trained: bool) -> None:
     module, part = mixer(kind)
     found = measured(module, trained=trained, seq_len=seq_len)
-    assert predicted(part, "torch", trained=trained, seq_len=seq_len) == pytest.approx(found, rel=0.004)
+    assert predicted(part, "torch", trained=trained, seq_len=seq_len) == pytest.approx(found, rel=0.006)
 
 
-def test_the_fall_back_of_the_delta_rule_keeps_narrow_copies_under_autocast() -> None:
-    module, part = mixer("delta")
-    found = measured(module, trained=False, seq_len=256, autocast=True)
-    assert predicted(part, "torch", trained=False, seq_len=256, autocast=True) == pytest.approx(found, rel=0.01)
+@pytest.mark.parametrize("kind", ["delta", "state"])
+def test_the_fall_backs_keep_narrow_copies_under_autocast(kind: str) -> None:
+    module, part = mixer(kind)
+    found = measured(module, trained=False, seq_len=512, autocast=True)
+    assert predicted(part, "torch", trained=False, seq_len=512, autocast=True) == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize("trained", [True, False])

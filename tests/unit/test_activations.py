@@ -110,8 +110,8 @@ def test_a_part_without_a_table_is_an_error() -> None:
 
 
 def test_a_fall_back_that_is_not_known_is_an_error() -> None:
-    state = spec.Mamba2(num_heads=8, head_dim=64, state_size=128, num_groups=1, conv_kernel=4)
-    layer = replace(DENSE, mixers=(state,))
+    kimi = spec.KimiDeltaAttention(num_heads=8, head_dim=64, conv_kernel=4, gate_rank=64)
+    layer = replace(DENSE, mixers=(kimi,))
     assert layer_table(layer, HIDDEN, SHAPE, FLASH)
     with pytest.raises(UnknownArchitectureError, match="without its kernels"):
         layer_table(layer, HIDDEN, SHAPE, replace(FLASH, recurrent="torch"))

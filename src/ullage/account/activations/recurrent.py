@@ -1,8 +1,8 @@
 """What recurrent mixers keep when they are trained: delta rules, state-space layers, short convolutions.
 
 The rows stand for the packages that Transformers takes where they are installed (flash-linear-attention, causal-conv1d,
-mamba-ssm); ``kernels`` "torch" stands for its own fall-back, which is known for the gated delta net and the short
-convolution. Counts are per token; e is the compute dtype.
+mamba-ssm); ``kernels`` "torch" stands for its own fall-back, which is known for the gated delta net, Mamba-2 and the
+short convolution. Counts are per token; e is the compute dtype.
 Source: transformers@5.23.0:integrations/hub_kernels.py:use_kernel_func_from_hub_with_fallback.
 """
 
@@ -11,70 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from ullage.account.activations.recurrent_rows import (
+    DELTA_CHUNK,
+    SCAN_CHUNK,
+    STATE_CHUNK,
+    Core,
+    Row,
+    delta_gates,
+    delta_projections,
+    delta_sizes,
+    gated_norm,
+)
+from ullage.account.activations.recurrent_torch import torch_gated_delta, torch_mamba2
 from ullage.account.activations.saved import Implementation, Keeper, SavedTensor, Shape
 from ullage.errors import UnknownArchitectureError
-from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec import mixers as spec
 
 Kernels = Literal["packages", "torch"]
-#: Source: fla-core@0.6.0:ops/gated_delta_rule/chunk.py:chunk_gated_delta_rule, ops/kda/chunk.py:chunk_kda
-#: (chunk_size 64); transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:torch_chunk_gated_delta_rule.
-DELTA_CHUNK = 64
-#: Source: transformers@5.23.0:models/granitemoehybrid/configuration_granitemoehybrid.py (mamba_chunk_size);
-#: nemotron_h's is 128 or 256.
-STATE_CHUNK = 256
-#: Positions per stored state. Source: mamba@2.3.2:csrc/selective_scan/selective_scan.cpp (chunks of 2048).
-SCAN_CHUNK = 2048
-
-
-class Row(Frozen):
-    """One kept tensor: elements per token, None: in the compute dtype.
-
-    ``trained``: only where the base is trained. ``behind``: read after the recurrence, so that it has gone when the
-    recurrence is differentiated.
-    """
-
-    name: str
-    per_token: int
-    dtype: str | None = None
-    trained: bool = False
-    behind: bool = False
-
-
-class Core(Frozen):
-    """A mixer between its input and its output projection, per token.
-
-    Attributes:
-        projections: width of each linear that reads the mixer's input, by name.
-        rows: what is kept; the mixer's input and that of the output projection are apart.
-        out_name, out_width: the output projection and what it reads.
-        keeps_out_input: a trained output projection keeps its input (a fused function makes it again).
-        work, work_fp32: elements in the compute dtype and in fp32 that the backward of the recurrence makes.
-        source: where the tensors are saved.
-    """
-
-    projections: tuple[tuple[str, int], ...]
-    rows: tuple[Row, ...]
-    out_name: str
-    out_width: int
-    work: int
-    work_fp32: int = 0
-    keeps_out_input: bool = True
-    source: str = ""
-
-    def row_bytes(self, element_bytes: int, *, trained: bool, behind_only: bool = False) -> int:
-        """Bytes per token of the rows."""
-        widths = {None: element_bytes, "float32": 4, "bool": 1}
-        return sum(
-            row.per_token * widths[row.dtype]
-            for row in self.rows
-            if (trained or not row.trained) and (row.behind or not behind_only)
-        )
-
-    def work_bytes(self, element_bytes: int) -> int:
-        """Bytes per token that the backward of the recurrence makes."""
-        return self.work * element_bytes + 4 * self.work_fp32
 
 
 def recurrent_core(
@@ -88,7 +42,9 @@ def recurrent_core(
         UnknownArchitectureError: the fall-back of that mixer is not known.
     """
     if isinstance(part, spec.GatedDeltaNet) and kernels == "torch":
-        return _torch_gated_delta(part, tensor_parallel_size, autocast=autocast)
+        return torch_gated_delta(part, tensor_parallel_size, autocast=autocast)
+    if isinstance(part, spec.Mamba2) and kernels == "torch":
+        return torch_mamba2(part, tensor_parallel_size, autocast=autocast)
     table = _CORES.get((type(part), kernels))
     if table is not None:
         return table(part, tensor_parallel_size)
@@ -155,49 +111,6 @@ def _short_convolution(part: spec.ShortConvolution, split: int) -> Core:
     )
 
 
-def _gated_norm(values: int, heads: int) -> tuple[Row, ...]:
-    """The norm of the output, gated: written out in fp32, the cast before the weight.
-
-    Formula: fp32 copy 4, normalised e (trained), weighted e, gate as fp32 4, its SiLU 4, per value.
-    Source: transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:Qwen3NextRMSNormGated.forward (a kernel of the
-        hub only where ``use_kernels`` asks for it).
-    """
-    return (
-        Row(name="norm.input as fp32", per_token=values, dtype="float32", behind=True),
-        Row(name="norm.rstd", per_token=heads, dtype="float32", behind=True),
-        Row(name="norm.normalised", per_token=values, trained=True, behind=True),
-        Row(name="norm.weighted", per_token=values, behind=True),
-        Row(name="gate as fp32", per_token=values, dtype="float32", behind=True),
-        Row(name="gate activated", per_token=values, dtype="float32", behind=True),
-    )
-
-
-def _delta_sizes(part: spec.GatedDeltaNet, split: int) -> tuple[int, int, int, int]:
-    """Return (key heads, value heads, width of all keys, width of all values) on this rank."""
-    k_heads, v_heads = part.num_k_heads // split, part.num_v_heads // split
-    return k_heads, v_heads, k_heads * part.k_head_dim, v_heads * part.v_head_dim
-
-
-def _delta_projections(part: spec.GatedDeltaNet, keys: int, values: int, heads: int) -> tuple[tuple[str, int], ...]:
-    if part.fused:
-        return (("in_proj_qkvz", 2 * keys + 2 * values), ("in_proj_ba", 2 * heads))
-    return (
-        ("in_proj_qkv", 2 * keys + values),
-        ("in_proj_z", values),
-        ("in_proj_b", heads),
-        ("in_proj_a", heads),
-    )
-
-
-def _delta_gates(heads: int) -> tuple[Row, ...]:
-    """Decay and learning rate: softplus in fp32 (input, and for A_log its result), and a sigmoid."""
-    return (
-        Row(name="decay before softplus", per_token=heads, dtype="float32"),
-        Row(name="decay after softplus", per_token=heads, dtype="float32", trained=True),
-        Row(name="beta", per_token=heads),
-    )
-
-
 def _gated_delta(part: spec.GatedDeltaNet, split: int) -> Core:
     """The gated delta rule in chunks of 64, by flash-linear-attention.
 
@@ -208,62 +121,25 @@ def _gated_delta(part: spec.GatedDeltaNet, split: int) -> Core:
         chunk_gated_delta_rule_bwd; utils.py:input_guard;
         transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:Qwen3NextGatedDeltaNet.forward.
     """
-    k_heads, heads, keys, values = _delta_sizes(part, split)
+    k_heads, heads, keys, values = delta_sizes(part, split)
     per_head = 5 * part.k_head_dim + 5 * part.v_head_dim + 2 * (part.k_head_dim * part.v_head_dim // DELTA_CHUNK)
     return Core(
-        projections=_delta_projections(part, keys, values, heads),
+        projections=delta_projections(part, keys, values, heads),
         rows=(
             Row(name="conv.input", per_token=2 * keys + values),
-            *_delta_gates(heads),
+            *delta_gates(heads),
             Row(name="query and key normalised", per_token=2 * keys),
             Row(name="query and key rstd", per_token=2 * k_heads, dtype="float32"),
             Row(name="value", per_token=values),
             Row(name="cumulated decay", per_token=heads, dtype="float32"),
             Row(name="solved system", per_token=heads * DELTA_CHUNK),
-            *_gated_norm(values, heads),
+            *gated_norm(values, heads),
         ),
         out_name="out_proj",
         out_width=values,
         work=heads * per_head + values,
         work_fp32=4 * heads,
         source="fla-core@0.6.0:ops/gated_delta_rule/chunk.py:ChunkGatedDeltaRuleFunction.forward",
-    )
-
-
-def _torch_gated_delta(part: spec.GatedDeltaNet, split: int, *, autocast: bool = False) -> Core:
-    """The gated delta rule written in PyTorch: all in fp32, with keys copied to all value heads.
-
-    Formula: in fp32 per value head 8 d_k + 3 d_v, five squares of the chunk 5 x 64, the states d_k d_v / 64, and seven
-        numbers. Under autocast each product keeps narrow copies: fp32 6 d_k + 2 d_v + 2 x 64 + states + 7, narrow
-        7 d_k + 2 d_v + 3 x 64 + 2 states. Backward, chunk by chunk: whole gradients of k (twice), q, new values, output
-        and a square, 3 d_k + 2 d_v + 64, and two of one chunk laid into zeros, 2 d_k.
-    Source: transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:torch_chunk_gated_delta_rule, causal_conv1d_fn;
-        torch@2.13.0:tools/autograd/derivatives.yaml (linalg_solve_triangular keeps its matrix and its result),
-        aten/src/ATen/autocast_mode.h (bmm).
-    Known error: below 0.1 % on CPU, 1 % under autocast (tests/contract/test_recurrent_tables.py).
-    """
-    _k_heads, heads, keys, values = _delta_sizes(part, split)
-    key, value = part.k_head_dim, part.v_head_dim
-    state = key * value // DELTA_CHUNK
-    wide, narrow = 8 * key + 3 * value + 5 * DELTA_CHUNK + state + 7, 0
-    if autocast:
-        wide = 6 * key + 2 * value + 2 * DELTA_CHUNK + state + 7
-        narrow = 7 * key + 2 * value + 3 * DELTA_CHUNK + 2 * state
-    return Core(
-        projections=_delta_projections(part, keys, values, heads),
-        rows=(
-            Row(name="conv.input", per_token=2 * keys + values),
-            Row(name="conv.output", per_token=2 * keys + values),
-            *_delta_gates(heads),
-            Row(name="chunks", per_token=heads * wide, dtype="float32"),
-            Row(name="chunks, narrow copies", per_token=heads * narrow),
-            *_gated_norm(values, heads),
-        ),
-        out_name="out_proj",
-        out_width=values,
-        work=values,
-        work_fp32=heads * (5 * key + 2 * value + DELTA_CHUNK),
-        source="transformers@5.23.0:models/qwen3_next/modeling_qwen3_next.py:torch_chunk_gated_delta_rule",
     )
 
 
@@ -375,7 +251,7 @@ _CORES: dict[tuple[type, str], Callable[[Any, int], Core]] = {
     (spec.ShortConvolution, "packages"): _short_convolution,
     (spec.ShortConvolution, "torch"): _short_convolution,
     (spec.GatedDeltaNet, "packages"): _gated_delta,
-    (spec.GatedDeltaNet, "torch"): _torch_gated_delta,
+    (spec.GatedDeltaNet, "torch"): torch_gated_delta,
     (spec.KimiDeltaAttention, "packages"): _kimi_delta,
     (spec.Mamba2, "packages"): _mamba2,
     (spec.Mamba, "packages"): _mamba,
