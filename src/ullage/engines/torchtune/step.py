@@ -44,25 +44,10 @@ class InBackward(Replicated):
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtune job; recompute that is not given widens the range to both."""
     check_recompute(job, "none", "full")
-    rules, assumed = rules_of(job.engine_version), []
-    offloads = ("activations", "cpu") in job.offload
-    if offloads and not job.recompute.given:
-        job = replace(job, recompute=Recompute(kind="full"))
-    elif offloads and job.recompute.kind == "none":
-        raise InputError(
-            _("torchtune offloads activations only with activation checkpointing"), remedy=_("write recompute: full")
-        )
+    rules = rules_of(job.engine_version)
     if job.parallel.fsdp is None and job.parallel.data_parallel_size > 1:
         job = replace(job, parallel=replace(job.parallel, fsdp="full_shard"))
-    other = None
-    if not job.recompute.given:
-        full, none = replace(job, recompute=Recompute(kind="full")), replace(job, recompute=Recompute())
-        job, other = (full, none) if recomputes(job, count(job.model).total) else (none, full)
-        assumed.append(
-            _("activation checkpointing is on, as in the recipes for a model of this size")
-            if job is full
-            else _("activation checkpointing is off, as in the recipes for a model of this size")
-        )
+    job, other, assumed = _recomputed(job)
     if job.loss is None and rules.chunked_loss:
         assumed.append(_("the loss is taken in {count} chunks, as torchtune does since 0.3").format(count=NUM_CHUNKS))
     if steps_in_backward(job):
@@ -81,9 +66,26 @@ def step(job: TrainingJob) -> TrainingStep:
         num_gpus=job.machine.num_gpus,
         source="torchtune@0.6.1:recipes/lora_finetune_distributed.py",
         workspace_bytes=workspace_of(job.machine.gpu),
-        host_bytes=_sent_bytes(job) if offloads else 0,
+        host_bytes=_sent_bytes(job),
     )
     return TrainingStep(job=replace(job, assumed=(*job.assumed, *assumed)), ranks=(rank,))
+
+
+def _recomputed(job: TrainingJob) -> tuple[TrainingJob, TrainingJob | None, list[str]]:
+    """Return the job as the recipes recompute, where it does not say; the other way; and what was assumed."""
+    offloads = ("activations", "cpu") in job.offload
+    if offloads and job.recompute.given and job.recompute.kind == "none":
+        raise InputError(
+            _("torchtune offloads activations only with activation checkpointing"), remedy=_("write recompute: full")
+        )
+    if job.recompute.given:
+        return job, None, []
+    full, none = replace(job, recompute=Recompute(kind="full")), replace(job, recompute=Recompute())
+    if offloads:
+        return full, None, []
+    if recomputes(job, count(job.model).total):
+        return full, none, [_("activation checkpointing is on, as in the recipes for a model of this size")]
+    return none, full, [_("activation checkpointing is off, as in the recipes for a model of this size")]
 
 
 def walked(job: TrainingJob, rules: Rules, timeline: Timeline) -> Timeline:
@@ -107,14 +109,14 @@ def plan_of(job: TrainingJob, rules: Rules) -> StepPlan:
         job = replace(job, optimizer_impl="fused")
     frame = fsdp.Rules(upcast_logits=False, keeps_frozen_inputs=False, whole_scales=False)
     plan = fsdp.plan_of(job, frame, style=style_of(job), loss=lambda last: _loss(job, rules, last))
-    compiled = {one.graph: as_compiled(one.graph) for one in plan.blocks} if job.compile else {}
+    compiled = {id(one.graph): as_compiled(one.graph) for one in plan.blocks} if job.compile else {}
     paged = job.optimizer.startswith("paged")
     states = plan.state_bytes
     if job.optimizer == "adamw_8bit":
         states = tuple(_eight_bit(size, int(dtype_bytes(job.precision.moments))) for size in states)
     return replace(
         plan,
-        blocks=tuple(replace(one, graph=compiled.get(one.graph, one.graph)) for one in plan.blocks),
+        blocks=tuple(replace(one, graph=compiled.get(id(one.graph), one.graph)) for one in plan.blocks),
         weights=(("buffers", _rotations(job)), *plan.weights),
         state_bytes=() if paged else states,
         stash=STASH if ("activations", "cpu") in job.offload else 0,
@@ -160,6 +162,9 @@ def _eight_bit(size: int, moment: int) -> int:
 
 
 def _sent_bytes(job: TrainingJob) -> int:
+    """Bytes of blocks' inputs on the host."""
+    if ("activations", "cpu") not in job.offload:
+        return 0
     hidden = job.micro_batch_size * job.seq_len * job.model.hidden_size * 2
     return max(0, len(job.model.layers) - STASH) * hidden
 
