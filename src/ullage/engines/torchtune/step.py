@@ -109,7 +109,8 @@ def plan_of(job: TrainingJob, rules: Rules) -> StepPlan:
         job = replace(job, optimizer_impl="fused")
     frame = fsdp.Rules(upcast_logits=False, keeps_frozen_inputs=False, whole_scales=False)
     plan = fsdp.plan_of(job, frame, style=style_of(job), loss=lambda last: _loss(job, rules, last))
-    compiled = {id(one.graph): as_compiled(one.graph) for one in plan.blocks} if job.compile else {}
+    graphs = {id(one.graph): one.graph for one in plan.blocks} if job.compile else {}
+    compiled = {key: as_compiled(graph) for key, graph in graphs.items()}
     paged = job.optimizer.startswith("paged")
     states = plan.state_bytes
     if job.optimizer == "adamw_8bit":
