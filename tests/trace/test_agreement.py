@@ -34,13 +34,24 @@ QUICK = [
 ]
 
 
+#: With as many tokens that the backward pass of attention, not of the logits, decides.
+EAGER = [
+    Case(model=model, overrides=THREE, recompute=recompute, loss="liger", micro_batch=1, seq_len=6144, eager=True)
+    for model, recompute in ((LLAMA, "none"), (LLAMA, "full"), (GPT, "none"))
+]
+
+
 def agrees(found: Agreement) -> None:
     assert abs(found.peak_error) <= PEAK, found.moments
     assert abs(found.layer_error) <= LAYER, found.layers
     assert len(found.moments) >= 3
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.model}-{case.recompute}-{case.loss}-{len(case.lora)}")
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK, *EAGER],
+    ids=lambda case: f"{case.model}-{case.recompute}-{case.loss}-{len(case.lora)}-{case.seq_len}",
+)
 def test_peaks_and_layers_agree(case: Case) -> None:
     found = compare(case)
     agrees(found)

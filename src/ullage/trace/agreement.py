@@ -32,7 +32,8 @@ class Case(Frozen):
     """A job that is traced and worked out.
 
     ``overrides``: of the catalog's model, the depth first of all; ``loss``: plain, or liger (a stand-in); ``base``: how
-    the frozen base is held (nf4, gptq); ``prepared``: as TRL prepares it.
+    the frozen base is held (nf4, gptq); ``prepared``: as TRL prepares it; ``eager``: attention written out, as it is for
+    sinks in any case.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Case(Frozen):
     seq_len: int = 1024
     base: str | None = None
     prepared: bool = True
+    eager: bool = False
 
 
 class Agreement(Frozen):
@@ -73,7 +75,7 @@ class Agreement(Frozen):
 def compare(case: Case) -> Agreement:
     """Trace a case and work it out."""
     model = with_overrides(load_model(case.model), dict(case.overrides), where=case.model)
-    eager = model.architecture == "GptOssForCausalLM"
+    eager = case.eager or model.architecture == "GptOssForCausalLM"
     options = TraceJob(
         micro_batch=case.micro_batch,
         seq_len=case.seq_len,

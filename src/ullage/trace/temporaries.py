@@ -123,6 +123,15 @@ def _sort(args: Any, _out: Any) -> list[int]:
     return [source.numel() * source.element_size(), source.numel() * INDEX]
 
 
+def _softmax_backward(args: Any, _out: Any) -> list[int]:
+    """The product of gradient and output, in the gradient's dtype, which the kernel reads.
+
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/SoftMax.cu:softmax_backward_cuda_out (``tmp = grad * output``).
+    """
+    grad = args[0]
+    return [grad.numel() * grad.element_size()]
+
+
 _RULES: dict[str, Callable[[Any, Any], list[int]]] = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
@@ -132,4 +141,5 @@ _RULES: dict[str, Callable[[Any, Any], list[int]]] = {
     "aten::index_put": _index_put,
     "aten::_foreach_norm": _foreach_norm,
     "aten::sort": _sort,
+    "aten::_softmax_backward_data": _softmax_backward,
 }

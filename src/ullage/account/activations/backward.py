@@ -190,8 +190,10 @@ def _attention(
     """The core of attention: feed-forward block and second norm are done.
 
     Formula: kernels: gradients of output, q, k, v and the kernel's workspace. Written out: the gradient of the
-        probabilities and that of the scores, with the softmax's fp32 result where it has one.
-    Source: torch@2.13.0:aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp:mha_bwd;
+        probabilities, its product with them, and the gradient of the scores, with the softmax's fp32 result where it
+        has one.
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/SoftMax.cu:softmax_backward_cuda_out;
+        torch@2.13.0:aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp:mha_bwd;
         cuda/attention_backward.cu; transformers@5.23.0:models/llama/modeling_llama.py:eager_attention_forward.
     """
     heads, kv_heads, dim, v_dim = _head_sizes(mixer, shape)
@@ -202,7 +204,7 @@ def _attention(
     output = tokens * heads * v_dim * width
     if implementation.attention in ("eager", "unfused"):
         scores = tokens * heads * (shape.seq_len + (1 if getattr(mixer, "sinks", False) else 0))
-        made = 2 * scores * int(dtype_bytes(implementation.softmax_dtype)) + output
+        made = 3 * scores * int(dtype_bytes(implementation.softmax_dtype)) + output
         gone = _rows(table, "value", mixer.prefix) + _rows(table, "o_proj.input", mixer.prefix)
         if implementation.softmax_dtype != implementation.compute_dtype:
             gone += scores * width
