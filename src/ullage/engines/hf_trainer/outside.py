@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ullage.engines.hf_trainer.defaults import compiles
 from ullage.ledger import Term, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB
@@ -30,7 +31,8 @@ def reserved_overhead(job: TrainingJob, allocated: Term, *, shift_copies: bool) 
     share = EXPANDABLE_SHARE if expandable else SHARDED_SHARE if job.parallel.fsdp else SEGMENT_SHARE
     logits = 0
     if not expandable and job.loss in ("plain", "fused", None):
-        logits = job.micro_batch_size * job.seq_len * job.model.vocab_size * 4
+        width = 2 if compiles(job) else 4  # a compiled loss makes no fp32 logits
+        logits = job.micro_batch_size * job.seq_len * job.model.vocab_size * width
     expected = round(allocated.bytes * share[0]) + LOGITS_BLOCKS[0] * logits * shift_copies
     high = round(allocated.high_bytes * share[1]) + LOGITS_BLOCKS[1] * logits
     room = max(0, job.machine.gpu.total_bytes - allocated.bytes - outside(job).bytes)
