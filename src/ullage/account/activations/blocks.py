@@ -332,7 +332,8 @@ class Builder:
     ) -> str:
         """Append attention written out: scores, fp32 softmax and its cast, dropout mask, product with v.
 
-        Source: transformers@5.23.0:models/llama/modeling_llama.py:eager_attention_forward.
+        Source: transformers@5.23.0:models/llama/modeling_llama.py:eager_attention_forward;
+            torch@2.13.0:aten/src/ATen/native/cuda/SoftMax.cu:softmax_backward_cuda_out (gradient times output).
         """
         scores, element = batch * heads * seq_len * seq_len, self.style.element_bytes
         self.op(f"{name}.scores", scores * element, (q, k), keeps=(q, k), kind="mm")
@@ -341,7 +342,14 @@ class Builder:
         last = f"{name}.masked"
         if self.style.clamped_scores:
             last = self.op(f"{name}.clamped", scores * element, (last,), keeps=(last,))
-        self.op(f"{name}.wide", scores * 4, (last,), keeps=(f"{name}.wide",), work_bytes=scores * 4)
+        self.op(
+            f"{name}.wide",
+            scores * 4,
+            (last,),
+            keeps=(f"{name}.wide",),
+            work_bytes=scores * 4,
+            grad_work_bytes=scores * 4,
+        )
         last = self.op(f"{name}.probabilities", scores * element, (f"{name}.wide",))
         if self.style.dropout:
             last = self.op(f"{name}.dropped", scores * element, (last,), aside_bytes=scores)
