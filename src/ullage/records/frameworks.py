@@ -80,6 +80,8 @@ def framework_flags(record: Record) -> tuple[tuple[str, str], ...]:
         flags.append(("fused_kernels", ",".join(sorted(found.fused))))
     if found is not None and not found.prepared and record.job.get("base_quantization") == "nf4":
         flags.append(("kbit_preparation", "none"))
+    if found is not None and found.autocast is None and record.job.get("lora"):
+        flags.append(("autocast", "none"))
     group_size = gptq_group_size(record)
     if group_size is not None:
         flags.append(("gptq_group_size", str(group_size)))

@@ -217,8 +217,8 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
 def precision_of(job: TrainingJob) -> AdapterPrecision:
     """Return the number formats around adapters.
 
-    The Trainer computes under autocast; a loop of one's own with 16-bit weights does not, and adapters cast their input
-    to their own fp32.
+    The Trainer computes under autocast; a loop of one's own with 16-bit weights does not, nor does a Trainer that was
+    not asked for mixed precision (flag ``autocast`` "none"), and adapters cast their input to their own fp32.
     Source: transformers@5.23.0:trainer.py:Trainer.compute_loss_context_manager; peft@0.21.2:tuners/lora/layer.py:
         Linear.forward (_cast_input_dtype).
     """
@@ -227,6 +227,7 @@ def precision_of(job: TrainingJob) -> AdapterPrecision:
     if lora is not None and lora.kind != "lora" and rule_of(lora.kind).base_dtype:
         dtype = job.precision.compute
     autocast = job.engine != "single" or job.precision.params == "float32"
+    autocast = autocast and dict(job.flags).get("autocast") != "none"
     return AdapterPrecision(dtype=dtype, compute_dtype=job.precision.compute, autocast=autocast)
 
 

@@ -303,7 +303,8 @@ def _casts(walk: Walk) -> tuple[Term, ...]:
 
     Source: torch@2.13.0:aten/src/ATen/autocast_mode.cpp:cached_cast (leaves that require a gradient).
     """
-    adapters = walk.job.lora is not None and walk.recipe.adapters.dtype == "float32"
+    precision = walk.recipe.adapters
+    adapters = walk.job.lora is not None and precision.autocast and precision.dtype == "float32"
     if not walk.recipe.autocast_casts and not adapters:
         return ()
     size = int(walk.states.trained.num_elements * dtype_bytes(walk.job.precision.compute))
