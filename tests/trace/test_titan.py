@@ -70,10 +70,6 @@ def traced_moments(found):
     [
         (1, 2, "none", False, 0.001),
         (4, 2, "none", False, 0.001),
-        (4, 2, "full", False, 0.02),
-        (4, 1, "none", False, 0.001),
-        (1, 2, "none", True, 0.03),
-        (4, 2, "none", True, 0.001),
         (4, 2, "selective", True, 0.02),
         (4, 1, "none", True, 0.01),
     ],
