@@ -134,6 +134,11 @@ def optimizer_terms(
     return total("optimizer", children, source=rule.source)
 
 
+def shard_state_bytes(name: str, num_elements: int, moments: str) -> int:
+    """Return what an optimizer keeps for ``num_elements`` of a flat shard, whose matrices it does not see as such."""
+    return int(_state_bytes(rule_of(name), (num_elements,), moments))
+
+
 def temporaries(name: str, trained: Trained, *, impl: str | None, params: str, num_shards: int = 1) -> int:
     """Return the bytes an optimizer step allocates and frees again.
 

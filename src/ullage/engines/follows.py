@@ -15,6 +15,8 @@ from ullage.spec.training import TrainingJob, TrainingParallel
 
 ADAM = frozenset({"adamw", "adam"})
 PLAIN_OPTIMIZERS = ADAM | {"sgd"}
+#: Those whose states are values of each element, so that a flat shard has them whole.
+BY_ELEMENT = PLAIN_OPTIMIZERS | {"sgd_momentum", "lion", "adamw_8bit", "lion_8bit", "adamw_4bit"}
 FULLY_SHARDED = frozenset({"full_shard", "shard_grad_op", "hybrid"})
 
 
@@ -57,6 +59,7 @@ _HF = Follows(
 _FSDP = Follows(
     splits=frozenset({"context"}),
     fsdp=FULLY_SHARDED,
+    optimizers=BY_ELEMENT,
     attention=_ALL_ATTENTION,
     offload=frozenset({"optimizer", "params"}),
 )
@@ -80,13 +83,14 @@ FOLLOWS = {
     "fsdp2": _FSDP,
     "torchtune": Follows(
         fsdp=FULLY_SHARDED,
-        optimizers=PLAIN_OPTIMIZERS | {"adamw_8bit", "paged_adamw", "paged_adamw_8bit"},
+        optimizers=BY_ELEMENT | {"paged_adamw", "paged_adamw_8bit"},
         losses=frozenset({"plain", "chunked"}),
         offload=frozenset({"activations", "optimizer", "params"}),
     ),
     "torchtitan": Follows(
         splits=frozenset({"tensor", "context", "pipeline", "expert"}),
         fsdp=FULLY_SHARDED,
+        optimizers=BY_ELEMENT,
         losses=frozenset({"plain", "chunked"}),
         adapters=False,
         base_quantizations=False,

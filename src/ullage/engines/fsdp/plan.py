@@ -13,6 +13,7 @@ from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint, Graph
 from ullage.account.activations.log_probs import is_widened, scored_tokens
 from ullage.account.fsdp import Group
+from ullage.account.optimizer import rule_of, shard_state_bytes
 from ullage.account.parameters import Parameter, Role
 from ullage.engines.sharded.groups import frame_parameters, of_layer
 from ullage.engines.sharded.loss import LossKind, LossPlan
@@ -184,11 +185,11 @@ def plan_of(
     back = base_group(job, "norm and head", frame[1:], root=True) if split_root else root
     groups = [one for block in blocks for one in (block.group, *block.more)] + [root]
     trained = [group for group in groups if group.reduced_bytes]
-    moments = int(dtype_bytes(job.precision.moments))
-    states = tuple(2 * moments * cdiv(group.trained_gathered_bytes // 2, group.num_ranks) for group in trained)
+    shards = [cdiv(group.trained_gathered_bytes // 2, group.num_ranks) for group in trained]
+    states = tuple(shard_state_bytes(job.optimizer, shard, job.precision.moments) for shard in shards)
     offloaded = _offloaded(job) or ("optimizer", "cpu") in job.offload
     last = hf_loss(job, rules, style, training, slice_)
-    foreach = job.optimizer_impl in (None, "foreach") and not offloaded
+    foreach = job.optimizer_impl in (None, "foreach") and not offloaded and rule_of(job.optimizer).temporaries
     return StepPlan(
         blocks=blocks,
         front=front,
@@ -198,7 +199,7 @@ def plan_of(
         loss=loss(last) if loss else last,
         weights=tuple(weights),
         setup=(2 * sum(root.gathered_bytes),),
-        state_bytes=() if offloaded or job.optimizer == "sgd" else states,
+        state_bytes=() if offloaded or not any(states) else states,
         step_work=tuple(cdiv(group.reduced_bytes, group.num_ranks) for group in trained) if foreach else (),
         num_micro_batches=job.grad_accum,
         grads_freed_before_forward=False,

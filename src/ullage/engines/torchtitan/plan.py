@@ -8,6 +8,7 @@ from ullage.account.activations.blocks import Builder, Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph, rearranged_bytes
 from ullage.account.activations.graph import Checkpoint, Graph, Op, Policy
 from ullage.account.fsdp import Group
+from ullage.account.optimizer import shard_state_bytes
 from ullage.engines.sharded.groups import Formats, Spread, frame_parameters, group_of, of_layer
 from ullage.engines.sharded.loss import LossKind, LossPlan
 from ullage.engines.sharded.walk import Block, StepPlan, Vocabulary
@@ -129,9 +130,9 @@ def plan_of(job: TrainingJob, rules: Rules, stage: tuple[int, int, bool, bool], 
     groups += [front] if front is back and front else [one for one in (front, back) if one]
     weights = tuple(("weights", group.stored_bytes) for group in groups)
     hidden = slice_.num_split_tokens * model.hidden_size * style.element_bytes
-    moments = int(dtype_bytes(job.precision.moments))
     states = tuple(
-        2 * group.stored_bytes * moments // formats.stored if job.optimizer != "sgd" else 0 for group in groups
+        shard_state_bytes(job.optimizer, group.stored_bytes // formats.stored, job.precision.moments)
+        for group in groups
     )
     rows = cdiv(model.vocab_size, spread.tensor_parallel_size)
     return StepPlan(

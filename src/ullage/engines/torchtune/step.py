@@ -22,7 +22,6 @@ from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.spec.model import Attention
 from ullage.spec.training import Recompute, TrainingJob
-from ullage.units import cdiv, dtype_bytes
 
 __all__ = ["VERSIONS", "step", "style_of"]
 #: Chunks of the output. Source: torchtune@0.3.0:torchtune/modules/loss/ce_chunked_output_loss.py (num_output_chunks).
@@ -112,14 +111,11 @@ def plan_of(job: TrainingJob, rules: Rules) -> StepPlan:
     graphs = {id(one.graph): one.graph for one in plan.blocks} if job.compile else {}
     compiled = {key: as_compiled(graph) for key, graph in graphs.items()}
     paged = job.optimizer.startswith("paged")
-    states = plan.state_bytes
-    if job.optimizer == "adamw_8bit":
-        states = tuple(_eight_bit(size, int(dtype_bytes(job.precision.moments))) for size in states)
     return replace(
         plan,
         blocks=tuple(replace(one, graph=compiled.get(id(one.graph), one.graph)) for one in plan.blocks),
         weights=(("buffers", _rotations(job)), *plan.weights),
-        state_bytes=() if paged else states,
+        state_bytes=() if paged else plan.state_bytes,
         stash=STASH if ("activations", "cpu") in job.offload else 0,
         step_work=() if paged else plan.step_work,
         loss_inside=False,
@@ -151,15 +147,6 @@ def style_of(job: TrainingJob) -> Style:
         repeat_kv=True,
         linear_weight_copy_bytes=2 if job.base_quantization else 0,
     )
-
-
-def _eight_bit(size: int, moment: int) -> int:
-    """Two moments of a byte each, with a scale in fp32 for every 256.
-
-    Source: torchao@0.7:torchao/prototype/low_bit_optim/adam.py:AdamW8bit; bitsandbytes@0.45.0:optim/optimizer.py.
-    """
-    values = size // moment
-    return values + 4 * cdiv(values, 256)
 
 
 def _sent_bytes(job: TrainingJob) -> int:
