@@ -239,6 +239,22 @@ def test_only_pefts_engines_follow_its_methods() -> None:
             step(job(lora, engine=engine, parallel=parallel, machine=gpus, attention=None, engine_version=""))
 
 
+@pytest.mark.parametrize("kind", [name for name in method_names() if name not in ("lora", "qlora", "dora")])
+def test_a_quantised_base_is_refused_where_its_weights_are_read(kind: str) -> None:
+    rule = rule_of(kind)
+    one = job(Lora(kind=kind, rank=rule.rank, targets=()), base_quantization="nf4")
+    if rule.reads_weight:
+        with pytest.raises(InputError, match="are packed"):
+            step(one)
+    else:
+        assert step(one).ranks[0].peak.allocated.bytes < peak(replace(one, base_quantization=None))
+
+
+def test_lora_fa_needs_lora() -> None:
+    with pytest.raises(InputError, match="LoRA-FA is an optimizer of LoRA's factors alone"):
+        step(job(None, optimizer="lora_fa"))
+
+
 def test_a_target_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(InputError, match="no linear layer"):
         step(job(Lora(kind="loha", rank=8, targets=("no_such",))))

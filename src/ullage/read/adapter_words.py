@@ -173,11 +173,7 @@ def adapter_config(values: Mapping[str, Any], *, where: str) -> tuple[Lora, str]
     dropout = values.get("lora_dropout", 0.0) if lora else 0.0
     if isinstance(rank, bool) or not isinstance(rank, (int, type(None))) or not isinstance(dropout, (int, float)):
         raise InputError(_("r is not a whole number"), where=where)
-    options = []
-    for name in rule.options if rule else ():
-        value = values.get(name)
-        if value is not None:
-            options.append((name, _value(kind, name, "+".join(map(str, value)) if isinstance(value, list) else value)))
+    options = [] if lora else list(options_of(kind, values))
     tokens = values.get("token_indices")
     if kind == "trainable_tokens" and isinstance(tokens, list):
         options.append(("num_tokens", len(tokens)))
@@ -193,6 +189,20 @@ def adapter_config(values: Mapping[str, Any], *, where: str) -> tuple[Lora, str]
     if lora and not found.targets:
         found = Lora(**{**vars(found), "targets": ("q_proj", "v_proj")})
     return checked(found), "dora" if found.dora else kind
+
+
+def options_of(kind: str, values: Mapping[str, Any]) -> tuple[tuple[str, int | float | str], ...]:
+    """Return a method's own settings among others, by PEFT's names.
+
+    Raises:
+        InputError: a value that a setting cannot have.
+    """
+    found = []
+    for name in rule_of(kind).options:
+        value = values.get(name)
+        if value is not None:
+            found.append((name, _value(kind, name, "+".join(map(str, value)) if isinstance(value, list) else value)))
+    return tuple(found)
 
 
 def _names(value: Any, where: str) -> tuple[str, ...]:

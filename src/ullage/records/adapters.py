@@ -13,6 +13,7 @@ from ullage.account.lora import adapter_parameters
 from ullage.account.optimizer import rule_name
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.adapter_words import options_of
 from ullage.records import words
 from ullage.records.compare import NotComparableError
 from ullage.records.schema import Record
@@ -72,6 +73,7 @@ def _other(
         targets=_targets(fields, value, ()),
         dtype=_dtype(fields),
         trained_modules=_listed(fields, _IN_FULL),
+        options=options_of(kind, value),
     )
     count = stated_parameters(record)
     known = rank is not None and kind not in _OTHER_RANK

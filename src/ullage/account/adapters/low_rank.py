@@ -45,6 +45,7 @@ class DeLora(Rule):
     """
 
     names = ("delora",)
+    reads_weight = True
     rank = 8
     source = "peft@0.21.2:tuners/delora/layer.py:DeloraLinear.forward"
 
@@ -260,6 +261,7 @@ class TinyLora(Rule):
     """
 
     names = ("tinylora",)
+    reads_weight = True
     rank = 2
     options: Mapping[str, int | float | str] = {"u": 64, "weight_tying": 0.0}
     alternatives: Mapping[str, tuple[int | float | str, ...]] = {"weight_tying": (1.0,)}
@@ -315,6 +317,7 @@ class Psoft(Rule):
     """
 
     names = ("psoft",)
+    reads_weight = True
     rank = 32
     options: Mapping[str, int | float | str] = {"psoft_svd": "full", "psoft_mag_a": 1, "psoft_mag_b": 1}
     alternatives: Mapping[str, tuple[int | float | str, ...]] = {"psoft_svd": ("lowrank",)}

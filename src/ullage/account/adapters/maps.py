@@ -96,6 +96,7 @@ class Hra(Rule):
     """
 
     names = ("hra",)
+    reads_weight = True
     rank = 8
     options: Mapping[str, int | float | str] = {"apply_GS": 0}
     source = "peft@0.21.2:tuners/hra/layer.py:HRALinear.forward"
@@ -208,6 +209,7 @@ class Supertuning(Rule):
     """
 
     names = ("supertuning",)
+    reads_weight = True
     options: Mapping[str, int | float | str] = {"sparsity": 0.99}
     solved = "sparsity"
     source = "peft@0.21.2:tuners/supertuning/layer.py:Linear.forward"
@@ -243,6 +245,7 @@ class Frod(Rule):
     """
 
     names = ("frod",)
+    reads_weight = True
     options: Mapping[str, int | float | str] = {"sparse_rate": 0.01, "runtime_offload_base_weight": 1}
     solved = "sparse_rate"
     source = "peft@0.20.1:tuners/frod/layer.py:Linear.forward"

@@ -135,6 +135,7 @@ class Osf(Rule):
     """
 
     names = ("osf",)
+    reads_weight = True
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
     options: Mapping[str, int | float | str] = {"factored": 1}
     source = "peft@0.21.2:tuners/osf/layer.py:Linear.forward"
@@ -181,6 +182,7 @@ class AdaMss(Rule):
     """
 
     names = ("adamss",)
+    reads_weight = True
     rank = 100
     options: Mapping[str, int | float | str] = {"num_subspaces": 5, "subspace_rank": 1}
     solved = "num_subspaces"

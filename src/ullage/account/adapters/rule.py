@@ -122,6 +122,7 @@ class Rule:
         alternatives: other usual values of options: one of them holds where a stated count fits it alone.
         base_dtype: its tensors have the base's dtype, whatever ``autocast_adapter_dtype`` says.
         reaches_input: a gradient reaches the first layer's input.
+        reads_weight: it needs the base's weight as a matrix, which a packed one is not.
         source: project@version:file:function.
     """
 
@@ -133,6 +134,7 @@ class Rule:
     alternatives: Mapping[str, tuple[int | float | str, ...]] = {}
     base_dtype: bool = False
     reaches_input: bool = False
+    reads_weight: bool = False
     source: str = ""
 
     def option(self, lora: Lora, name: str) -> int | float | str:

@@ -82,6 +82,7 @@ class Peanut(Rule):
     """
 
     names = ("peanut",)
+    reads_weight = True
     rank = 32
     options: Mapping[str, int | float | str] = {"depth": 0}
     source = "peft@0.21.2:tuners/peanut/layer.py:Linear.get_delta_weight"
@@ -110,6 +111,7 @@ class Glora(Rule):
     """
 
     names = ("glora",)
+    reads_weight = True
     rank = 8
     options: Mapping[str, int | float | str] = {
         "config_A_B": "lora",

@@ -20,6 +20,7 @@ from ullage.account.adapters.whole import (
 from ullage.account.lora import adapter_table, frozen_elements
 from ullage.account.optimizer import Trained, rule_name
 from ullage.engines.hf_trainer.defaults import Recipe, precision_of, transformers_version
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Certainty, Term, exact, ranged
 from ullage.spec import model as spec
@@ -55,6 +56,7 @@ def as_run(job: TrainingJob) -> TrainingJob:
             _("the longest batch has {length} tokens: three quarters of the bound").format(length=f"{length:,}")
         )
     lora = job.lora
+    _check(job)
     if lora is not None and lora.kind == "osf":
         lora = replace(lora, options=(*lora.options, ("factored", int(_peft_version(job) >= FACTORED_OSF))))
     if lora is not None and lora.kind == "lora" and rule_name(job.optimizer) == "lora_fa":
@@ -66,6 +68,24 @@ def as_run(job: TrainingJob) -> TrainingJob:
     if prompt:
         said.append(_("{count} virtual tokens before every sequence").format(count=prompt))
     return replace(job, seq_len=length + prompt, lora=lora, assumed=tuple(said))
+
+
+def _check(job: TrainingJob) -> None:
+    """Refuse what PEFT cannot do.
+
+    Raises:
+        InputError: a quantised base under a method that reads its weights, or LoRA-FA without LoRA.
+    """
+    lora = job.lora
+    if lora is not None and lora.kind != "lora" and rule_of(lora.kind).reads_weight and job.base_quantization:
+        raise InputError(
+            _("{method} reads the base's weights, and those of a base in {name} are packed").format(
+                method=lora.kind, name=job.base_quantization[:20]
+            ),
+            remedy=_("leave out --base-quantization, or take a method such as lora, vera, ia3 or oft"),
+        )
+    if rule_name(job.optimizer) == "lora_fa" and (lora is None or lora.kind != "lora"):
+        raise InputError(_("LoRA-FA is an optimizer of LoRA's factors alone"), remedy=_("write --lora r=16"))
 
 
 def _peft_version(job: TrainingJob) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from ullage.account.adapters.names import rule_of
 from ullage.i18n import _
 from ullage.plan.advice import costs
 from ullage.plan.advice.change import Change
@@ -173,15 +174,27 @@ def _optimizers(job: TrainingJob) -> Iterator[Change]:
             typed="--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             apply=_short_moments,
         )
-    if job.lora is not None and job.base_quantization is None and job.engine in (*HUGGING_FACE, "litgpt"):
+    if _may_quantise(job) and job.engine in (*HUGGING_FACE, "litgpt"):
         yield Change(
             key="base_quantization",
             change=_("the frozen base in 4 bits"),
             cost=costs.QUANTISED_BASE,
             flags="--base-quantization nf4",
             typed=typed(job, "base_quantization"),
-            apply=lambda job: replace(job, base_quantization="nf4", method="qlora"),
+            apply=lambda job: replace(job, base_quantization="nf4", method=_quantised_method(job)),
         )
+
+
+def _may_quantise(job: TrainingJob) -> bool:
+    """Return whether a frozen base may be quantised: adapters on it do not read its weights."""
+    lora = job.lora
+    if lora is None or job.base_quantization is not None:
+        return False
+    return lora.kind == "lora" or not rule_of(lora.kind).reads_weight
+
+
+def _quantised_method(job: TrainingJob) -> str:
+    return job.method if job.lora is not None and job.lora.kind != "lora" else "qlora"
 
 
 def _short_moments(job: TrainingJob) -> TrainingJob:
