@@ -138,6 +138,7 @@ def predicted(name: str, attention: str) -> int:
         Shape(micro_batch_size=2, seq_len=32),
         Implementation(
             attention=attention,  # type: ignore[arg-type]
+            moe="grouped",
             **WRITTEN.get(name, {}),  # type: ignore[arg-type]
         ),
     )
