@@ -29,7 +29,8 @@ class Follows(Frozen):
         optimizers: by name, None: every one that :mod:`ullage.account.optimizer` knows.
         impls: whether fused, foreach and for_loop are told apart.
         attention, losses: kernels; flash and sdpa keep the same.
-        adapters, base_quantizations, offload, compile: as in the job; methods: of PEFT other than LoRA and DoRA.
+        adapters, offload, compile: as in the job; methods: of PEFT other than LoRA and DoRA.
+        base_quantizations: of a frozen base, None: all that the rules' own reading knows.
     """
 
     splits: frozenset[str] = frozenset()
@@ -41,7 +42,7 @@ class Follows(Frozen):
     losses: frozenset[str] = frozenset({"plain", "fused", "chunked", "liger"})
     adapters: bool = True
     methods: bool = False
-    base_quantizations: bool = True
+    base_quantizations: frozenset[str] | None = frozenset()
     offload: frozenset[str] = frozenset()
     compile: bool = True
 
@@ -54,6 +55,7 @@ _HF = Follows(
     optimizers=None,
     attention=_ALL_ATTENTION,
     methods=True,
+    base_quantizations=None,
     offload=frozenset({"activations", "optimizer", "params"}),
 )
 _FSDP = Follows(
@@ -61,6 +63,7 @@ _FSDP = Follows(
     fsdp=FULLY_SHARDED,
     optimizers=BY_ELEMENT,
     attention=_ALL_ATTENTION,
+    base_quantizations=frozenset({"nf4", "fp4"}),
     offload=frozenset({"optimizer", "params"}),
 )
 
@@ -72,7 +75,6 @@ FOLLOWS = {
         impls=False,
         attention=_ALL_ATTENTION,
         losses=frozenset({"plain", "fused"}),
-        base_quantizations=False,
         offload=frozenset({"optimizer"}),
         compile=False,
     ),
@@ -84,6 +86,7 @@ FOLLOWS = {
     "torchtune": Follows(
         fsdp=FULLY_SHARDED,
         optimizers=BY_ELEMENT | {"paged_adamw", "paged_adamw_8bit"},
+        base_quantizations=frozenset({"nf4"}),
         losses=frozenset({"plain", "chunked"}),
         offload=frozenset({"activations", "optimizer", "params"}),
     ),
@@ -93,7 +96,6 @@ FOLLOWS = {
         optimizers=BY_ELEMENT,
         losses=frozenset({"plain", "chunked"}),
         adapters=False,
-        base_quantizations=False,
         offload=frozenset({"params"}),
     ),
     "litgpt": Follows(
@@ -101,6 +103,7 @@ FOLLOWS = {
         optimizers=PLAIN_OPTIMIZERS | {"paged_adamw"},
         impls=False,
         losses=frozenset({"chunked"}),
+        base_quantizations=frozenset({"nf4", "nf4-dq", "fp4", "fp4-dq", "int8"}),
         compile=False,
     ),
     "deepspeed": Follows(
@@ -108,7 +111,6 @@ FOLLOWS = {
         zero_stages=frozenset({1, 2, 3}),
         impls=False,
         attention=_ALL_ATTENTION,
-        base_quantizations=False,
         offload=frozenset({"optimizer", "params"}),
         compile=False,
     ),
@@ -161,8 +163,9 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
         yield _("adapters"), InputError
     if not own.methods and _own_method(job):
         yield _("the method {name}").format(name=_own_method(job)), InputError
-    if job.base_quantization is not None and not own.base_quantizations:
-        yield _("a quantised base"), InputError
+    known = own.base_quantizations
+    if job.base_quantization is not None and known is not None and job.base_quantization not in known:
+        yield _("a base in {name}").format(name=job.base_quantization[:40]), InputError
     for what, where in job.offload:
         if what not in own.offload:
             yield _("{what} on {where}").format(what=what, where=where), InputError
