@@ -6,7 +6,6 @@ a layer keeps is what a traced step keeps of it, with and without autocast.
 
 from __future__ import annotations
 
-import gc
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -242,7 +241,6 @@ def traced_layer_bytes(name: str | None, *, autocast: bool) -> int:
         batch = ids.to("meta")
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = made(input_ids=batch, labels=batch.clone(), use_cache=False).loss
-        gc.collect()  # what only cycles hold would go at any time
         loss.backward()
 
     found = trace(lambda: {"module": made, "step": step}, steps=1, engine="plain").trace
@@ -251,7 +249,9 @@ def traced_layer_bytes(name: str | None, *, autocast: bool) -> int:
     return sum(
         -(-one.size_bytes // 512) * 512
         for one in kept
-        if ".layers.1." in found.places[one.place].module and one.category in ("activation", "temporary")
+        if ".layers.1." in found.places[one.place].module
+        and one.category in ("activation", "temporary")
+        and one.shape[-1:] != (catalog_layers().vocab_size,)  # logits, whichever module ran last
     )
 
 
