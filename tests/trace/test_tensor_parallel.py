@@ -193,6 +193,7 @@ def test_shared_weights_stay_shared(config):
         (["--tp", "1"], "outside 2"),
         (["--sp"], "--tp, which is missing"),
         (["--tp", "2", "--sp", "--seq", "33"], "33 tokens cannot be split over 2 ranks"),
+        (["--tp", "2", "--sp", "--attention", "eager"], "makes its mask from hidden states"),
         (["--tp", "2", "--ddp", "2"], "cannot be combined"),
         (["--tp", "2", "--rank", "2"], "no rank 2 of 2"),
         (["--rank", "1"], "no rank 1 of 1"),

@@ -118,6 +118,12 @@ def _split_sequence(model: Any, mesh: Any, job: TraceJob) -> None:
             _("{tokens} tokens cannot be split over {ranks} ranks").format(tokens=job.seq_len, ranks=job.tp),
             where="--sp",
         )
+    if getattr(model.config, "_attn_implementation", None) == "eager":
+        raise InputError(
+            _("attention that is written out makes its mask from hidden states, of which a rank has a part"),
+            where="--sp",
+            remedy=_("leave --attention or --sp out"),
+        )
     decoder: Any = getattr(model, "model", None)
     if not all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")) or not hasattr(model, "lm_head"):
         raise _not_like_llama(model)
