@@ -328,6 +328,16 @@ def test_a_stated_count_settles_what_a_record_leaves_open(method, fields, count,
     assert found == value if isinstance(value, str) else found == pytest.approx(value, rel=1e-3)
 
 
+def test_a_form_that_is_not_said_is_in_the_range() -> None:
+    block = Lora(kind="miss", rank=64, targets=QV)
+    said = replace(block, options=(("init_weights", "bat"),))
+    count = trained_tensors(job().model, block).num_elements
+    assert trained_tensors(job().model, said).num_elements == count
+    found = step(job(replace(block, num_parameters=count))).ranks[0].peak.allocated
+    assert found.high_bytes >= step(job(said)).ranks[0].peak.allocated.bytes > found.bytes
+    assert step(job(block)).ranks[0].peak.allocated.high_bytes < found.high_bytes  # who says it himself has said it all
+
+
 def test_a_count_that_nothing_fits_is_taken_as_it_is() -> None:
     lora = solved_for(MODEL, Lora(kind="vera", rank=256, targets=QV), 12_345, rank_known=True)
     assert lora.rank == 256

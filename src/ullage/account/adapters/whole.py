@@ -260,12 +260,16 @@ def _solved_share(model: spec.Model, lora: Lora, num_parameters: int) -> Lora | 
 
 def least_held_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision, *, base_width: float) -> int:
     """Return the least that may lie beside the targets: settings that are not said may have their other values."""
+    return min(held_bytes(model, one, precision, base_width=base_width) for one in unsaid_variants(model, lora))
+
+
+def unsaid_variants(model: spec.Model, lora: Lora) -> tuple[Lora, ...]:
+    """Return a method, and it with other usual values of settings that are not said, that train as many parameters."""
     rule, said = rule_of(lora.kind), {name for name, _value in lora.options}
     others = ((name, value) for name, values in rule.alternatives.items() if name not in said for value in values)
     count = _by_rule(model, lora).num_elements
-    options = [lora, *(_with(lora, name, value) for name, value in others)]
-    same = [one for one in options if _by_rule(model, one).num_elements == count]
-    return min(held_bytes(model, one, precision, base_width=base_width) for one in same)
+    options = (_with(lora, name, value) for name, value in others)
+    return (lora, *(one for one in options if _by_rule(model, one).num_elements == count))
 
 
 def _with(lora: Lora, name: str, value: int | float | str) -> Lora:

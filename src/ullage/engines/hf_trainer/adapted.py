@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from ullage.account.activations.saved import SavedTensor, Shape
+from ullage.account.activations.saved import SavedTensor, Shape, table_bytes
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.rule import AdapterPrecision, key_value_width
 from ullage.account.adapters.whole import (
@@ -15,6 +15,7 @@ from ullage.account.adapters.whole import (
     layer_rows,
     least_held_bytes,
     prefix_rows,
+    unsaid_variants,
     work_bytes,
 )
 from ullage.account.lora import adapter_table, frozen_elements
@@ -160,6 +161,22 @@ def prefix_tokens(job: TrainingJob) -> int:
     """Return the keys and values that stand before every sequence's own."""
     lora = job.lora
     return rule_of(lora.kind).prefix_tokens(lora) if lora is not None and lora.kind != "lora" else 0
+
+
+def variants_term(job: TrainingJob, precision: AdapterPrecision, shape: Shape) -> Term:
+    """Return what other forms of a method would keep more, where a record states no more than its name and a count."""
+    lora = job.lora
+    if lora is None or lora.kind == "lora" or lora.num_parameters is None:
+        return exact("other_variants", 0)
+    kept = [_kept_bytes(job, one, precision, shape) for one in unsaid_variants(job.model, lora)]
+    return ranged("other_variants", 0, low=0, high=max(kept) - kept[0], formula="settings that are not said")
+
+
+def _kept_bytes(job: TrainingJob, lora: Lora, precision: AdapterPrecision, shape: Shape) -> int:
+    """Return what a method keeps of all layers."""
+    one = replace(job, lora=lora)
+    found = {layer: table_bytes(rows_of(one, layer, precision, shape)) for layer in dict.fromkeys(job.model.layers)}
+    return sum(found[layer] for layer in job.model.layers)
 
 
 def reaches_input(job: TrainingJob) -> bool:

@@ -155,6 +155,7 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
         _shortened(walk, _loss_term(walk, peak)),
         *_casts(walk),
         *_last_outputs(walk),
+        adapted.variants_term(walk.job, walk.recipe.adapters, micro_batch(walk.job)),
         *_gathered(walk, backward=False),
     )
 
