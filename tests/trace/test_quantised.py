@@ -132,6 +132,8 @@ def test_repeated_layers_are_those_run(tmp_path: Path, base: str, options: dict[
     assert len(few) == len(full) and sum(a != b for a, b in zip(few, full, strict=True)) <= 8
     assert both[0].peak_allocated_bytes == both[1].peak_allocated_bytes
     assert both[0].num_parameters == both[1].num_parameters
+    assert both[0].warnings == both[1].warnings
+    assert bool(both[0].warnings) == ("nested" not in options)  # what was not stated of the base is said
 
 
 def test_preparation_makes_norms_wide(tmp_path: Path) -> None:

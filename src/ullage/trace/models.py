@@ -29,7 +29,7 @@ def build_model(text: str, job: TraceJob) -> Built:
     transformers = _transformers()
     values, count, name = _values(text)
     assumed = []
-    if values.pop("quantization_config", None) is not None:
+    if values.pop("quantization_config", None) is not None and job.base is None:
         dtype = DTYPES[job.dtype]
         assumed.append(_("the quantisation of the checkpoint is left out: parameters are {dtype}").format(dtype=dtype))
     for key in ("auto_map", "torch_dtype", "dtype"):

@@ -72,7 +72,7 @@ def _run_language_model(model: Any, config: Any, job: TraceJob, name: str, *, st
     model = prepare(model, job, assumed)
     counts = {id(each): each for each in model.parameters()}
     trace, num_traced = trace_layers(model, config, job, stacks=stacks)
-    trace.assumed += sentences(job)
+    trace.assumed += [*assumed, *sentences(job)]
     return Done(
         trace=trace,
         name=name,
@@ -90,9 +90,9 @@ def prepare(model: Any, job: TraceJob, assumed: list[str] | None = None) -> Any:
     """
     model.train(not job.inference)
     if job.base is not None:
-        sentences = quantise_base(model, job)
+        said = quantise_base(model, job)
         if assumed is not None:
-            assumed += sentences
+            assumed += said
     if job.recompute == "full" and not job.inference:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": job.reentrant})
