@@ -124,6 +124,34 @@ def test_what_a_checkpoint_repeats_is_charged_to_its_modules(config):
     assert {module for module, _op in seen["backward"]} == {module for module, _op in seen["forward"]}
 
 
+def test_other_collectives_have_their_sizes():
+    """DTensor swaps the dimension that is split; a program calls functional and plain collectives by itself."""
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed.tensor import DTensor, Shard
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            mesh = dist.device_mesh.init_device_mesh("cuda", (4,))
+            split = DTensor.from_local(super().forward(x), mesh, [Shard(0)], run_check=False)
+            swapped = split.redistribute(placements=[Shard(1)]).to_local()
+            sent = functional.all_to_all_single(swapped, None, None, mesh)
+            whole = torch.empty(4 * sent.shape[0], sent.shape[1], device=sent.device)
+            dist.all_gather_into_tensor(whole, sent.detach())
+            dist.all_reduce(whole)
+            return (sent * sent).sum() + whole.sum()
+
+    def made():
+        return Net(64, 64, bias=False), torch.ones(32, 64, device="cpu")
+
+    found = trace(made, world=4, steps=1, engine="plain", optimizer="none").trace
+    part, whole = 4 * 32 * 64, 4 * 4 * 32 * 64
+    sizes = {phase: [one.size_bytes for one in found.allocations if found.places[one.place].phase == phase
+                     and one.size_bytes in (part, whole)] for phase in ("forward", "backward")}  # fmt: skip
+    # the batch and the product; sent and received; exchanged; gathered; squared
+    assert sizes["forward"] == [part, part, part, part, part, whole, part]
+    assert whole not in sizes["backward"]
+
+
 def test_uneven_shards_differ_by_rank():
     rows = {}
     for rank in (0, 3):

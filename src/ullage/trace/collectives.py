@@ -10,12 +10,15 @@ Source: torch@2.13.0:torch/csrc/distributed/c10d/Functional.cpp (all_gather_into
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from ullage.trace.events import COLLECTIVE
+from ullage.trace.events import COLLECTIVE, COMMUNICATION
 
+_GROUPS = "torch.distributed.distributed_c10d"
+_SWAP = "_dtensor::shard_dim_alltoall"
 _WAIT, _WRAP = f"{COLLECTIVE}wait_tensor", f"{COLLECTIVE}_wrap_tensor_autograd"
 
 
@@ -28,6 +31,8 @@ class Collectives:
     def handler_of(self, func: Any) -> Callable[..., Any] | None:
         """Return what runs an operator instead of it, None for one that is no collective."""
         name: str = func._schema.name
+        if name == _SWAP:
+            return self._swap
         if not name.startswith(COLLECTIVE):
             return None
         return {_WAIT: self._wait, _WRAP: self._wrap}.get(name, self._run)
@@ -49,6 +54,25 @@ class Collectives:
             if isinstance(each, torch.Tensor):
                 self._sent[each.untyped_storage()._cdata] = args[0]
         return out
+
+    def _swap(self, tracker: Any, _func: Any, args: Any, _kwargs: Any) -> Any:
+        """Split one dimension and gather another: a copy with the parts first, as much received, and a copy in place.
+
+        The meta kernel gives a part of a tensor that holds everybody's.
+        Source: torch@2.13.0:torch/csrc/distributed/c10d/Functional.cpp:shard_dim_alltoall.
+        """
+        source, gather, shard, group = args
+        ranks = group.size() if hasattr(group, "size") else import_module(_GROUPS)._resolve_process_group(group).size()
+        sizes = list(source.shape)
+        sizes[shard] //= ranks
+        found = list(sizes)
+        found[gather] *= ranks
+        sizes.insert(shard, ranks)
+        with tracker:
+            with tracker.taking_for(COMMUNICATION):
+                sent = source.view(sizes).movedim(shard, 0).contiguous()
+                received = torch.empty_like(sent)
+            return received.movedim(0, gather).contiguous().view(found)
 
     def clear(self) -> None:
         """Forget what nobody waited for."""
