@@ -23,6 +23,9 @@ MODELS = {
     "openai/gpt-oss-20b": ((("num_hidden_layers", 4),), HEADS),
 }
 SHAPES = ((4, 2048), (1, 512))
+#: Models that are also asked with a frozen 4-bit base: (how it is held, whether it was prepared for training).
+WITH_BASE = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B")
+BASES = (("nf4", True), ("nf4", False), ("gptq", True))
 VARIANTS = [
     (recompute, adapters, loss)
     for loss in ("plain", "liger")
@@ -34,8 +37,8 @@ HEAD = """# A trace beside the closed form
 `ullage trace` runs the real classes of transformers on meta tensors; `ullage fit train` works the same step out from
 tables. Here both are asked the same: models of the catalog at their real widths with few layers, bfloat16 parameters,
 fused AdamW, one Hopper GPU, b sequences of s tokens. Adapters: rank 16 on the projections of attention, fp32 under
-autocast. "liger" is a stand-in that allocates what liger-kernel 0.6.3's fused linear cross entropy does. Attention is
-SDPA, of gpt-oss written out.
+autocast; a base in nf4 (bitsandbytes) or GPTQ by stand-ins for its layers, GPTQ in float16. "liger" is a stand-in that
+allocates what liger-kernel 0.6.3's fused linear cross entropy does. Attention is SDPA, of gpt-oss written out.
 
 *peak* is allocated memory at its largest, over all moments of the second step; *layer* the largest difference of what
 one layer keeps between forward and backward. No constant was fitted: the rules with their sources are in
@@ -60,7 +63,27 @@ def cases() -> list[Case]:
                         seq_len=seq_len,
                     )
                 )
-    return found
+    return [*found, *_with_base()]
+
+
+def _with_base() -> list[Case]:
+    return [
+        Case(
+            model=model,
+            overrides=MODELS[model][0],
+            recompute=recompute,
+            lora=MODELS[model][1],
+            loss=loss,
+            micro_batch=micro_batch,
+            seq_len=seq_len,
+            base=base,
+            prepared=prepared,
+        )
+        for model in WITH_BASE
+        for micro_batch, seq_len in SHAPES
+        for base, prepared in BASES
+        for recompute, loss in (("none", "plain"), ("full", "plain"), ("full", "liger"))
+    ]
 
 
 def row(found: Agreement) -> str:
@@ -68,6 +91,8 @@ def row(found: Agreement) -> str:
     case, (traced, closed) = found.case, found.peak
     moments = ", ".join(f"{name} {worked / seen - 1:+.2%}" for name, seen, worked in found.moments)
     method = "LoRA" if case.lora else "full"
+    if case.base is not None:
+        method = f"LoRA, {case.base}{' as TRL prepares it' if case.base == 'nf4' and case.prepared else ''}"
     layer = f"{found.layer_error:+.2%}" if found.layers else ""
     name = case.model.rpartition("/")[2]
     return (
