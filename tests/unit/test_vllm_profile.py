@@ -411,3 +411,21 @@ def test_largest_images_bound_the_peak_of_small_batches_too() -> None:
         flags=(("language_model_only", "true"),),
     )
     assert activation_peak(alone, stages(alone)[0]).high_bytes < GiB
+
+
+@pytest.mark.parametrize(("share", "starts"), [(0.8, True), (0.85, True), (0.92, False), (0.95, False)])
+def test_a_shared_memory_is_never_all_free(share, starts):
+    """On GB10 0.85 starts and the default 0.92 does not: the system holds its part before the engine asks."""
+    from ullage.fitting import fit_serving
+    from ullage.read.machine import parse_machine
+    from ullage.read.model_source import load_model
+    from ullage.request import serving_job
+
+    asked = serving_job(load_model("qwen3-8b"), parse_machine("1xGB10"), engine="vllm", memory_fraction=share)
+    result = fit_serving(asked, context=4096, reserve="0", advise=False, calibrated=False)
+    assert (result.verdict != "does_not_fit") == starts
+    assert result.ledger.find("system_in_use") is not None
+    stated = fit_serving(
+        replace(asked, device_free_bytes=result.job.machine.gpu.total_bytes), context=4096, reserve="0", advise=False
+    )
+    assert stated.ledger.find("system_in_use") is None

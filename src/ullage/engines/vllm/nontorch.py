@@ -215,6 +215,24 @@ def host_side(setup: Setup) -> Term:
     )
 
 
+def system_in_use(setup: Setup) -> Term:
+    """Return what the system holds of a memory that GPU and host share before the engine starts.
+
+    Source: GB10 with 121.69 GiB: 0.85 of it starts and the default 0.92 does not (vllm-project/recipes#632); 0.87 starts
+        for some (at most 15.8 GiB held), others find 101.3 to 102.2 GiB free
+        (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks#47).
+    Known error: the desktop, the page cache and other processes decide.
+    """
+    return ranged(
+        "system_in_use",
+        13 * GiB,
+        low=4 * GiB,
+        high=21 * GiB,
+        formula="operating system, desktop, page cache",
+        source="vllm-project/recipes#632; MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks#47",
+    )
+
+
 def non_torch_parts(setup: Setup) -> tuple[Term, ...]:
     """Return what this version's ``non_torch`` is made of."""
     parts = [growth(setup), loaded_code(setup), all_to_all(setup)]
@@ -233,4 +251,6 @@ def before_snapshot(setup: Setup) -> tuple[Term, ...]:
     parts = [] if context_counted(setup) else [context(setup)]
     if setup.version.setting("snapshot_after_nccl"):
         parts.append(nccl_at_init(setup))
+    if setup.job.machine.gpu.unified and setup.job.device_free_bytes is None:
+        parts.append(system_in_use(setup))
     return tuple(part for part in parts if part.high_bytes)
