@@ -38,15 +38,15 @@ def advice(
         changes = _roomy(changes)[:MAX_TRIED_WHEN_IT_FITS]
     found = _helpful(changes, result, reserve, starter)
     if result.verdict != "fits" and not any(rank == 0 for rank, _change, _item in found):
-        best = min((rank for rank, _change, _item in found), default=_RANK[result.verdict])
+        best = min((rank for rank, _change, _item in found), default=_rank(result))
         pairs = _helpful(_pairs(found), result, reserve, starter)
         found += [pair for pair in pairs if pair[0] < best][:2]
-    mended = _RANK[result.verdict]
+    mended = _rank(result)
     found.sort(key=lambda one: (one[0], one[1].price) if one[0] < mended else (mended, -_worth(one)))
     return tuple(item for _rank, _change, item in found)[: limit if result.verdict == "fits" else None]
 
 
-def _worth(one: tuple[int, Change, Advice]) -> float:
+def _worth(one: tuple[float, Change, Advice]) -> float:
     return one[2].gain_bytes / one[1].price
 
 
@@ -58,27 +58,27 @@ def _roomy(changes: list[Change]) -> list[Change]:
 
 def _helpful(
     changes: list[Change], result: FitResult, reserve: str, starter: Callable[[ServingJob], EngineStart]
-) -> list[tuple[int, Change, Advice]]:
+) -> list[tuple[float, Change, Advice]]:
     """Return the changes that help, one of each kind: the mildest of those with the best verdict."""
-    found: dict[str, tuple[int, Change, Advice]] = {}
+    found: dict[str, tuple[float, Change, Advice]] = {}
     for change in changes:
         tried = _try(change, result, reserve, starter)
         if tried is None:
             continue
         item, rank = tried
+        now = _rank(result)
         wins = item.gain_bytes >= result.total_bytes.value / 100
-        wins = wins or item.max_concurrency >= max(1.1 * result.max_concurrency.value, 1)
-        wins = wins or rank < _RANK[result.verdict]
-        if rank > _RANK[result.verdict] or item.gain_bytes <= 0 or not wins:
+        wins = item.gain_bytes > 0 and (wins or item.max_concurrency >= max(1.1 * result.max_concurrency.value, 1))
+        if rank > now or not (wins or rank < now):
             continue
         other = found.get(change.key)
-        stronger = rank == _RANK["does_not_fit"] and other is not None and item.gain_bytes > other[2].gain_bytes
+        stronger = rank >= _RANK["does_not_fit"] and other is not None and item.gain_bytes > other[2].gain_bytes
         if other is None or rank < other[0] or stronger:
             found[change.key] = (rank, change, item)
     return sorted(found.values(), key=lambda one: (one[0], one[1].price))
 
 
-def _pairs(found: list[tuple[int, Change, Advice]]) -> list[Change]:
+def _pairs(found: list[tuple[float, Change, Advice]]) -> list[Change]:
     """Return pairs of what helps a little, the cheapest first."""
     best = sorted(found, key=lambda one: -_worth(one))[:IN_PAIRS]
     pairs = [
@@ -101,7 +101,7 @@ def _pairs(found: list[tuple[int, Change, Advice]]) -> list[Change]:
 
 def _try(
     change: Change, result: FitResult, reserve: str, starter: Callable[[ServingJob], EngineStart]
-) -> tuple[Advice, int] | None:
+) -> tuple[Advice, float] | None:
     try:
         engine = starter(change.job)
         tokens = change.context or result.context
@@ -126,7 +126,12 @@ def _try(
         max_concurrency=as_int(after.max_concurrency.value) or 0,
         max_context=after.max_context,
     )
-    return item, _RANK[after.verdict]
+    return item, _rank(after)
+
+
+def _rank(result: FitResult) -> float:
+    """Return the place of a verdict, the best first; of two that are tight, the one that is expected to start."""
+    return _RANK[result.verdict] + (0.0 if result.engine.starts else 0.5)
 
 
 def _gain(before: FitResult, after: FitResult) -> int:

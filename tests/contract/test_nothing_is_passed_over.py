@@ -1,4 +1,4 @@
-"""Whatever a training job states changes the answer, is refused, or is listed here with the reason why it costs nothing."""
+"""Whatever a training job states changes the answer, is refused, or is listed here with why it costs nothing."""
 
 from dataclasses import replace
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from ullage.advise import gain_text
 from ullage.fitting import Advice, FitResult, job_summary
 from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term, merged
@@ -207,9 +208,11 @@ def _print_advice(out: Console, result: FitResult) -> None:
     title = _("More room") if result.verdict == "fits" else _("Cheapest changes")
     out.print(f"\n[bold]{title}[/bold]")
     for item in result.advice[:ADVICE_SHOWN]:
-        gives = _("{size} more room per GPU, {verdict}, {count:,} requests").format(
-            size=format_bytes(item.gain_bytes), verdict=verdict_word(item.verdict), count=item.max_concurrency
+        gives = _("{verdict}, {count:,} requests").format(
+            verdict=verdict_word(item.verdict), count=item.max_concurrency
         )
+        if item.gain_bytes > 0:
+            gives = f"{gain_text(item)}, {gives}"
         print_line(out, f"[bold]{escape(item.change)}[/bold]: {escape(gives)} [dim]({escape(_costs(item))})[/dim]")
 
 

@@ -32,8 +32,8 @@ class Case(Frozen):
     """A job that is traced and worked out.
 
     ``overrides``: of the catalog's model, the depth first of all; ``loss``: plain, or liger (a stand-in); ``base``: how
-    the frozen base is held (nf4, gptq); ``prepared``: as TRL prepares it; ``eager``: attention written out, as it is for
-    sinks in any case.
+    the frozen base is held (nf4, gptq); ``prepared``: as TRL prepares it; ``eager``: attention written out, as it is
+    for sinks in any case.
     """
 
     model: str

@@ -218,8 +218,8 @@ def host_side(setup: Setup) -> Term:
 def system_in_use(setup: Setup) -> Term:
     """Return what the system holds of a memory that GPU and host share before the engine starts.
 
-    Source: GB10 with 121.69 GiB: 0.85 of it starts and the default 0.92 does not (vllm-project/recipes#632); 0.87 starts
-        for some (at most 15.8 GiB held), others find 101.3 to 102.2 GiB free
+    Source: GB10 with 121.69 GiB: 0.85 of it starts and the default 0.92 does not (vllm-project/recipes#632); 0.87
+        starts for some (at most 15.8 GiB held), others find 101.3 to 102.2 GiB free
         (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks#47).
     Known error: the desktop, the page cache and other processes decide.
     """

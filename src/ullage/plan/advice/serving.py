@@ -17,6 +17,7 @@ from ullage.units import GiB, cdiv
 MIN_BATCHED_TOKENS = 2048
 #: Shares of the device worth trying; SGLang's must leave room for activations and graphs.
 FRACTIONS = {"vllm": (0.85, 0.9, 0.95), "sglang": (0.85, 0.88, 0.92, 0.95)}
+SMALLER_FRACTIONS = (0.95, 0.9, 0.85, 0.8, 0.7)
 MIN_CONTEXT = 1024
 #: Largest batch of which a graph is kept, where fewer graphs are advised.
 FEW_GRAPHS = 16
@@ -71,6 +72,8 @@ def _settings(result: FitResult) -> Iterator[Change]:
                 given=given,
                 fields=(("memory_fraction", share),),
             )
+    if vllm and fraction is not None and not result.engine.starts:
+        yield from _smaller_shares(result, fraction)
     if tokens is not None and tokens > MIN_BATCHED_TOKENS:
         lower = max(MIN_BATCHED_TOKENS, tokens // 4)
         own = {"vllm": "--max-num-batched-tokens", "sglang": "--chunked-prefill-size"}.get(job.engine, "-ub")
@@ -97,6 +100,22 @@ def _settings(result: FitResult) -> Iterator[Change]:
             given=given,
             fields=(("max_num_seqs", fewer),),
         )
+
+
+def _smaller_shares(result: FitResult, fraction: float) -> Iterator[Change]:
+    """Yield smaller shares of the device: vLLM does not start where less is free than it was told to take."""
+    for share in SMALLER_FRACTIONS:
+        if share < fraction:
+            yield Change(
+                key="smaller_memory_fraction",
+                price=FREE_PRICE,
+                change=_("ask for {share:.0%} of the device, which is there").format(share=share),
+                cost=_("the cache is smaller"),
+                flags=f"--gpu-memory-utilization {share}",
+                typed=f"--gpu-memory-utilization {share}",
+                given=result.asked,
+                fields=(("memory_fraction", share),),
+            )
 
 
 def _graphs(result: FitResult) -> Iterator[Change]:
