@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-SIZE, TOKENS, WORLD, STEPS = 256, 64, 4, 4
+SIZE, TOKENS, WORLD, STEPS = 256, 64, 4, 3
 #: name: (size of the data-parallel mesh, of the tensor-parallel one, sequence parallel, rows of the vocabulary)
 KINDS = {
     "uneven": (1, 4, False, 1022),
