@@ -7,11 +7,13 @@ OUT.RANK: of the network here, and of the model of transformers that a config.js
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -147,10 +149,7 @@ def split_llama(config, *, sequence):
 
 
 def sizes(_net, step):
-    """Return the bytes of allocations (and, negative, of frees) of each step but the first.
-
-    A worker of gloo may still hold what it sent for a moment after the wait, so that steps differ in rare frees.
-    """
+    """Return the bytes of allocations (and, negative, of frees) of each step but the first."""
     step()
     found = []
     for _each in range(STEPS):
@@ -166,9 +165,21 @@ def sizes(_net, step):
     return found
 
 
+def let_go(wait):
+    """Give a worker of gloo, which holds what it sent for a moment after the wait, the time to let go."""
+
+    def waited(tensor):
+        found = wait(tensor)
+        time.sleep(0.002)
+        return found
+
+    return waited
+
+
 def rank(number, store, out, config):
     """Be one rank."""
     torch.set_num_threads(1)
+    functional.wait_tensor = let_go(functional.wait_tensor)
     dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=number, world_size=WORLD)
     found = {kind: sizes(*wrapped(kind, "cpu")) for kind in KINDS}
     for name in ("plan", "sequence plan"):
