@@ -24,13 +24,18 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.running += 1
             running = server.running
-        try:
-            self._stream(body, running) if running <= server.most else self._refuse()
-        finally:
-            with server.lock:
-                server.running -= 1
+        if running <= server.most:
+            self._stream(body, running)
+        else:
+            self._refuse()
+
+    def _leave(self):
+        """Before the last word: whoever asks again because of it is not one too many."""
+        with self.server.lock:
+            self.server.running -= 1
 
     def _refuse(self):
+        self._leave()
         self.send_response(503)
         self.send_header("Content-Length", "9")
         self.end_headers()
@@ -48,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             self.event({"choices": [{"text": f" w{number}"}]})
         usage = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": count}
         self.event({"choices": [], "usage": usage})
+        self._leave()
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, value):

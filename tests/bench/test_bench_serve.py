@@ -25,7 +25,7 @@ def bench(url, *words, capsys):
 
 
 def test_the_break_point_is_where_requests_fail(capsys):
-    with endpoint(most=5) as server:
+    with endpoint(most=5, pause=0.02) as server:  # long enough that those who ask together are there together
         code, answer, _said = bench(server.url, "--max-concurrency", "64", "--past-knee", capsys=capsys)
     found = answer["break_point"]
     assert code == 0 and (found["largest"], found["smallest_failing"], found["limited_by"]) == (5, 6, "errors")
