@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# one file of tests to a process at a time
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: demo test reference gpu lint locale scoreboard clean
 
@@ -27,10 +29,10 @@ demo: $(VENV)/ready
 	$(BIN)/ullage fit serve deepseek-v3 --on 8xH200 --engine vllm
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 reference: $(VENV)/ready-reference
-	$(BIN)/python -m pytest -m reference
+	$(BIN)/python -m pytest $(PARALLEL) -m reference
 
 gpu: $(VENV)/ready-reference
 	$(BIN)/python -m pip install --quiet --editable '.[gpu,bench,html]'

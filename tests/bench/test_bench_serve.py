@@ -116,7 +116,7 @@ def test_a_recording_gives_the_curves(capsys, tmp_path):
 
     started = datetime.now(timezone.utc).isoformat()
     lines = [{"ullage_recording": 1, "started": started, "devices": []}]
-    lines += [{"t": at / 20, "device": 0, "used_bytes": (1 + at) * 2**20} for at in range(2000)]
+    lines += [{"t": at / 20, "device": 0, "used_bytes": (1 + at) * 2**20} for at in range(12000)]
     path = tmp_path / "watch.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     with endpoint() as server:
