@@ -60,6 +60,14 @@ def test_under_zero_3_the_reference_is_sharded():
     assert terms(rank.after_step)["reference_weights"].bytes == pytest.approx(WEIGHTS / 8, rel=0.001)
 
 
+def test_with_parameters_on_the_host_the_reference_is_there_too():
+    sharded = TrainingParallel(data_parallel_size=8, fsdp="full_shard")
+    away = {"machine": "8xH100", "engine": "fsdp2", "parallel": sharded, "offload": (("params", "cpu"),)}
+    with_copy, without = walk(**away), walk(reference="none", **away)
+    assert "reference_weights" not in terms(with_copy.after_step)
+    assert with_copy.host_bytes - without.host_bytes == pytest.approx(WEIGHTS / 8, rel=0.001)
+
+
 def test_a_pair_is_two_rows_and_a_packed_row_holds_both_answers():
     padded = named(walk(attention="flash"), "loss")
     packed = named(walk(attention="flash", packing=True), "loss")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ullage.account.parameters import count
 from ullage.engines import training
 from ullage.engines.rlhf.resolve import scalar_head
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.ledger import Ledger, Term, merged, total
 from ullage.spec.rlhf import Rlhf
 from ullage.spec.training import TrainingJob
+from ullage.units import cdiv, dtype_bytes
 
 #: Of a value model, what stands through the whole step; what it keeps of its forward pass.
 _STANDING = ("weights", "adapters", "optimizer", "ddp_buckets", "gradients")
@@ -40,19 +42,28 @@ def value_step(policy: TrainingJob) -> TrainingStep:
 def beside(rank: TrainingRank, policy: TrainingJob, value: TrainingStep | None) -> TrainingRank:
     """Return the rank with the other models laid beside every moment.
 
-    Formula: a copy takes what the policy's weights take on the rank: the same dtype, the same shards.
+    Formula: a copy takes what the policy's weights take on the rank: the same dtype, the same shards; where those are
+        on the host, its shard is there, too.
     Source: trl@1.16.0:trainer/dpo_trainer.py:DPOTrainer.__init__ (the policy's dtype, prepare_deepspeed,
         prepare_fsdp); ms-swift@3602360a:swift/megatron/trainers/rlhf_mixin.py:MegatronRLHFTrainer.prepare_model.
     """
     asked = policy.rlhf
     assert asked is not None
-    weights = next(term for term in merged(rank.after_step.allocated.children) if term.name == "weights")
-    copies = tuple(_copy(weights, f"{name}_weights") for name in frozen_models(asked))
+    weights = next((term for term in merged(rank.after_step.allocated.children) if term.name == "weights"), None)
+    names = frozen_models(asked)
+    if weights is None:
+        rank = replace(rank, host_bytes=rank.host_bytes + len(names) * _shard_bytes(policy))
+    copies = () if weights is None else tuple(_copy(weights, f"{name}_weights") for name in names)
     if value is None:
         return _added(rank, lambda ledger: copies)
     other = value.ranks[0]
     by_name = {ledger.moment: ledger for ledger in other.moments}
     return _added(rank, lambda ledger: (*copies, *_of_value(by_name.get(ledger.moment, other.after_step))))
+
+
+def _shard_bytes(policy: TrainingJob) -> int:
+    ranks = policy.parallel.data_parallel_size * policy.parallel.context_parallel_size
+    return int(cdiv(count(policy.model).total, ranks) * dtype_bytes(policy.precision.params))
 
 
 def _copy(weights: Term, name: str) -> Term:
