@@ -40,6 +40,12 @@ def marked(mark):
     return found
 
 
+def listening():
+    """Tests may themselves run where hang-ups and interrupts are ignored, as under nohup; commands inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """A run in the background, with a mark in the environment of all that it starts."""
 
@@ -48,7 +54,7 @@ class Run:
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
             [*RUN, *QUICK, *words], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, name: value, **environment},
+            env={**os.environ, name: value, **environment}, preexec_fn=listening,
         )  # fmt: skip
 
     def finish(self, timeout=60):
