@@ -283,3 +283,18 @@ LLAMA_CPP = ["fit", "serve", "qwen3-30b-a3b", "--on", "2xRTX4090", "--engine", "
 def test_options_that_the_engine_would_pass_over_are_refused(capsys, words):
     code, _out, err = run(capsys, *words)
     assert code == 2 and err.count("\n") == 1 and words[-2 if words[-1].isdigit() else -1] in err
+
+
+@pytest.mark.parametrize("unknown", [True, "the optimizer", 3, {"a": 1}, ["DoRA on"]])
+def test_what_a_job_file_calls_unknown_need_not_be_a_list(capsys, tmp_path, unknown):
+    job = {
+        "kind": "train",
+        "model": "meta-llama/Llama-3.2-1B",
+        "gpu": "H100-80GB",
+        "num_gpus": 1,
+        "engine": "hf_trainer",
+    }
+    job |= {"micro_batch_size": 1, "seq_len": 512, "method": "lora", "lora": {"rank": 8}, "unknown": unknown}
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"job": job}))
+    assert fit_json(capsys, "fit", path)["verdict"] == "fits"

@@ -88,7 +88,7 @@ def _lora(
         rank=rank,
         targets=_targets(fields, value, ("all-linear",)),
         dropout=words.number(value.get("dropout") or 0) or 0.0,
-        dora=kind == "dora" or "DoRA on" in (fields.get("unknown") or ()),
+        dora=kind == "dora" or "DoRA on" in words.sentences(fields),
         trained_modules=_listed(fields, _IN_FULL),
     )
     count = stated_parameters(record) if record.engine in _BY_PEFT else None
@@ -114,7 +114,7 @@ def _targets(fields: Mapping[str, Any], value: Mapping[str, Any], default: tuple
 
 def _dtype(fields: Mapping[str, Any]) -> str | None:
     """Return the adapters' dtype where it is said that they are not made fp32."""
-    if not any("no automatic cast to fp32" in one for one in _said(fields)):
+    if not any("no automatic cast to fp32" in one for one in words.sentences(fields)):
         return None
     precision = fields.get("precision")
     compute = precision.get("compute") if isinstance(precision, dict) else None
@@ -123,12 +123,8 @@ def _dtype(fields: Mapping[str, Any]) -> str | None:
 
 def _listed(fields: Mapping[str, Any], start: str) -> tuple[str, ...]:
     """Return the names that a sentence of the record lists after ``start``."""
-    found = next((one for one in _said(fields) if one.startswith(start)), "")
+    found = next((one for one in words.sentences(fields) if one.startswith(start)), "")
     return tuple(name.strip() for name in found.removeprefix(start).split(",") if name.strip())
-
-
-def _said(fields: Mapping[str, Any]) -> list[str]:
-    return [str(one) for one in fields.get("unknown") or ()]
 
 
 def stated_parameters(record: Record) -> int | None:

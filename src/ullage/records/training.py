@@ -268,7 +268,7 @@ def recompute(value: Any, where: str) -> Recompute:
 
 def _flags(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return what the record says in words of the kernels that run."""
-    said = " ".join(str(one) for one in fields.get("unknown") or ())
+    said = " ".join(words.sentences(fields))
     flags = []
     if "fused kernels for RMSNorm, RoPE" in said:
         flags.append(("fused_kernels", "rms_norm,rope"))

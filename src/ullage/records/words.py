@@ -36,6 +36,12 @@ def flags(value: Any, where: str) -> dict[str, str]:
     return {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items() if item is not None}
 
 
+def sentences(fields: Mapping[str, Any], key: str = "unknown") -> list[str]:
+    """Return the sentences under a key; what is no list of them says nothing."""
+    found = fields.get(key)
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
 def integer(fields: Mapping[str, Any], key: str, where: str) -> int | None:
     """Return a whole number of at least 0, or None when it is missing or null."""
     value = fields.get(key)
