@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from ullage.engines.training import TRAINING_ENGINES, step
-from ullage.errors import InputError
+from ullage.errors import InputError, LayoutError
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.read.training_words import parse_lora, parse_precision, parse_recompute
-from ullage.spec.training import TrainingJob, TrainingParallel
+from ullage.spec.training import Recompute, TrainingJob, TrainingParallel
 
 DENSE, EXPERTS = load_model("qwen3-0.6b"), load_model("qwen3-30b-a3b")
 NODES = parse_machine("2x8xH100")
@@ -120,3 +120,18 @@ def test_every_setting_counts_or_is_refused(engine):
         if (found == plain[changed.model.name]) != ((engine, name) in COSTS_NOTHING):
             passed_over.append(name)
     assert not passed_over
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(TrainingParallel()) if name.endswith("_size")))
+@pytest.mark.parametrize("engine", sorted(TRAINING_ENGINES))
+def test_a_size_below_one_is_refused(engine, name):
+    job = base(engine)
+    with pytest.raises(LayoutError, match=name):
+        step(replace(job, parallel=replace(job.parallel, **{name: -1})))
+
+
+@pytest.mark.parametrize("engine", sorted(TRAINING_ENGINES))
+def test_a_count_below_one_is_refused(engine):
+    for nothing in ({"micro_batch_size": 0}, {"seq_len": 0}, {"grad_accum": 0}, {"recompute": Recompute(every=0)}):
+        with pytest.raises(InputError, match="is 0; write 1 or more"):
+            step(replace(base(engine), **nothing))

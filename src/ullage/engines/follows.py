@@ -124,6 +124,8 @@ def check_followed(job: TrainingJob) -> None:
         LayoutError: a way to split that does not exist or is not followed.
         InputError: any other setting that is not followed, or a quantised base that is to be trained itself.
     """
+    _check_counts(job)
+    _check_sizes(job.parallel)
     _check_experts(job)
     own = FOLLOWS.get(job.engine)
     if own is None:
@@ -190,6 +192,28 @@ def _splits(parallel: TrainingParallel) -> Iterator[tuple[str, str]]:
         ("expert_tensor", parallel.expert_tensor_parallel_size or 1, _("expert tensor parallelism")),
     )
     yield from ((name, words) for name, size, words in sizes if size > 1)
+
+
+def _check_counts(job: TrainingJob) -> None:
+    counts = {
+        "micro_batch_size": job.micro_batch_size,
+        "seq_len": job.seq_len,
+        "grad_accum": job.grad_accum,
+        "recompute: every": job.recompute.every,
+    }
+    wrong = next((name for name, count in counts.items() if count < 1), None)
+    if wrong is not None:
+        raise InputError(_("{name} is {size}").format(name=wrong, size=counts[wrong]), remedy=_("write 1 or more"))
+
+
+def _check_sizes(parallel: TrainingParallel) -> None:
+    sizes = {name: size for name, size in vars(parallel).items() if name.endswith("_size") and size is not None}
+    wrong = next((name for name, size in sizes.items() if size < 1), None)
+    if wrong is not None:
+        raise LayoutError(
+            _("{name} is {size}").format(name=wrong, size=sizes[wrong]),
+            remedy=_("a size is a number of ranks from 1 on"),
+        )
 
 
 def _sharding(parallel: TrainingParallel, own: Follows) -> Iterator[str]:
