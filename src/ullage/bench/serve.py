@@ -246,6 +246,7 @@ class _Bench:
         waves: Sequence[dict[str, Any]],
         figures_of: Sequence[dict[str, Any]] | None = None,
     ) -> Phase:
+        self.watch.look()
         seconds = time.perf_counter() - self.clock - begun
         shifted = [{**wave, "t": round(wave["t"] - begun, 4)} for wave in waves]
         chosen = shifted if figures_of is None else figures_of

@@ -34,6 +34,9 @@ class Watching:
     def __exit__(self, *_error: object) -> None:
         pass
 
+    def look(self) -> None:
+        """Take a sample now, if that is possible: a phase shorter than the interval has one, too."""
+
     def samples(self) -> Sequence[Sample]:
         """Return all samples so far, by the clock."""
         return ()
@@ -73,9 +76,13 @@ class Metered(Watching):
     def __exit__(self, *error: object) -> None:
         self._sampler.__exit__(*error)
 
+    def look(self) -> None:
+        """Read the meter."""
+        self._sampler.sample()
+
     def samples(self) -> Sequence[Sample]:
-        """Return what was sampled."""
-        return self._sampler.samples
+        """Return what was sampled, in order: the thread and a look may meet."""
+        return sorted(self._sampler.samples, key=lambda one: one.t)
 
 
 class Recorded(Watching):
