@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ullage.trace.agreement import Agreement, Case, compare
+from ullage.trace.compare.agreement import Agreement, Case, compare
 from ullage.units import GiB
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -223,11 +223,11 @@ def catalog_layers(num_layers: int = 2) -> Any:
 
 def traced_layer_bytes(name: str | None, *, autocast: bool) -> int:
     """Bytes that the last layer keeps until the backward begins, of a frozen model that a method is laid on."""
-    from ullage.trace.agreement import build
     from ullage.trace.api import trace
+    from ullage.trace.build.models import build_described
     from ullage.trace.job import TraceJob
 
-    made: Any = build(catalog_layers(), TraceJob()).model
+    made: Any = build_described(catalog_layers(), TraceJob()).model
     if name is None:
         made.requires_grad_(False)
         made.get_input_embeddings().weight.requires_grad_(True)

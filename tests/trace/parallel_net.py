@@ -130,9 +130,9 @@ def program(kind):
 
 def split_llama(config, *, sequence):
     """Return (model, one step) of transformers, split over all ranks."""
+    from ullage.trace.build.models import build_model
     from ullage.trace.job import TraceJob
-    from ullage.trace.models import build_model
-    from ullage.trace.tensor_parallel import loss_context, split
+    from ullage.trace.ranks.tensor_parallel import loss_context, split
 
     job = TraceJob(tp=dist.get_world_size(), sp=sequence, **LLAMA_JOB)
     model = build_model(config, job).model.to_empty(device="cpu")

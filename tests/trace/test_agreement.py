@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from make_agreement import HEADS, LATENT, LATENT_V3, cases
 
-from ullage.trace.agreement import Agreement, Case, compare
+from ullage.trace.compare.agreement import Agreement, Case, compare
 
 pytestmark = pytest.mark.reference
 PEAK, LAYER = 0.01, 0.005

@@ -17,16 +17,17 @@ import torch
 import ullage
 from ullage.engines.hf_trainer.states import GPTQ, NF4
 from ullage.errors import InputError
-from ullage.trace import events as names
-from ullage.trace.agreement import Case, compare
+from ullage.trace.build.models import build_model
+from ullage.trace.build.prepare import prepare
+from ullage.trace.compare.agreement import Case, compare
+from ullage.trace.cuda.patches import cuda_stand_ins
 from ullage.trace.job import LoraOptions, TraceJob
-from ullage.trace.models import build_model
-from ullage.trace.patches import cuda_stand_ins
-from ullage.trace.quantised.bnb import Linear4bit
-from ullage.trace.quantised.fused import fuse_adapters
-from ullage.trace.quantised.gptq import QuantLinear
-from ullage.trace.running import prepare, start
-from ullage.trace.steps import to_device, token_batch
+from ullage.trace.recorder import events as names
+from ullage.trace.stand_ins.quantised.bnb import Linear4bit
+from ullage.trace.stand_ins.quantised.fused import fuse_adapters
+from ullage.trace.stand_ins.quantised.gptq import QuantLinear
+from ullage.trace.step.loops import to_device, token_batch
+from ullage.trace.step.session import start
 
 pytestmark = pytest.mark.reference
 HEADS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ullage.errors import InputError
 from ullage.trace.api import trace
-from ullage.trace.parallel import units_of
+from ullage.trace.ranks.spread import units_of
 
 pytestmark = pytest.mark.reference
 MiB = 1 << 20

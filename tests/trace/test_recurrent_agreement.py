@@ -16,9 +16,9 @@ import transformers
 
 from ullage.read.hf_config import read_config_object
 from ullage.spec.training import TrainingJob
-from ullage.trace import agreement
-from ullage.trace.agreement import Case, compare
-from ullage.trace.models import Built
+from ullage.trace.build.models import Built
+from ullage.trace.compare import agreement
+from ullage.trace.compare.agreement import Case, compare
 
 pytestmark = pytest.mark.reference
 COMMON = {"num_hidden_layers": 4, "vocab_size": 65536, "torch_dtype": "bfloat16"}
@@ -110,7 +110,7 @@ def test_recurrent_models_agree(
 
     walk = agreement.step
     monkeypatch.setattr(agreement, "step", without_kernels)
-    monkeypatch.setattr(agreement, "build", build)
+    monkeypatch.setattr(agreement, "build_described", build)
     monkeypatch.setattr(agreement, "load_model", lambda name: read_config_object(config, where=name, name=name))
     monkeypatch.setattr(agreement, "with_overrides", lambda model, *_args, **_more: model)
     case = Case(model="small", overrides=(), recompute=recompute, lora=lora, loss="liger", micro_batch=2, seq_len=512)

@@ -6,9 +6,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from ullage.trace.api import trace
-from ullage.trace.events import PARAMETER, SETUP, Allocation, Place, Trace
-from ullage.trace.layers import find_stack
-from ullage.trace.unroll import CannotUnrollError, Stack, unroll
+from ullage.trace.recorder.events import PARAMETER, SETUP, Allocation, Place, Trace
+from ullage.trace.repeat.layers import find_stack
+from ullage.trace.repeat.unroll import CannotUnrollError, Stack, unroll
 
 pytestmark = pytest.mark.reference
 SMALL = {"seq_len": 64, "steps": 2}

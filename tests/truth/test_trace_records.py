@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 from ullage.records.schema import Record
 from ullage.records.store import read_records
-from ullage.trace.records import trace_record
+from ullage.trace.compare.records import trace_record
 
 pytestmark = pytest.mark.reference
 TRUTH = Path(__file__).resolve().parents[3] / "shared" / "truth" / "training.jsonl"

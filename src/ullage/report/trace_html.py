@@ -9,7 +9,7 @@ from ullage.i18n import _
 from ullage.report.html.page import Section, Table, write_page
 from ullage.report.trace_json import phase_peaks
 from ullage.report.trace_text import layer_groups
-from ullage.trace.events import CATEGORIES, Trace
+from ullage.trace.recorder.events import CATEGORIES, Trace
 from ullage.trace.result import TraceResult
 from ullage.units import GiB, format_bytes
 

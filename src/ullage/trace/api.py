@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from typing import Any
 
-from ullage.errors import InputError, MissingExtraError, UllageError
-from ullage.i18n import _
+from ullage.errors import InputError, MissingExtraError
 from ullage.trace.job import TraceJob, parse_lora
 from ullage.trace.result import TraceResult
 
@@ -26,7 +23,7 @@ def trace(
 
     Args:
         target: a model's name, folder or config.json; ``"module:function"``; a function as
-            :mod:`ullage.trace.protocol` has it; or a ``torch.nn.Module`` of transformers.
+            :mod:`ullage.trace.build.function` has it; or a ``torch.nn.Module`` of transformers.
         settings: of the allocator, as PYTORCH_ALLOC_CONF; torch_version: whose defaults it has.
         capacity_bytes: what the driver can give; no limit when not given.
         stacks: take Python stacks.
@@ -48,7 +45,7 @@ def trace(
     from ullage.trace.internals import ALWAYS, check_names
 
     check_names(ALWAYS)
-    from ullage.trace.running import run
+    from ullage.trace.targets import run
 
     parsed = parse_settings(settings, version=parse_version(torch_version))
     done = run(target, job, stacks=stacks)
@@ -75,33 +72,3 @@ def _job(options: dict[str, Any]) -> TraceJob:
         return TraceJob(**options)
     except TypeError as error:
         raise InputError(str(error), where="trace") from None
-
-
-def guarded(call: Callable[[], Any]) -> Any:
-    """Run a step; say in one sentence what of it cannot run on meta tensors.
-
-    Raises:
-        InputError: an operator has no meta kernel, or a value was needed that is not there.
-    """
-    try:
-        return call()
-    except UllageError:
-        raise
-    except NotImplementedError as error:
-        raise InputError(
-            _("an operator cannot run without a GPU: {why}").format(why=_first_sentence(error)),
-            remedy=_("replace it in the traced step by one that has a meta kernel (torch.library.register_fake)"),
-        ) from error
-    except Exception as error:
-        if os.environ.get("ULLAGE_DEBUG"):
-            raise
-        raise InputError(
-            _("the step failed on meta tensors: {kind}: {why}").format(
-                kind=type(error).__name__, why=_first_sentence(error)
-            ),
-            remedy=_("set ULLAGE_DEBUG=1 to see where"),
-        ) from error
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:240] or type(error).__name__

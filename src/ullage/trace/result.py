@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ullage.allocator.run import Outcome
-from ullage.trace.events import CATEGORIES, Allocation, Place, Trace
 from ullage.trace.job import TraceJob
+from ullage.trace.recorder.events import CATEGORIES, Allocation, Place, Trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.simulate import Allocator
 from ullage.allocator.state import IN_USE, UNMAPPED, Block, FreeSet
 from ullage.files import replacing
-from ullage.trace.events import Allocation, Trace
+from ullage.trace.recorder.events import Allocation, Trace
 
 _DRIVER = {
     SEGMENT_ALLOC: "segment_alloc", SEGMENT_FREE: "segment_free", SEGMENT_MAP: "segment_map",

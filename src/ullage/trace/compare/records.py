@@ -20,16 +20,15 @@ from ullage.records.frameworks import Framework, framework, gptq_group_size
 from ullage.records.schema import Record
 from ullage.records.training import record_job
 from ullage.spec.training import TrainingJob
-from ullage.trace.agreement import build
-from ullage.trace.events import Trace
-from ullage.trace.fused_ops import fuse_norms, fused_rotary, repeated_heads
+from ullage.trace.build.models import Built, build_described
+from ullage.trace.build.prepare import prepare
 from ullage.trace.job import LoraOptions, TraceJob
-from ullage.trace.layers import trace_layers
-from ullage.trace.looped_experts import loop_experts
-from ullage.trace.losses import use_loss
-from ullage.trace.models import Built
-from ullage.trace.quantised.fused import fuse_adapters
-from ullage.trace.running import prepare
+from ullage.trace.recorder.events import Trace
+from ullage.trace.repeat.layers import trace_layers
+from ullage.trace.stand_ins.fused_ops import fuse_norms, fused_rotary, repeated_heads
+from ullage.trace.stand_ins.looped_experts import loop_experts
+from ullage.trace.stand_ins.losses import use_loss
+from ullage.trace.stand_ins.quantised.fused import fuse_adapters
 
 #: Experts are one tensor, and run as grouped products. Source: transformers@5.23.0:models/mixtral/modeling_mixtral.py.
 TENSOR_EXPERTS = (5, 0)
@@ -46,7 +45,7 @@ def trace_record(record: Record) -> Trace:
         raise InputError(_("a record of several GPUs is not traced"))
     through = framework(record) or _assumed_framework(job)
     options = _options(job, through, gptq_group_size(record))
-    built = build(job.model, options)
+    built = build_described(job.model, options)
     _open_windows(built)
     if _before(job, TENSOR_EXPERTS):
         loop_experts(built.model)

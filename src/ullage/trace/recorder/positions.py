@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_hooks
 
-from ullage.trace.events import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Place
+from ullage.trace.recorder.events import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Place
 
 #: Parts of a path that wrappers put in.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "module.")

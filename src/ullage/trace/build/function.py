@@ -134,3 +134,18 @@ def _understand(found: Any, where: str) -> Traced:
     if not isinstance(traced.module, torch.nn.Module) or (traced.inputs is None) == (traced.step is None):
         raise wrong
     return traced
+
+
+def to_meta(model: Any) -> None:
+    """Move parameters and buffers that were made on the host, shared ones together."""
+    moved: dict[int, Any] = {}
+    for module in model.modules():
+        for name, each in list(module._parameters.items()):
+            if each is not None and each.device.type != "meta":
+                if id(each) not in moved:
+                    moved[id(each)] = torch.nn.Parameter(each.detach().to("meta"), each.requires_grad)
+                module._parameters[name] = moved[id(each)]
+        for name, each in list(module._buffers.items()):
+            if each is not None and each.device.type != "meta":
+                moved.setdefault(id(each), each.to("meta"))
+                module._buffers[name] = moved[id(each)]

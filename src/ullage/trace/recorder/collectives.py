@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ullage.trace.events import COLLECTIVE, COMMUNICATION
+from ullage.trace.recorder.events import COLLECTIVE, COMMUNICATION
 
 _GROUPS = "torch.distributed.distributed_c10d"
 _SWAP = "_dtensor::shard_dim_alltoall"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as AdaptedLinear
 
-from ullage.trace.quantised.bnb import Linear4bit
-from ullage.trace.quantised.gptq import QuantLinear
+from ullage.trace.stand_ins.quantised.bnb import Linear4bit
+from ullage.trace.stand_ins.quantised.gptq import QuantLinear
 
 
 class AdaptedLinear4bit(AdaptedLinear):

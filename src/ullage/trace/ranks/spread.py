@@ -11,7 +11,7 @@ import torch
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.trace.job import TraceJob
-from ullage.trace.tensor_parallel import split
+from ullage.trace.ranks.tensor_parallel import split
 
 
 def spread(model: Any, job: TraceJob) -> Any:

@@ -14,14 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ullage.trace import events as names
-from ullage.trace.accumulation import Accumulation
-from ullage.trace.collectives import Collectives
-from ullage.trace.data_dependent import HANDLERS
-from ullage.trace.events import Allocation, Trace, classify
-from ullage.trace.positions import Positions, clean_path
-from ullage.trace.shadows import Routing, Shadows
-from ullage.trace.temporaries import Kernels, hidden_temporaries
+from ullage.trace.recorder import events as names
+from ullage.trace.recorder.accumulation import Accumulation
+from ullage.trace.recorder.collectives import Collectives
+from ullage.trace.recorder.data_dependent import HANDLERS
+from ullage.trace.recorder.events import Allocation, Trace, classify
+from ullage.trace.recorder.positions import Positions, clean_path
+from ullage.trace.recorder.shadows import Routing, Shadows
+from ullage.trace.recorder.temporaries import Kernels, hidden_temporaries
 
 _SKIPPED_STACK = ("/torch/", "/ullage/trace/", "<frozen")
 

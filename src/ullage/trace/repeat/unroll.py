@@ -14,7 +14,7 @@ import re
 from array import array
 from dataclasses import dataclass, replace
 
-from ullage.trace.events import WORKSPACE, Allocation, Place, Trace
+from ullage.trace.recorder.events import WORKSPACE, Allocation, Place, Trace
 
 
 class CannotUnrollError(Exception):

@@ -22,8 +22,8 @@ import torch
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.trace import events as names
 from ullage.trace.internals import RANKS, check_names
+from ullage.trace.recorder import events as names
 
 _GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ullage.engines.hf_trainer.defaults import resolve
 from ullage.engines.hf_trainer.layers import forward_pass
-from ullage.engines.hf_trainer.states import full_parameters
 from ullage.engines.training import TrainingStep, step
 from ullage.frozen import Frozen
 from ullage.read.machine import parse_machine
@@ -16,12 +13,12 @@ from ullage.read.model_source import load_model
 from ullage.records.overrides import with_overrides
 from ullage.spec.model import Model
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob
-from ullage.trace import running
-from ullage.trace.events import ACTIVATION, BACKWARD, BLOCK_BYTES, FORWARD, RECOMPUTE, TEMPORARY, Trace
-from ullage.trace.hf_values import config_values
-from ullage.trace.job import DTYPES, LoraOptions, TraceJob
-from ullage.trace.losses import use_loss
-from ullage.trace.models import Built, _check_count, _config, _model_type, _transformers
+from ullage.trace.build.models import build_described
+from ullage.trace.build.prepare import prepare
+from ullage.trace.job import LoraOptions, TraceJob
+from ullage.trace.recorder.events import ACTIVATION, BACKWARD, BLOCK_BYTES, FORWARD, RECOMPUTE, TEMPORARY, Trace
+from ullage.trace.stand_ins.losses import use_loss
+from ullage.trace.step.model import trace_model
 from ullage.units import round_up
 
 #: Moments of a step that has optimizer states, as the closed form names them.
@@ -87,7 +84,7 @@ def compare(case: Case) -> Agreement:
         prepare="trl" if case.prepared else "none",
         attention="eager" if eager else "auto",
     )
-    trace = trace_model(model, options, loss=case.loss)
+    trace = trace_described(model, options, loss=case.loss)
     worked_out = closed_form(model, case, eager=eager)
     found = {one.moment: one.allocated.bytes for one in worked_out.ranks[0].moments}
     seen = traced_moments(trace)
@@ -97,28 +94,12 @@ def compare(case: Case) -> Agreement:
     return Agreement(case=case, moments=moments, layers=_layers(trace, worked_out.job) if apart else ())
 
 
-def trace_model(model: Model, job: TraceJob, *, loss: str = "plain") -> Trace:
+def trace_described(model: Model, job: TraceJob, *, loss: str = "plain") -> Trace:
     """Trace a model of the catalog whose layers were cut; all layers are run."""
-    built = build(model, job)
+    built = build_described(model, job)
     if loss != "plain":
         use_loss(built.model, loss)
-    return running.trace_model(running.prepare(built.model, job), built.config, job).trace
-
-
-def build(model: Model, job: TraceJob) -> Built:
-    """Build the transformers model of a description on meta tensors."""
-    transformers = _transformers()
-    values = config_values(model)
-    assert values is not None, model.name
-    config = _config(transformers, {"model_type": _model_type(model.architecture), **values}, model.name)
-    config.use_cache = False
-    asked = {"attn_implementation": "eager"} if job.attention == "eager" else {}
-    with torch.device("meta"):
-        made: Any = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, DTYPES[job.dtype]), **asked
-        )
-    _check_count(made, full_parameters(model).num_elements, model.name)
-    return Built(made, config, model.name, [])
+    return trace_model(prepare(built.model, job), built.config, job).trace
 
 
 def closed_form(model: Model, case: Case, *, eager: bool) -> TrainingStep:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.trace.temporaries import Kernels
+from ullage.trace.recorder.temporaries import Kernels
 
 KERNELS = ("auto", "flash", "efficient", "cudnn", "math")
 _HALVES = (torch.float16, torch.bfloat16)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ullage.i18n import _
-from ullage.trace.quantised.bnb import Linear4bit
-from ullage.trace.quantised.gptq import QuantLinear
+from ullage.trace.stand_ins.quantised.bnb import Linear4bit
+from ullage.trace.stand_ins.quantised.gptq import QuantLinear
 
 
 def quantise(model: Any, scheme: str, *, nested: bool = True, group_size: int = 128) -> list[str]:

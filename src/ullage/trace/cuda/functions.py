@@ -10,9 +10,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ullage.trace.attention import attention
-from ullage.trace.norms import rms_norm
-from ullage.trace.temporaries import Kernels
+from ullage.trace.cuda.attention import attention
+from ullage.trace.cuda.norms import rms_norm
+from ullage.trace.recorder.temporaries import Kernels
 
 CUDA_NAMES = ("cuda",)
 #: Functions that autocast runs in the lower precision, as Python names them.

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ullage.trace.events import Trace
 from ullage.trace.job import TraceJob
-from ullage.trace.positions import clean_path
-from ullage.trace.unroll import CannotUnrollError, Stack, grow
+from ullage.trace.recorder.events import Trace
+from ullage.trace.recorder.positions import clean_path
+from ullage.trace.repeat.unroll import CannotUnrollError, Stack, grow
+from ullage.trace.step.model import trace_model
 
 #: Units that are run, and one more for the check: the one that is repeated has a neighbour on each side, and what is
 #: outside can tell the first two from the last two.
@@ -100,8 +101,6 @@ def only(layers: Layers, config: Any, keep: list[int]) -> Iterator[None]:
 
 def trace_layers(model: Any, config: Any, job: TraceJob, *, stacks: bool) -> tuple[Trace, int]:
     """Trace a model of transformers; return (trace, layers that were run if others repeat them, else 0)."""
-    from ullage.trace.running import trace_model
-
     count = getattr(config, "num_hidden_layers", 0)
     unroll = job.unroll and not job.ddp  # buckets of a fixed size do not repeat with the layers
     layers = find_layers(model, count) if unroll and count else None

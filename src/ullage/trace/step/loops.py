@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ullage.trace import events as names
 from ullage.trace.job import DTYPES, TraceJob
-from ullage.trace.optimizers import by_mesh, make_optimizer
-from ullage.trace.tensor_parallel import loss_context
+from ullage.trace.ranks.tensor_parallel import loss_context
+from ullage.trace.recorder import events as names
+from ullage.trace.step.optimizers import by_mesh, make_optimizer
 
 
 def token_batch(job: TraceJob, vocab_size: int) -> dict[str, Any]:

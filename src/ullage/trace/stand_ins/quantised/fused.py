@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.amp import custom_bwd, custom_fwd
 
-from ullage.trace.quantised.gptq import QuantLinear
+from ullage.trace.stand_ins.quantised.gptq import QuantLinear
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 

@@ -1,0 +1,1 @@
+"""Traces beside what is known otherwise: the closed forms, and published measured runs."""

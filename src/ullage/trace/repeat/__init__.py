@@ -1,0 +1,1 @@
+"""Layers that repeat: few are run, and their events repeated."""

@@ -1,0 +1,1 @@
+"""One traced step: what it runs under, its loop, its optimizer."""

@@ -1,0 +1,45 @@
+"""The step of a user's function: its own, or a plain one over the module and inputs that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ullage.trace.build.function import Traced, call_function, to_meta
+from ullage.trace.job import TraceJob
+from ullage.trace.ranks.spread import check_wrapping
+from ullage.trace.recorder.tracker import Tracker
+from ullage.trace.step.guarded import guarded
+from ullage.trace.step.loops import run_inference, run_training
+from ullage.trace.step.session import on_one_rank, replica
+
+
+def trace_function(
+    function: Callable[..., Any], job: TraceJob, where: str, *, stacks: bool = False
+) -> tuple[Tracker, Any]:
+    """Trace the step of what a user's function gives; return the tracker and the module."""
+    with on_one_rank(job, stacks=stacks) as tracker:
+        traced = guarded(lambda: call_function(function, job, where))
+        check_wrapping(job, traced)
+        model = traced.module
+        to_meta(model)
+        with tracker.watching():
+            tracker.hold(model)
+            traced.module = replica(tracker, job, model)
+            guarded(lambda: _steps(tracker, job, traced))
+    return tracker, model
+
+
+def _steps(tracker: Tracker, job: TraceJob, traced: Traced) -> None:
+    if traced.step is not None:
+        for step in range(job.steps):
+            tracker.positions.step = step
+            traced.step()
+        return
+    if job.inference:
+        run_inference(tracker, job, traced.module, traced.inputs, traced.call)
+        return
+    optimizer = None
+    if traced.optimizer is not None:
+        optimizer = traced.optimizer([each for each in traced.module.parameters() if each.requires_grad])
+    run_training(tracker, job, traced.module, traced.inputs, traced.loss_of, optimizer)
