@@ -44,18 +44,31 @@ class Counters:
 class Request:
     """All that is known of a request before it is served: one per (bytes, place), made once."""
 
-    __slots__ = ("blocks", "bound", "free_set", "keys", "min_rest", "requested", "rounded", "segment", "too_large")
+    __slots__ = (
+        "blocks",
+        "bound",
+        "free_set",
+        "keys",
+        "limit",
+        "min_rest",
+        "pool",
+        "requested",
+        "rounded",
+        "segment",
+        "spare",
+    )
 
     def __init__(self, requested: int, free_set_of: Callable[[bool], FreeSet], settings: AllocatorSettings) -> None:
         self.requested = requested
         self.rounded = rounded = round_size(requested + settings.padding_bytes, settings.divisions)
         self.segment = segment_bytes(rounded, settings.large_segment_size_bytes)
         free_set = self.free_set = free_set_of(is_small(rounded))
-        self.keys, self.blocks = free_set.keys, free_set.blocks
+        self.keys, self.blocks, self.spare = free_set.keys, free_set.blocks, free_set.spare
+        self.pool = free_set.pool
         self.bound = rounded << ADDRESS_BITS
         # get_free_block: blocks from this size on are not for this request
         most = settings.max_split_size_bytes
-        self.too_large = most if rounded < most else rounded + settings.max_non_split_rounding_bytes
+        self.limit = (most if rounded < most else rounded + settings.max_non_split_rounding_bytes) << ADDRESS_BITS
         # should_split: what must be left over for the block to be split
         if free_set.small or settings.expandable_segments:
             self.min_rest = MIN_BLOCK_BYTES
@@ -91,15 +104,14 @@ class Allocator:
         self.waiting: dict[int, Block] = {}  # freed blocks that a stream still uses
         self.counters = Counters()
         self.reserved = self.active = self.awaiting = 0  # bytes; active ones are in use or awaiting an event
-        self._spare: list[Block] = []  # blocks that were merged away, to be used again
         self.peak_reserved = self.peak_allocated = self.peak_active = self._low_peak = 0
         self.on_growth: Callable[[], None] | None = None  # called when the reserved memory reaches a new height
         self.on_driver: Callable[[int, int, int, FreeSet], None] | None = None  # (SEGMENT_..., address, bytes, whose)
         self._top = FIRST_ADDRESS
         self._has_expandable = settings.expandable_segments
         self._alignment = settings.alignment_bytes if settings.expandable_segments else 0
-        limited = settings.max_split_size_bytes != UNLIMITED_BYTES
-        self._plain = not (limited or settings.expandable_segments or self.gc_threshold)
+        # whether the first fit may be the wrong one, and blocks of one set differ
+        self._choosy = bool(settings.expandable_segments or self.gc_threshold)
 
     @property
     def allocated(self) -> int:
@@ -133,7 +145,7 @@ class Allocator:
             place = places[segment.place]
             free_set = self.pool(place.pool_id, small=segment.small).free_set(place.stream)
             if segment.expandable:
-                self._has_expandable, self._plain = True, False
+                self._has_expandable = self._choosy = True
                 first = expandable.adopt_range(self, segment, free_set)
             else:
                 first = Block(segment.address, segment.size_bytes, free_set, FREE)
@@ -187,9 +199,9 @@ class Allocator:
         """
         keys, blocks, size = request.keys, request.blocks, request.rounded
         index = bisect_left(keys, request.bound)
-        if not self._plain:
+        if self._choosy:
             index = self._search(request, index)
-        if index < len(keys):
+        if index < len(keys) and keys[index] < request.limit:
             block = blocks[index]
         else:
             acquired, index = self._acquire(request), -1
@@ -198,12 +210,21 @@ class Allocator:
             block = acquired
         if self._alignment and size >= ROUND_LARGE_BYTES:
             block, index = self._aligned(block, index, size), -1
-        block.state = IN_USE
-        block.requested = request.requested
+        block.state, block.requested = IN_USE, request.requested
         rest_size = block.size - size
         if rest_size >= request.min_rest:
-            rest = self._rest_of(block, size)
-            rest.key = key = rest_size << ADDRESS_BITS | rest.address
+            spare = request.spare
+            rest = spare.pop() if spare else Block(0, 0, request.free_set, FREE)
+            block.size, rest.size = size, rest_size
+            rest.address = address = block.address + size
+            rest.key = key = rest_size << ADDRESS_BITS | address
+            rest.prev, rest.next = block, block.next
+            following = block.next
+            if following is not None:
+                following.prev = rest
+            block.next = rest
+            if self._choosy:  # else a block is like all others of its set
+                rest.expandable, rest.gc_base = block.expandable, request.pool.num_calls
             if index < 0 or (index > 0 and keys[index - 1] > key):
                 if index > 0:
                     del keys[index], blocks[index]
@@ -213,28 +234,13 @@ class Allocator:
             else:  # the rest takes the place in the order
                 keys[index], blocks[index] = key, rest
         else:
-            size = block.size
+            size += rest_size
             if index >= 0:
                 del keys[index], blocks[index]
         self.active = active = self.active + size
         if active > self._low_peak:
             self._rise()
         return block
-
-    def _rest_of(self, block: Block, size: int) -> Block:
-        """Shorten a block to ``size``; return the rest, linked behind it and in no set yet."""
-        free_set = block.free_set
-        rest = self._spare.pop() if self._spare else Block(0, 0, free_set, FREE)
-        rest.address, rest.size = block.address + size, block.size - size
-        rest.free_set, rest.state, rest.expandable = free_set, FREE, block.expandable
-        rest.prev, block.size = block, size
-        rest.next = following = block.next
-        if following is not None:
-            following.prev = rest
-        block.next = rest
-        if self.gc_threshold:
-            rest.gc_base = free_set.pool.num_calls
-        return rest
 
     def _rise(self) -> None:
         """Note new peaks; ``_low_peak`` is what the active bytes must pass for one of them to change."""
@@ -269,8 +275,6 @@ class Allocator:
             following = blocks[index].next
             if not growing or (following is not None and following.state == UNMAPPED):
                 index = expandable.best_fit(request.free_set, index, growing=growing)
-        if index < len(blocks) and blocks[index].size >= request.too_large:
-            return len(blocks)
         return index
 
     def _acquire(self, request: Request) -> Block | None:
@@ -360,7 +364,7 @@ class Allocator:
             block.next = following = after.next
             if following is not None:
                 following.prev = block
-            self._spare.append(after)
+            free_set.spare.append(after)
         if before is not None and before.state == FREE:
             if index >= 0:
                 del keys[index], blocks[index]
@@ -369,10 +373,11 @@ class Allocator:
             before.next = following = block.next
             if following is not None:
                 following.prev = before
-            self._spare.append(block)
+            block.state = FREE
+            free_set.spare.append(block)
             block = before
         block.state, block.size = FREE, size
-        if self.gc_threshold:
+        if self._choosy:
             block.gc_base = free_set.pool.num_calls
         block.key = key = size << ADDRESS_BITS | block.address
         if index < 0 or (index + 1 < len(keys) and keys[index + 1] < key):

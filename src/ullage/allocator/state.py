@@ -80,12 +80,13 @@ class Pool:
 class FreeSet:
     """The free blocks of one pool and stream by (size, address), and the unmapped ones by address."""
 
-    __slots__ = ("bases", "blocks", "keys", "pool", "small", "stream", "unmapped", "unmapped_addresses")
+    __slots__ = ("bases", "blocks", "keys", "pool", "small", "spare", "stream", "unmapped", "unmapped_addresses")
 
     def __init__(self, pool: Pool, stream: int) -> None:
         self.pool, self.stream, self.small = pool, stream, pool.small
         self.keys: list[int] = []
         self.blocks: list[Block] = []  # in the order of keys
+        self.spare: list[Block] = []  # blocks that were merged away, to be used again
         self.bases: list[int] = []  # where its expandable segments begin
         self.unmapped_addresses: list[int] = []
         self.unmapped: dict[int, Block] = {}
