@@ -224,8 +224,8 @@ def catalog_layers(num_layers: int = 2) -> Any:
 def traced_layer_bytes(name: str | None, *, autocast: bool) -> int:
     """Bytes that the last layer keeps until the backward begins, of a frozen model that a method is laid on."""
     from ullage.trace.api import trace
-    from ullage.trace.build.models import build_described
     from ullage.trace.job import TraceJob
+    from ullage.trace.models.hf import build_described
 
     made: Any = build_described(catalog_layers(), TraceJob()).model
     if name is None:

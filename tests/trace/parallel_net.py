@@ -130,8 +130,8 @@ def program(kind):
 
 def split_llama(config, *, sequence):
     """Return (model, one step) of transformers, split over all ranks."""
-    from ullage.trace.build.models import build_model
     from ullage.trace.job import TraceJob
+    from ullage.trace.models.hf import build_model
     from ullage.trace.ranks.tensor_parallel import loss_context, split
 
     job = TraceJob(tp=dist.get_world_size(), sp=sequence, **LLAMA_JOB)

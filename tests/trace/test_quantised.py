@@ -17,11 +17,11 @@ import torch
 import ullage
 from ullage.engines.hf_trainer.states import GPTQ, NF4
 from ullage.errors import InputError
-from ullage.trace.build.models import build_model
-from ullage.trace.build.prepare import prepare
 from ullage.trace.compare.agreement import Case, compare
 from ullage.trace.cuda.patches import cuda_stand_ins
 from ullage.trace.job import LoraOptions, TraceJob
+from ullage.trace.models.hf import build_model
+from ullage.trace.models.prepare import prepare
 from ullage.trace.recorder import events as names
 from ullage.trace.stand_ins.quantised.bnb import Linear4bit
 from ullage.trace.stand_ins.quantised.fused import fuse_adapters

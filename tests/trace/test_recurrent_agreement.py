@@ -16,9 +16,9 @@ import transformers
 
 from ullage.read.hf_config import read_config_object
 from ullage.spec.training import TrainingJob
-from ullage.trace.build.models import Built
 from ullage.trace.compare import agreement
 from ullage.trace.compare.agreement import Case, compare
+from ullage.trace.models.hf import Built
 
 pytestmark = pytest.mark.reference
 COMMON = {"num_hidden_layers": 4, "vocab_size": 65536, "torch_dtype": "bfloat16"}

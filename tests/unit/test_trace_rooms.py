@@ -8,7 +8,7 @@ from pathlib import Path
 HOME = Path(__file__).parents[2] / "src" / "ullage" / "trace"
 #: From the ground up; a name without a folder is a module at the top of the package.
 ORDER = (
-    "job", "internals", "recorder", "stand_ins", "cuda", "ranks", "build", "step", "repeat", "targets", "snapshot",
+    "job", "internals", "recorder", "stand_ins", "cuda", "ranks", "models", "step", "repeat", "targets", "snapshot",
     "result", "compare", "api",
 )  # fmt: skip
 

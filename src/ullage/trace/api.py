@@ -23,7 +23,7 @@ def trace(
 
     Args:
         target: a model's name, folder or config.json; ``"module:function"``; a function as
-            :mod:`ullage.trace.build.function` has it; or a ``torch.nn.Module`` of transformers.
+            :mod:`ullage.trace.models.function` has it; or a ``torch.nn.Module`` of transformers.
         settings: of the allocator, as PYTORCH_ALLOC_CONF; torch_version: whose defaults it has.
         capacity_bytes: what the driver can give; no limit when not given.
         stacks: take Python stacks.

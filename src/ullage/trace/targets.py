@@ -9,10 +9,10 @@ import torch
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.trace.build.function import load_function
-from ullage.trace.build.models import build_model
-from ullage.trace.build.prepare import prepare
 from ullage.trace.job import TraceJob
+from ullage.trace.models.function import load_function
+from ullage.trace.models.hf import build_model
+from ullage.trace.models.prepare import prepare
 from ullage.trace.ranks.spread import sentences
 from ullage.trace.recorder.events import Trace
 from ullage.trace.repeat.layers import trace_layers

@@ -13,9 +13,9 @@ from ullage.read.model_source import load_model
 from ullage.records.overrides import with_overrides
 from ullage.spec.model import Model
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob
-from ullage.trace.build.models import build_described
-from ullage.trace.build.prepare import prepare
 from ullage.trace.job import LoraOptions, TraceJob
+from ullage.trace.models.hf import build_described
+from ullage.trace.models.prepare import prepare
 from ullage.trace.recorder.events import ACTIVATION, BACKWARD, BLOCK_BYTES, FORWARD, RECOMPUTE, TEMPORARY, Trace
 from ullage.trace.stand_ins.losses import use_loss
 from ullage.trace.step.model import trace_model

@@ -20,9 +20,9 @@ from ullage.records.frameworks import Framework, framework, gptq_group_size
 from ullage.records.schema import Record
 from ullage.records.training import record_job
 from ullage.spec.training import TrainingJob
-from ullage.trace.build.models import Built, build_described
-from ullage.trace.build.prepare import prepare
 from ullage.trace.job import LoraOptions, TraceJob
+from ullage.trace.models.hf import Built, build_described
+from ullage.trace.models.prepare import prepare
 from ullage.trace.recorder.events import Trace
 from ullage.trace.repeat.layers import trace_layers
 from ullage.trace.stand_ins.fused_ops import fuse_norms, fused_rotary, repeated_heads

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ullage.trace.build.function import Traced, call_function, to_meta
 from ullage.trace.job import TraceJob
+from ullage.trace.models.function import Traced, call_function, to_meta
 from ullage.trace.ranks.spread import check_wrapping
 from ullage.trace.recorder.tracker import Tracker
 from ullage.trace.step.guarded import guarded

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ullage.trace.build.function import Traced
 from ullage.trace.job import TraceJob
+from ullage.trace.models.function import Traced
 from ullage.trace.ranks.spread import spread
 from ullage.trace.recorder.tracker import Tracker
 from ullage.trace.step.guarded import guarded

@@ -14,8 +14,8 @@ from ullage.i18n import _
 from ullage.read.jsonfile import read_json_object
 from ullage.read.model_source import load_model
 from ullage.spec.model import Model
-from ullage.trace.build.hf_values import config_values
 from ullage.trace.job import DTYPES, TraceJob
+from ullage.trace.models.hf_values import config_values
 
 
 class Built:
