@@ -18,7 +18,7 @@ from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
 from ullage.spec.serving import ServingJob
-from ullage.units import cdiv, parse_size
+from ullage.units import cdiv, format_bytes, parse_size
 
 DEFAULT_RESERVE = "20%"
 #: Engines whose KV pool takes whatever their memory fraction leaves, so that the pool's size says nothing of the need.
@@ -114,11 +114,27 @@ def parse_reserve(text: str, total_bytes: int) -> int:
             if not 0 <= share < 100:
                 raise ValueError
             return int(total_bytes * share / 100)
+        if stated.strip("0.").isdigit():
+            raise ValueError  # bytes, per cent or GiB?
         return parse_size(stated)
     except (ValueError, InputError):
         raise InputError(
             _("{text!r} is not a reserve").format(text=text[:40]), where="--reserve", remedy=_("write 20% or 8GiB")
         ) from None
+
+
+def reserve_of(text: str, total_bytes: int) -> int:
+    """Return the reserve in bytes; one that no job could leave free is refused."""
+    size = parse_reserve(text, total_bytes)
+    if size >= total_bytes > 0:
+        raise InputError(
+            _("a reserve of {size} leaves nothing of {total}").format(
+                size=format_bytes(size), total=format_bytes(total_bytes)
+            ),
+            where="--reserve",
+            remedy=_("write 20% or 8GiB"),
+        )
+    return size
 
 
 def device_total(job: ServingJob) -> Amount:
@@ -199,7 +215,7 @@ def judge(
     job = engine.job
     tokens = context or job.max_model_len or job.model.max_position_embeddings or 4096
     total = device_total(job)
-    reserve_bytes = parse_reserve(reserve, int(total.value))
+    reserve_bytes = reserve_of(reserve, int(total.value))
     per_replica = cdiv(concurrency, replicas(job))
     asked_kv = engine.kv.bytes_of_request(tokens) * per_replica
     needs = [Need(rest=_rest(ranks.ledger), kv_cache_bytes=asked_kv) for ranks in engine.ranks]

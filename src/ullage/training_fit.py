@@ -10,7 +10,7 @@ from ullage.account.parameters import Counts, count
 from ullage.catalog.calibration import with_calibration
 from ullage.engines.serving import Amount
 from ullage.engines.training import TrainingRank, TrainingStep, step
-from ullage.fitting import EXIT_CODES, parse_reserve
+from ullage.fitting import EXIT_CODES, reserve_of
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
@@ -95,7 +95,7 @@ def judge(answer: TrainingStep, reserve: str) -> TrainingFit:
     gpu = answer.job.machine.gpu
     answer = _calibrated(answer) if gpu.calibration is not None else answer
     total = Amount(value=gpu.total_bytes, low=gpu.total_low_bytes, high=gpu.total_high_bytes)
-    reserve_bytes = parse_reserve(reserve, gpu.total_bytes)
+    reserve_bytes = reserve_of(reserve, gpu.total_bytes)
     worst = max(answer.ranks, key=lambda rank: rank.peak.device_used.bytes)
     used = worst.peak.device_used
     if used.bytes > total.value:

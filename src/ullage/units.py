@@ -152,10 +152,12 @@ def parse_count(text: str) -> int:
     scale = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
     if match is not None and not (match.group(2).isupper() and "." in match.group(1)):
         value = Fraction(match.group(1)) * scale[match.group(2)]
-        if value.denominator == 1 and value <= MAX_COUNT:
+        if value > MAX_COUNT:
+            raise InputError(_("{text!r} is more than can be counted with").format(text=text[:80]))
+        if value.denominator == 1:
             return int(value)
     raise InputError(
-        _("{text!r} is not a whole count").format(text=text[:80]),
+        _("{text!r} is not a whole number").format(text=text[:80]),
         remedy=_("write for example 32768, 32k (32,000) or 32K (32,768)"),
     )
 

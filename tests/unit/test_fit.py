@@ -272,3 +272,15 @@ def test_the_launch_line_names_a_release_or_what_the_engine_makes(model, name, w
     result = fit(asked, advise=False)
     assert words in launch_line(result)
     assert (f"--quantization {name}" in fit_line(result)) == (name is not None)
+
+
+@pytest.mark.parametrize("text", ["8", "20", "0.5"])
+def test_a_reserve_without_a_unit_is_no_reserve(text):
+    """Eight bytes, eight per cent or eight GiB?"""
+    with pytest.raises(InputError, match="20% or 8GiB"):
+        parse_reserve(text, 100 * GiB)
+
+
+def test_a_reserve_that_no_job_could_leave_is_refused():
+    with pytest.raises(InputError, match="leaves nothing"):
+        fit_serving(job(), reserve="500GiB", starter=fake_engine.start)

@@ -10,9 +10,9 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ullage.errors import EXIT_INTERNAL, EXIT_OK, InputError, UllageError
+from ullage.errors import EXIT_INTERNAL, EXIT_OK, UllageError
 from ullage.i18n import _
 
 EXIT_INTERRUPTED = 130
@@ -53,7 +53,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the whole usage."""
-        raise InputError(message, remedy=_("see {program} --help").format(program=self.prog))
+        from ullage.cli.words import usage_error
+
+        raise usage_error(self, message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and name the nearest option where one is not known."""
+        found, extras = self.parse_known_args(args, namespace)
+        if extras:
+            from ullage.cli.words import unknown_argument
+
+            raise unknown_argument(self, extras)
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,12 +102,12 @@ def _dispatch(argv: list[str]) -> int:
     if command is not None and argv[0] == command and command in COMMANDS:
         if command == "fit":
             gc.disable()  # one short answer: looking for cycles costs more than it frees
-        module_name, words = COMMANDS[command][0], argv[1:]
+        module_name, words, name = COMMANDS[command][0], argv[1:], command
         if command == "fit" and words[:1] == ["train"]:
-            module_name, words = "ullage.cli.fit_train", words[1:]
+            module_name, words, name = "ullage.cli.fit_train", words[1:], "fit train"
         module = import_module(module_name)
         parser = Parser(
-            prog=f"ullage {command}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
+            prog=f"ullage {name}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
         )
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(words))

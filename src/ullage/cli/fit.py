@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ullage.cli.words import other_names
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.units import parse_count, parse_size
@@ -38,8 +39,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    if text.strip("0. ").isdigit():
+        raise InputError(
+            _("{text!r} has no unit").format(text=text[:60]), remedy=_("write for example {text}GiB").format(text=text)
+        )
+    return parse_size(text)
+
+
 def _share(text: str) -> float:
-    value = float(text)
+    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     if not 0 < value <= 1:
         raise InputError(_("{text!r} is not a share above 0 and up to 1").format(text=text[:60]))
     return value
@@ -47,8 +56,20 @@ def _share(text: str) -> float:
 
 COUNT = _typed(_positive, "a count")
 ANY_COUNT = _typed(parse_count, "a count")
-SIZE = _typed(parse_size, "a size")
+SIZE = _typed(_size, "a size")
+GIB = _typed(lambda text: parse_size(text, default_unit="GiB"), "a size")
 SHARE = _typed(_share, "a share")
+#: What the engines call the same; not listed, so that the help stays short.
+OTHER_NAMES = {
+    "-tp": "tp", "--tensor-parallel-size": "tp", "--tp-size": "tp",
+    "-pp": "pp", "--pipeline-parallel-size": "pp", "--pp-size": "pp",
+    "-dp": "dp", "--data-parallel-size": "dp", "--dp-size": "dp",
+    "-dcp": "dcp", "--decode-context-parallel-size": "dcp",
+    "--max-model-len": "context", "--context-length": "context", "--ctx-size": "context",
+    "--max-num-batched-tokens": "max_batched_tokens", "--chunked-prefill-size": "max_batched_tokens",
+    "--max-running-requests": "max_num_seqs", "--mem-fraction-static": "memory_fraction",
+    "--disable-cuda-graph": "enforce_eager", "--cpu-offload-gb": "cpu_offload",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", metavar="NAME[@VERSION]", help=_("vllm, sglang or llamacpp; the newest mirrored"))
     _add_layout(parser.add_argument_group(_("layout")))
     _add_load(parser.add_argument_group(_("load and settings")))
+    types = dict.fromkeys(("tp", "pp", "dp", "dcp", "context", "max_batched_tokens", "max_num_seqs"), COUNT)
+    other_names(parser, OTHER_NAMES, {**types, "memory_fraction": SHARE, "enforce_eager": None, "cpu_offload": GIB})
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
     parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
     parser.add_argument("--no-calibration", action="store_true", help=_("do not use what ullage calibrate measured"))
@@ -79,9 +102,13 @@ def _add_layout(group: Any) -> None:
     group.add_argument("--pp", type=COUNT, metavar="N", help=_("pipeline parallel size"))
     group.add_argument("--dp", type=COUNT, metavar="N", help=_("data parallel size"))
     group.add_argument("--ep", nargs="?", const=0, type=ANY_COUNT, metavar="N", help=_("experts spread over the ranks"))
-    group.add_argument("--expert-parallel", dest="ep", action="store_const", const=0, help=_("same as --ep"))
     group.add_argument(
         "--dp-attention", nargs="?", const=0, type=ANY_COUNT, metavar="N", help=_("attention data-parallel over N")
+    )
+    for flag in ("--expert-parallel", "--enable-expert-parallel"):
+        group.add_argument(flag, dest="ep", action="store_const", const=0, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--enable-dp-attention", dest="dp_attention", action="store_const", const=0, help=argparse.SUPPRESS
     )
     group.add_argument("--dcp", type=COUNT, metavar="N", help=_("decode context parallel size"))
     group.add_argument("--redundant-experts", type=ANY_COUNT, metavar="N", help=_("copies of experts over all ranks"))
@@ -138,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 def job_of(arguments: argparse.Namespace) -> ServingJob | TrainingJob:
     """Build the job that the command line states; a job file may hold a training job."""
     what, model = arguments.what, arguments.model
-    if arguments.line:
+    if arguments.line and what in (None, "serve"):
         return _changed(_from_line(arguments), arguments)
     if what == "serve":
         if model is None:
@@ -146,18 +173,27 @@ def job_of(arguments: argparse.Namespace) -> ServingJob | TrainingJob:
         return _from_flags(arguments)
     if what is None:
         raise InputError(_("nothing to fit"), remedy=_("write ullage fit serve MODEL --on 8xH200, or a job file"))
-    from ullage.read.jsonfile import is_file
+    return _from_file(what, arguments)
 
-    if not is_file(Path(what)):
+
+def _from_file(what: str, arguments: argparse.Namespace) -> ServingJob | TrainingJob:
+    from ullage.cli.fit_checks import refuse_layout
+    from ullage.read.job_file import read_job_file
+    from ullage.read.jsonfile import is_file
+    from ullage.spec.serving import ServingJob
+
+    if arguments.line or not is_file(Path(what)):
         raise InputError(
             _("{word!r} is neither serve nor a job file").format(word=what[:80]),
             remedy=_("write ullage fit serve MODEL --on 8xH200"),
         )
-    from ullage.read.job_file import read_job_file
-    from ullage.spec.serving import ServingJob
-
+    if arguments.model is not None:
+        raise InputError(_("{word!r} is one word too many").format(word=arguments.model[:60]), where=what[:80])
     job = read_job_file(Path(what), machine=arguments.on, assume=arguments.assume)
-    return _changed(job, arguments) if isinstance(job, ServingJob) else _only_training(job, arguments)
+    if not isinstance(job, ServingJob):
+        return _only_training(job, arguments)
+    refuse_layout(arguments, where=what[:80])
+    return _changed(job, arguments)
 
 
 def _only_training(job: TrainingJob, arguments: argparse.Namespace) -> TrainingJob:
@@ -199,37 +235,11 @@ def _from_flags(arguments: argparse.Namespace) -> ServingJob:
     return _changed(replace(job, assumed=(*job.assumed, *said)), arguments)
 
 
-#: Options that llama.cpp has nothing for: it spreads layers over all devices, and a GGUF file says the rest.
-_NOT_FOR_GGUF = (
-    "tp", "pp", "dcp", "ep", "dp_attention", "memory_fraction", "enforce_eager", "block_size", "dtype",
-    "redundant_experts", "cpu_offload", "mtp",
-)  # fmt: skip
-
-
-def _check_options(job: ServingJob, arguments: argparse.Namespace) -> None:
-    """Refuse options that the engine would pass over."""
-    from ullage.fitting import ELASTIC_POOLS
-
-    if job.engine not in ELASTIC_POOLS:
-        given = [n for n in _NOT_FOR_GGUF if not any(getattr(arguments, n) is none for none in (None, False))]
-        if given:
-            raise InputError(
-                _("{engine} has nothing like {options}").format(
-                    engine=job.engine, options=", ".join("--" + name.replace("_", "-") for name in given)
-                ),
-                remedy=_("its own words can be given with --from llamacpp:'llama-server …'"),
-            )
-    elif arguments.redundant_experts and arguments.ep is None and not job.parallel.expert_parallel:
-        raise InputError(
-            _("redundant experts exist only where experts are spread"),
-            where="--redundant-experts",
-            remedy=_("add --ep"),
-        )
-
-
 def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
     """Lay the flags that were given over the job."""
-    _check_options(job, arguments)
+    from ullage.cli.fit_checks import check_options, checked_layout
+
+    check_options(job, arguments)
     given = {
         "max_model_len": arguments.context,
         "max_num_seqs": arguments.max_num_seqs,
@@ -249,7 +259,7 @@ def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
     if arguments.ep is not None:
         size = arguments.ep or None
         changes["parallel"] = replace(job.parallel, expert_parallel=True, expert_parallel_size=size)
-    changed = replace(job, **changes)
+    changed = checked_layout(replace(job, **changes))
     if arguments.quantization is None:
         return changed
     from ullage.request import requantised
@@ -258,6 +268,8 @@ def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
 
 
 def _from_line(arguments: argparse.Namespace) -> ServingJob:
+    from ullage.cli.fit_checks import refuse_layout
     from ullage.read.launch_line import read_launch_line
 
+    refuse_layout(arguments, where="--from")
     return read_launch_line(arguments.line, machine=arguments.on, model=arguments.model, assume=arguments.assume)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ullage.cli.fit import COUNT
+from ullage.cli.words import other_names
 from ullage.errors import InputError
 from ullage.i18n import _
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from ullage.spec.training import FsdpSharding, TrainingJob, TrainingParallel
 
 DEFAULT_SEQ_LEN = 4096
+#: What the frameworks call the same; not listed, so that the help stays short.
+OTHER_NAMES = {
+    "--tensor-model-parallel-size": "tp", "--tensor-parallel-size": "tp", "--pipeline-model-parallel-size": "pp",
+    "--pipeline-parallel-size": "pp", "--context-parallel-size": "cp", "--expert-model-parallel-size": "ep",
+    "--expert-tensor-parallel-size": "etp", "--data-parallel-size": "dp", "--micro-batch-size": "micro_batch",
+    "--per-device-train-batch-size": "micro_batch", "--seq-length": "seq", "--seq-len": "seq",
+    "--gradient-accumulation-steps": "grad_accum", "--sequence-parallel": "sp",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
+    types = dict.fromkeys(("tp", "pp", "cp", "ep", "etp", "dp", "micro_batch", "seq", "grad_accum"), COUNT)
+    other_names(parser, OTHER_NAMES, {**types, "sp": None})
     parser.add_argument("--reserve", default="20%", metavar="20%|8GiB", help=_("memory to keep free on each GPU"))
     parser.add_argument("--assume", action="store_true", help=_("go on over config keys that are not understood"))
     parser.add_argument("--no-calibration", action="store_true", help=_("do not use what ullage calibrate measured"))
