@@ -5,7 +5,7 @@ Symbols: r rows (tokens), c rows of a chunk, h hidden size, V vocabulary, w byte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ullage.account.activations.logits import liger_chunk
 from ullage.account.kernels import ops
@@ -148,20 +148,14 @@ def compiled_preference_head(
         the buffers of torch@2.13.0's Inductor for its chunk (tests/trace/test_kernel_programs.py).
     Known error: versions of Inductor that make the logits' gradient anew need cVw more.
     """
-    rows = num_rows // num_chunks
-    size, hidden = rows * vocab_size, x.num_elements // num_rows
-    head_grad = t.empty(weight.num_elements, weight.width)
-    parts: list[Tensor] = []
-    for _chunk in range(num_chunks):
-        part = t.empty(rows * hidden, x.width)
-        logits = t.empty(size, x.width)
-        t.brief(size * ops.WIDE)
-        parts.append(t.empty(rows * hidden, x.width))
-        product = t.empty(weight.num_elements, weight.width)
-        del part, logits, product
-    input_grad = t.empty(x.num_elements, x.width)
-    del parts
-    return t.record([x, weight], t.empty(1, ops.WIDE), [input_grad, head_grad], made_before(scaled=scaled))
+
+    def pair(rows: int) -> Tensor:
+        joined = t.empty(rows * x.num_elements // num_rows, x.width)
+        made = _compiled_chunk(t, x, weight, rows, num_rows, vocab_size)
+        del joined
+        return made
+
+    return _in_chunks(t, x, weight, [num_rows // num_chunks] * num_chunks, pair, scaled=scaled)
 
 
 def compiled_policy_head(
@@ -172,19 +166,11 @@ def compiled_policy_head(
     Formula: as the preference losses, with one sequence and no joined input; the reference's logits have gone by then.
     Source: liger-kernel@0.6.2:chunked_loss/fused_linear_ppo.py:LigerFusedLinearPPOBase.forward.
     """
-    rows = num_rows // num_chunks
-    size, hidden = rows * vocab_size, x.num_elements // num_rows
-    head_grad = t.empty(weight.num_elements, weight.width)
-    parts: list[Tensor] = []
-    for _chunk in range(num_chunks):
-        logits = t.empty(size, x.width)
-        t.brief(size * ops.WIDE)
-        parts.append(t.empty(rows * hidden, x.width))
-        product = t.empty(weight.num_elements, weight.width)
-        del logits, product
-    input_grad = t.empty(x.num_elements, x.width)
-    del parts
-    return t.record([x, weight], t.empty(1, ops.WIDE), [input_grad, head_grad], made_before(scaled=False))
+
+    def sequence(rows: int) -> Tensor:
+        return _compiled_chunk(t, x, weight, rows, num_rows, vocab_size)
+
+    return _in_chunks(t, x, weight, [num_rows // num_chunks] * num_chunks, sequence, scaled=False)
 
 
 def selective_policy_head(
@@ -197,18 +183,16 @@ def selective_policy_head(
     Source: liger-kernel@0.8.0:chunked_loss/fused_linear_ppo.py:_selective_logprob_backward,
         _ChunkedSelectiveLogProbFunction.backward.
     """
-    rows, hidden = num_rows // num_chunks, x.num_elements // num_rows
-    head_grad = t.empty(weight.num_elements, weight.width)
-    parts: list[Tensor] = []
-    for _chunk in range(num_chunks):
-        wide_input = t.empty(rows * hidden, ops.WIDE)
-        wide_head = t.empty(weight.num_elements, ops.WIDE)
-        parts.append(t.empty(rows * hidden, x.width))
-        narrow = t.empty(weight.num_elements, weight.width)
-        del wide_input, wide_head, narrow
-    input_grad = t.empty(x.num_elements, x.width)
-    del parts
-    return t.record([x, weight], t.empty(1, ops.WIDE), [input_grad, head_grad], made_before(scaled=scaled))
+
+    def sequence(rows: int) -> Tensor:
+        size = rows * x.num_elements // num_rows
+        wide_input, wide_head = t.empty(size, ops.WIDE), t.empty(weight.num_elements, ops.WIDE)
+        made = t.empty(size, x.width)
+        t.brief(weight.num_bytes)
+        del wide_input, wide_head
+        return made
+
+    return _in_chunks(t, x, weight, [num_rows // num_chunks] * num_chunks, sequence, scaled=scaled)
 
 
 def compiled_distillation_head(
@@ -221,17 +205,39 @@ def compiled_distillation_head(
     Source: liger-kernel@0.5.10:chunked_loss/fused_linear_distillation.py:LigerFusedLinearDistillationBase.forward; the
         buffers of torch@2.13.0's Inductor for its chunk.
     """
-    hidden = x.num_elements // num_rows
-    head_grad = t.empty(weight.num_elements, weight.width)
-    parts: list[Tensor] = []
-    for start in range(0, num_rows, chunk):
-        rows = min(chunk, num_rows - start)
+
+    def tokens(rows: int) -> Tensor:
         both = t.empty(2 * rows * vocab_size, x.width)
         logits = t.empty(rows * vocab_size, x.width)
         del both
-        parts.append(t.empty(rows * hidden, x.width))
-        product = t.empty(weight.num_elements, weight.width)
-        del logits, product
+        made = t.empty(rows * x.num_elements // num_rows, x.width)
+        t.brief(weight.num_bytes)
+        del logits
+        return made
+
+    sizes = [min(chunk, num_rows - start) for start in range(0, num_rows, chunk)]
+    return _in_chunks(t, x, weight, sizes, tokens, scaled=False)
+
+
+def _in_chunks(
+    t: Tape, x: Tensor, weight: Tensor, sizes: Sequence[int], one: Callable[[int], Tensor], *, scaled: bool
+) -> Tensor:
+    """A loss whose chunks of ``sizes`` rows make gradients: the head's is added up, the input's joined at the end.
+
+    ``one`` runs a chunk and returns its part of the input's gradient.
+    """
+    head_grad = t.empty(weight.num_elements, weight.width)
+    parts = [one(rows) for rows in sizes]
     input_grad = t.empty(x.num_elements, x.width)
     del parts
-    return t.record([x, weight], t.empty(1, ops.WIDE), [input_grad, head_grad], made_before(scaled=False))
+    return t.record([x, weight], t.empty(1, ops.WIDE), [input_grad, head_grad], made_before(scaled=scaled))
+
+
+def _compiled_chunk(t: Tape, x: Tensor, weight: Tensor, rows: int, num_rows: int, vocab_size: int) -> Tensor:
+    """A chunk as Inductor compiles it: logits, gradients of chosen tokens in fp32, the products for input and head."""
+    logits = t.empty(rows * vocab_size, x.width)
+    t.brief(rows * vocab_size * ops.WIDE)
+    made = t.empty(rows * x.num_elements // num_rows, x.width)
+    t.brief(weight.num_bytes)
+    del logits
+    return made
