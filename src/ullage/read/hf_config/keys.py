@@ -6,7 +6,7 @@ from typing import Any
 
 from ullage.errors import InputError, UnknownArchitectureError
 from ullage.i18n import _
-from ullage.read.hf_config.harmless import HARMLESS, HARMLESS_PREFIXES
+from ullage.read.hf_config.harmless import HARMLESS, HARMLESS_OFF, HARMLESS_PREFIXES
 
 MAX_DIMENSION = 2**40
 MAX_LAYERS = 10_000
@@ -176,6 +176,7 @@ class Keys:
             and key not in HARMLESS
             and value is not None
             and not key.startswith(HARMLESS_PREFIXES)
+            and not (value is False and key in HARMLESS_OFF)
         ]
         for part in self._parts:
             left += [f"{part.where.rsplit(': ', 1)[-1]}.{key}" for key in part.unread()]

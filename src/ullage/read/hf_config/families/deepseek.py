@@ -16,6 +16,12 @@ from ullage.read.hf_config.keys import Keys
 from ullage.spec.model import Indexer, Layer, Mixer, Model, MoEFFN
 
 INDEXER_KINDS = ("full", "shared")
+SPARSE_ATTENTION = ("deepseek_sparse_attention", "indexed_attention")
+
+
+def _v3_rank(keys: Keys) -> int | None:
+    """Take the rank of queries: a missing key means 1536, null means none."""
+    return keys.nullable_integer("q_lora_rank", 1536)
 
 
 def read_moe(keys: Keys) -> Model:
@@ -27,20 +33,23 @@ def read_moe(keys: Keys) -> Model:
 
 def read_v2(keys: Keys) -> Model:
     """Read DeepSeek-V2, V2-Lite and Coder-V2. A missing ``q_lora_rank`` means 1536; null means none (V2-Lite)."""
-    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536))
+    attention = common.mla(keys, q_lora_rank=_v3_rank(keys))
+    common.only(keys, mlp_bias=False)
     return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers(), correction_bias=False)
 
 
 def read_v3(keys: Keys) -> Model:
     """Read DeepSeek-V3, R1, V3.1 and Kimi K2."""
-    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536))
+    attention = common.mla(keys, q_lora_rank=_v3_rank(keys))
     return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers())
 
 
 def read_v32(keys: Keys) -> Model:
     """Read DeepSeek-V3.2: V3 with an indexer in every layer, the MTP layer's included."""
-    attention = common.mla(keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 1536), indexer=read_indexer(keys))
-    return _read(keys, keys.integer("hidden_size"), [attention] * keys.layers())
+    attention, num_layers = common.mla(keys, q_lora_rank=_v3_rank(keys), indexer=read_indexer(keys)), keys.layers()
+    keys.skip("mlp_bias")  # the class has none, whatever the key says
+    common.layer_types(keys, num_layers, SPARSE_ATTENTION, lambda index: SPARSE_ATTENTION[0])
+    return _read(keys, keys.integer("hidden_size"), [attention] * num_layers)
 
 
 def read_glm_lite(keys: Keys) -> Model:
@@ -82,8 +91,7 @@ def read_glm_dsa(keys: Keys) -> Model:
         return INDEXER_KINDS[shared]
 
     kinds = common.layer_types(keys, num_layers, INDEXER_KINDS, default, key="indexer_types")
-    sparse_attention = ("deepseek_sparse_attention", "indexed_attention")
-    common.layer_types(keys, num_layers, sparse_attention, lambda index: sparse_attention[0])
+    common.layer_types(keys, num_layers, SPARSE_ATTENTION, lambda index: SPARSE_ATTENTION[0])
     own = common.mla(keys, q_lora_rank=rank, indexer=read_indexer(keys))
     reused = common.mla(keys, q_lora_rank=rank, shared_indexer=True)
     mixers: list[Mixer] = [own if kind == "full" else reused for kind in kinds]
@@ -98,7 +106,8 @@ def read_minicpm3(keys: Keys) -> Model:
     attention = common.mla(
         keys, q_lora_rank=keys.nullable_integer("q_lora_rank", 768), v_head_dim=dim or hidden // heads
     )
-    layer = Layer(mixers=(attention,), ffns=(common.dense(keys),), norms=common.pre_norms(hidden))
+    ffn = common.dense(keys, bias=keys.flag("mlp_bias", False))
+    layer = Layer(mixers=(attention,), ffns=(ffn,), norms=common.pre_norms(hidden))
     return common.decoder(keys, hidden, (layer,) * keys.layers(), tied_default=True)
 
 

@@ -110,13 +110,22 @@ def _attention(keys: Keys, ratio: int) -> CompressedAttention:
     )
 
 
+def _num_shared(keys: Keys) -> int:
+    """Take the number of shared experts. The class builds one whatever the key says, the reference code as many.
+
+    Source: transformers@5.23.0:models/deepseek_v4/modeling_deepseek_v4.py:DeepseekV4MoE.
+    """
+    common.only(keys, n_shared_experts=1)
+    return keys.integer("n_shared_experts", 0, low=0)
+
+
 def _experts(keys: Keys, *, hashed: bool) -> MoEFFN:
     width = keys.integer("moe_intermediate_size")
     top_k, vocab = keys.integer("num_experts_per_tok"), keys.integer("vocab_size")
     table = ExtraTensor(name="gate.tid2eid", shape=(vocab, top_k), dtype="int64", buffer=True, linear=False)
     return common.moe(
         keys,
-        shared_intermediate_size=width * keys.integer("n_shared_experts", 0, low=0),
+        shared_intermediate_size=width * _num_shared(keys),
         correction_bias=not hashed,
         correction_bias_name="gate.bias",
         hash_routed=hashed,

@@ -31,7 +31,9 @@ def read_bigcode(keys: Keys) -> Model:
     """Read StarCoder 1 and SantaCoder: GPT-2 with one KV head where ``multi_query`` says so."""
     keys.skip("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "max_batch_size")
     keys.skip("max_sequence_length", "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input")
-    return _read_gpt2(keys, kv_heads=1 if keys.flag("multi_query", True) else None)
+    one = keys.flag("multi_query", True)
+    common.only(keys, num_key_value_heads=1 if one else keys.first_integer("n_head", "num_attention_heads"))
+    return _read_gpt2(keys, kv_heads=1 if one else None)
 
 
 def _read_gpt2(keys: Keys, *, kv_heads: int | None) -> Model:
@@ -196,9 +198,11 @@ def read_falcon(keys: Keys) -> Model:
         down_name="dense_4h_to_h",
         activation="gelu",
     )
-    two_parallel = keys.integer("num_ln_in_parallel_attn", 2 if new else 1) == 2 and new
+    if not new:
+        common.only(keys, num_ln_in_parallel_attn=1)
+    two_parallel = parallel and keys.integer("num_ln_in_parallel_attn", 2 if new else 1) == 2
     names = ["ln_attn", "ln_mlp"] if two_parallel else ["input_layernorm"]
-    names += [] if parallel or new else ["post_attention_layernorm"]
+    names += [] if parallel else ["post_attention_layernorm"]
     norms = common.norms(hidden, *names, kind="layer", bias=True)
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=norms, parallel=two_parallel)
     frame = {**TRANSFORMER, "embedding_name": "transformer.word_embeddings"}

@@ -50,9 +50,13 @@ def read_seed_oss(keys: Keys) -> Model:
 
 
 def read_internlm3(keys: Keys) -> Model:
-    """Read InternLM 3: ``qkv_bias`` for q, k and v, ``bias`` for o and the block."""
-    bias = keys.flag("bias", False)
-    qkv = keys.flag("qkv_bias", False)
+    """Read InternLM 3: ``qkv_bias`` for q, k and v, ``bias`` for o and the block.
+
+    Newer files call them attention_bias and mlp_bias (transformers@5.23.0:models/internlm3/configuration_internlm3.py:
+    attribute_map).
+    """
+    bias = keys.flag("bias", keys.flag("mlp_bias", False))
+    qkv = keys.flag("qkv_bias", keys.flag("attention_bias", False))
     return _uniform(keys, qkv_bias=qkv, o_bias=bias, mlp_bias=bias, attention={"head_dim_default": 128})
 
 

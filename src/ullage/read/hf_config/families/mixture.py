@@ -167,7 +167,8 @@ def _pattern(sliding: list[int] | None, index: int) -> int:
 
 def read_ernie_moe(keys: Keys) -> Model:
     """Read ERNIE 4.5 with experts: shared experts, and a correction bias that is a parameter of its own module."""
-    hidden, num_layers, bias = keys.integer("hidden_size"), keys.layers(), keys.flag("use_bias", False)
+    hidden, num_layers, bias = keys.integer("hidden_size"), keys.layers(), False
+    common.only(keys, use_bias=False)
     keys.skip("moe_norm_min", "moe_capacity", "moe_gate", "moe_use_aux_free", "moe_norm_gate_logits")
     attention = common.gqa(keys, hidden, kv_default=4, qkv_bias=bias, o_bias=bias)
     width = keys.integer("moe_intermediate_size")

@@ -56,6 +56,7 @@ def read(keys: Keys) -> Model:
     """Read a Nemotron-H or Nemotron 3 config."""
     hidden = keys.integer("hidden_size")
     keys.skip(*_WITHOUT_EFFECT)
+    common.only(keys, attention_bias=False, tie_word_embeddings=False)
     if keys.integer("sliding_window", None) is not None:
         raise InputError(_("a sliding window is not understood here"), where=keys.at("sliding_window"))
     kinds = _kinds(keys, "hybrid_override_pattern", "layers_block_type")
@@ -64,6 +65,8 @@ def read(keys: Keys) -> Model:
             _("the pattern has {count} layers").format(count=len(kinds)), where=keys.at("num_hidden_layers")
         )
     parts = _parts(keys, hidden)
+    if "moe" in kinds and "moe" not in parts:
+        raise InputError(_("the key is missing"), where=keys.at("n_routed_experts"))
     made = {kind: _layer(parts[kind], hidden) for kind in parts if kind in kinds}
     mtp = _mtp(keys, parts, hidden)
     return common.decoder(
@@ -98,13 +101,10 @@ def _kinds(keys: Keys, pattern_key: str, list_key: str, default: list[str] | Non
 
 def _parts(keys: Keys, hidden: int) -> dict[str, Mixer | FeedForward]:
     """Return the part of each kind of layer that the config describes."""
-    bias, head_dim = (
-        keys.flag("attention_bias", False),
-        keys.first_integer("head_dim", "attention_head_dim", default=128),
-    )
+    head_dim = keys.first_integer("head_dim", "attention_head_dim", default=128)
     parts: dict[str, Mixer | FeedForward] = {
         "mamba": _mamba(keys),
-        "attention": common.gqa(keys, hidden, head_dim_default=head_dim, qkv_bias=bias, o_bias=bias, prefix="mixer"),
+        "attention": common.gqa(keys, hidden, head_dim_default=head_dim, prefix="mixer"),
         "mlp": DenseFFN(
             intermediate_size=keys.integer("intermediate_size"),
             gated=False,
@@ -136,7 +136,11 @@ def _mamba(keys: Keys) -> Mamba2:
 
 
 def _moe(keys: Keys) -> MoEFFN:
-    """Return the experts: no gate projection; with ``moe_latent_size`` they work between two projections."""
+    """Return the experts: no gate projection; with ``moe_latent_size`` they work between two projections.
+
+    ``mlp_bias`` gives biases to the shared expert and those projections alone, which is not understood here.
+    """
+    common.only(keys, mlp_bias=False)
     num_shared = keys.integer("n_shared_experts", 1, low=0)
     return common.moe(
         keys,

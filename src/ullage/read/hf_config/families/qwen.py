@@ -21,7 +21,8 @@ def read_qwen2(keys: Keys) -> Model:
 
 def read_qwen2_moe(keys: Keys) -> Model:
     """Read Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a gate of its own."""
-    return _read(keys, _sparse(keys), qkv_bias=keys.flag("qkv_bias", True), **_qk_norm(keys, default=False))
+    bias, norm = keys.flag("qkv_bias", True), _qk_norm(keys, default=False)
+    return _read(keys, _sparse(keys, shared_default=5632), qkv_bias=bias, **norm)
 
 
 def read_qwen3(keys: Keys) -> Model:
@@ -58,12 +59,16 @@ def _dense(keys: Keys) -> list[FeedForward]:
     return [common.dense(keys)] * keys.layers()
 
 
-def _sparse(keys: Keys) -> list[FeedForward]:
-    """Experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name."""
+def _sparse(keys: Keys, *, shared_default: int = 0) -> list[FeedForward]:
+    """Experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name.
+
+    Qwen2-MoE's class builds the shared expert's gate even where that expert has no width.
+    """
     step = keys.integer("decoder_sparse_step", 1)
     dense_only = set(keys.integers("mlp_only_layers", []))
-    shared = keys.integer("shared_expert_intermediate_size", 0, low=0)
-    sparse = common.moe(keys, shared_intermediate_size=shared, shared_gate=shared > 0, shared_name="shared_expert")
+    shared = keys.integer("shared_expert_intermediate_size", shared_default, low=0)
+    gate = shared > 0 or common.read_architecture(keys).startswith("Qwen2Moe")
+    sparse = common.moe(keys, shared_intermediate_size=shared, shared_gate=gate, shared_name="shared_expert")
     dense = common.dense(keys)
     return [dense if index in dense_only or (index + 1) % step else sparse for index in range(keys.layers())]
 
@@ -76,9 +81,10 @@ def _read(keys: Keys, ffns: list[FeedForward], **attention: Any) -> Model:
     """Read the rest. Layers from ``max_window_layers`` on slide, and only where ``use_sliding_window`` says so."""
     hidden = keys.integer("hidden_size")
     keys.skip("mlp_bias")
-    window = keys.nullable_integer("sliding_window", 4096)
-    first = keys.integer("max_window_layers", 28, low=0)
     slides = keys.flag("use_sliding_window", False)
+    # the class of Qwen2-MoE writes 0 where nothing slides
+    window = keys.nullable_integer("sliding_window", 4096, low=1 if slides else 0)
+    first = keys.integer("max_window_layers", 28, low=0)
     window = window if slides else None
     kinds = common.windows(keys, len(ffns), window, lambda index: window is not None and index >= first)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.i18n import _
+from ullage.read.hf_config import common
 from ullage.read.hf_config.families import vision
 from ullage.read.hf_config.families.vision import EncoderLayer, Tensors, conv, linear, norm, table
 from ullage.read.hf_config.keys import Keys
@@ -27,9 +28,14 @@ _LAYER = EncoderLayer(
 
 
 def read_3_2(keys: Keys) -> Model:
-    """Read Llama 3.2 Vision: a tower with global layers, and tables of positions per aspect ratio."""
-    part = vision.need_part(keys, "vision_config")
-    text = vision.read_text(vision.need_part(keys, "text_config"), "mllama_text_model")
+    """Read Llama 3.2 Vision: a tower with global layers, and tables of positions per aspect ratio.
+
+    Embedding and head have different numbers of rows, so that they are never tied.
+    """
+    part, nested = vision.need_part(keys, "vision_config"), vision.need_part(keys, "text_config")
+    for where in (keys, nested):
+        common.only(where, tie_word_embeddings=False)
+    text = vision.read_text(nested, "mllama_text_model")
     tensors = _tower_3_2(part, "vision_model.")
     tensors += linear("multi_modal_projector", text.hidden_size, part.integer("vision_output_dim"), bias=True)
     return vision.assemble(
@@ -77,11 +83,12 @@ def read_4(keys: Keys) -> Model:
     if part is None:
         part = Keys({}, keys.at("vision_config"))
         assumed = (_("vision_config is missing: the tower is that of transformers' default Llama4VisionConfig"),)
-    text = vision.read_text(vision.need_part(keys, "text_config"), "llama4_text")
+    nested = vision.need_part(keys, "text_config")
+    text = vision.read_text(nested, "llama4_text")
     output = part.integer("vision_output_dim", 7680)
     tensors = _tower_4(part, "vision_model.")
     tensors += linear("multi_modal_projector.linear_1", text.hidden_size, output, split="out")
-    return vision.assemble(
+    model = vision.assemble(
         keys,
         text,
         [vision.tower(part, tensors)],
@@ -89,6 +96,8 @@ def read_4(keys: Keys) -> Model:
         head="language_model.lm_head",
         assumed=assumed,
     )
+    # the whole holds the decoder with its head, so that the decoder's own key decides
+    return replace(model, tied_embeddings=nested.flag("tie_word_embeddings", False))
 
 
 def _tower_4(part: Keys, at: str) -> Tensors:
