@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from step_sizes import real_sizes
 from torch import nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,7 +26,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 SIZE, TOKENS, WORLD, STEPS = 256, 64, 4, 3
 #: name: (size of the data-parallel mesh, of the tensor-parallel one, sequence parallel, rows of the vocabulary)
@@ -151,18 +151,7 @@ def split_llama(config, *, sequence):
 def sizes(_net, step):
     """Return the bytes of allocations (and, negative, of frees) of each step but the first."""
     step()
-    found = []
-    for _each in range(STEPS):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            step()
-        events, todo = [], list(profiled.profiler.kineto_results.experimental_event_tree())
-        while todo:
-            node = todo.pop()
-            if node.tag.name == "Allocation":
-                events.append((node.start_time_ns, node.extra_fields.alloc_size))
-            todo.extend(node.children)
-        found.append([size for _time, size in sorted(events)])
-    return found
+    return [real_sizes(step) for _each in range(STEPS)]
 
 
 def let_go(wait):

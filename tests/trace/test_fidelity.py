@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from step_sizes import real_sizes, traced_sizes
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from ullage.trace.api import trace
 
@@ -34,50 +34,14 @@ class Net(nn.Module):
         return torch.cos(x).sum()
 
 
-def step(net, x):
-    net(x).backward()
-
-
-def real_allocations(net, x):
-    """Return (bytes) of every allocation and free of a real step on the CPU, in order."""
-    step(net, x)
-    net.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step(net, x)
-    return [
-        event.nbytes() for event in (each for each in _walk(found.profiler.kineto_results.experimental_event_tree()))
-    ]
-
-
-def _walk(nodes):
-    events = []
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node.tag.name == "Allocation":
-            events.append((node.start_time_ns, node.extra_fields.alloc_size))
-        todo.extend(node.children)
-
-    class Size:
-        def __init__(self, size):
-            self.size = size
-
-        def nbytes(self):
-            return self.size
-
-    return [Size(size) for _time, size in sorted(events, key=lambda each: each[0])]
-
-
 def test_a_step_allocates_and_frees_as_on_the_cpu():
     """Every allocation and every free, in order: gradients that are stolen or added in place included."""
-    real = [size for size in real_allocations(Net(), torch.ones(2, 8, 96)) if abs(size) >= 1024]
+    net, x = Net(), torch.ones(2, 8, 96)
+    net(x).backward()
+    net.zero_grad(set_to_none=True)
+    real = [size for size in real_sizes(lambda: net(x).backward()) if abs(size) >= 1024]
     result = trace(lambda: (Net(), torch.ones(2, 8, 96, device="cpu")), steps=1, engine="plain", optimizer="none")
-    found = []
-    for index, event in enumerate(result.trace.events):
-        one = result.trace.allocations[event if event >= 0 else ~event]
-        if result.trace.place(index).phase != "setup" and one.category not in ("workspace", "input"):
-            found.append(one.size_bytes if event >= 0 else -one.size_bytes)
-    assert [size for size in found if abs(size) >= 1024] == real
+    assert [size for size in traced_sizes(result, step=0) if abs(size) >= 1024] == real
 
 
 def test_peak_of_a_chain_by_hand():

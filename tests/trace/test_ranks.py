@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import torch
 import torch.distributed as dist
 from sharded_net import SIZE, inputs, program, sharded
-from torch.profiler import ProfilerActivity, profile
+from step_sizes import from_first, real_sizes, traced_sizes, without_scratch
 
 from ullage.errors import InputError
 from ullage.trace.api import trace
@@ -43,46 +43,16 @@ def ranks():
     dist.destroy_process_group()
 
 
-def without_scratch(sizes, least=4096):
-    """Drop what an operator takes and gives back at once, and what is small."""
-    kept = []
-    for size in (each for each in sizes if abs(each) >= least):
-        if kept and size < 0 and kept[-1] == -size:
-            kept.pop()
-        else:
-            kept.append(size)
-    return kept
-
-
-def real_sizes(net, x):
-    """Return the bytes of allocations (and, negative, of frees) of a step that is not the first."""
-    net(x).backward()
-    net.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        net(x).backward()
-    events, todo = [], list(found.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        node = todo.pop()
-        if node.tag.name == "Allocation":
-            events.append((node.start_time_ns, node.extra_fields.alloc_size))
-        todo.extend(node.children)
-    return [size for _time, size in sorted(events)]
-
-
 def test_fsdp2_takes_and_frees_its_buffers_as_a_real_rank_does(ranks):
     """Every gather, copy-out, reduce-scatter and gradient, in order, against real memory."""
-    real = real_sizes(sharded(ranks), inputs())
+    net, x = sharded(ranks), inputs()
+    net(x).backward()
+    net.zero_grad(set_to_none=True)
+    real = real_sizes(lambda: net(x).backward())
     dist.destroy_process_group()
     result = trace(program, world=4, engine="plain", optimizer="sgd", clip=False)
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=4)  # for the fixture to end
-    found = []
-    for index, event in enumerate(result.trace.events):
-        one, place = result.trace.allocations[event if event >= 0 else ~event], result.trace.place(index)
-        if place.step == 1 and place.phase in ("forward", "backward") and one.category not in ("workspace", "input"):
-            found.append(one.size_bytes if event >= 0 else -one.size_bytes)
-    while found[0] < 0:
-        found.pop(0)  # the gradients of the first step
-    assert without_scratch(found) == without_scratch(real)
+    assert without_scratch(from_first(traced_sizes(result, step=1))) == without_scratch(real)
 
 
 def test_buffers_lie_on_the_streams_that_fsdp2_takes_them_on():

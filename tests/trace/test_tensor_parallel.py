@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from parallel_net import KINDS, LLAMA_JOB, SIZE, TOKENS, WORLD, program
 from small_models import LLAMA
+from step_sizes import from_first, traced_sizes, without_scratch
 
 from ullage.cli import main
 from ullage.errors import InputError
@@ -42,38 +43,15 @@ def real(tmp_path_factory, llama):
     return [json.loads((folder / f"out.{rank}").read_text()) for rank in range(WORLD)]
 
 
-def without_scratch(sizes, least=4096):
-    """Drop what an operator takes and gives back at once, and what is small."""
-    kept = []
-    for size in (each for each in sizes if abs(each) >= least):
-        if kept and size < 0 and kept[-1] == -size:
-            kept.pop()
-        else:
-            kept.append(size)
-    return kept
-
-
-def traced_sizes(found):
-    """Return what the second step takes and frees, as the profiler writes it."""
-    sizes = []
-    for index, event in enumerate(found.trace.events):
-        one, place = found.trace.allocations[event if event >= 0 else ~event], found.trace.place(index)
-        if place.step == 1 and place.phase in ("forward", "backward") and one.category not in ("workspace", "input"):
-            sizes.append(one.size_bytes if event >= 0 else -one.size_bytes)
-    return from_first(sizes)
-
-
-def from_first(sizes):
-    """Drop the frees that a step begins with: gradients of the one before."""
-    return sizes[next(index for index, size in enumerate(sizes) if size > 0) :]
-
-
 def is_one_of(found, steps):
     """Say whether a traced step takes what a real one does, in order, and holds as much.
 
     Workers of gloo let go of what they sent a moment after the wait, and not seen: real steps may seem to hold more.
     """
-    traced, real = without_scratch(traced_sizes(found)), [without_scratch(from_first(step)) for step in steps]
+    traced, real = (
+        without_scratch(from_first(traced_sizes(found, step=1))),
+        [without_scratch(from_first(step)) for step in steps],
+    )
     taken = [size for size in traced if size > 0]
     least = min(max(accumulate(step)) for step in real)
     in_order = taken in [[size for size in step if size > 0] for step in real]
