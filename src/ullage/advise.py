@@ -8,8 +8,9 @@ from itertools import combinations
 
 from ullage.engines.serving import EngineStart
 from ullage.errors import InputError
-from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, as_int, judge
+from ullage.fitting import DEFAULT_RESERVE, ELASTIC_POOLS, Advice, FitResult, as_int, judge, parse_reserve
 from ullage.i18n import _
+from ullage.launch import launch_line, model_word
 from ullage.plan.advice.serving import Change, candidates, machine_text, shell
 from ullage.spec.serving import ServingJob
 from ullage.units import format_bytes
@@ -143,13 +144,18 @@ def _gain(before: FitResult, after: FitResult) -> int:
     return int(less)
 
 
-def next_command(result: FitResult) -> str:
-    """Return what to type next: the launch line when it fits, else the fit again with the first advice."""
+def next_command(result: FitResult, words: str = "") -> str:
+    """Return what to type next: the launch line when it fits, else the fit again with the first advice.
+
+    ``words``: the fit as it was typed, when it was.
+    """
     if result.verdict == "fits":
         return launch_line(result)
     if result.advice and result.advice[0].flags and result.advice[0].verdict != "does_not_fit":
-        return _merge_flags(fit_line(result), result.advice[0].flags)
-    return f"ullage explain {_largest(result)} {result.job.model.name}"
+        return merge_flags(words or fit_line(result), result.advice[0].flags)
+    job = result.job
+    where = f"--on {machine_text(job.machine)} --engine {job.engine}@{shell(job.engine_version)}"
+    return f"ullage explain {_largest(result)} {model_word(job.model)} {where}"
 
 
 def _largest(result: FitResult) -> str:
@@ -159,78 +165,58 @@ def _largest(result: FitResult) -> str:
 
 def fit_line(result: FitResult) -> str:
     """Return this fit as a command line."""
-    job, machine = result.job, result.job.machine
-    parts = [
-        "ullage fit serve",
-        job.model.name,
-        f"--on {machine_text(machine)}",
-    ]
+    job, asked, machine = result.job, result.asked, result.job.machine
+    parts = [f"ullage fit serve {model_word(job.model)} --on {machine_text(machine)}"]
     parts.append(f"--engine {job.engine}@{shell(job.engine_version)}")
     if job.engine in ELASTIC_POOLS:
-        parts.append(f"--tp {job.parallel.tensor_parallel_size}")
-    if result.asked.quantization:
-        parts.append(f"--quantization {shlex.quote(result.asked.quantization)}")
+        parts += _layout_flags(asked)
+    given = {
+        "--quantization": asked.quantization and shlex.quote(asked.quantization),
+        "--kv-dtype": asked.kv_cache_dtype,
+        "--dtype": asked.weights_dtype,
+        "--max-num-seqs": asked.max_num_seqs,
+        "--max-batched-tokens": asked.max_num_batched_tokens,
+        "--memory-fraction": asked.memory_fraction,
+        "--block-size": asked.block_size,
+        "--mtp": asked.num_speculative_tokens if asked.speculative == "mtp" else None,
+        "--redundant-experts": asked.redundant_experts or None,
+        "--cpu-offload": f"{asked.cpu_offload_bytes}B" if asked.cpu_offload_bytes else None,
+        "--reserve": _reserve_word(result),
+    }
+    parts += [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    parts += ["--enforce-eager"] if asked.enforce_eager else []
     parts.append(f"--context {result.context} --concurrency {result.concurrency}")
     return " ".join(parts)
 
 
-def _merge_flags(line: str, flags: str) -> str:
+def _layout_flags(asked: ServingJob) -> list[str]:
+    parallel, sglang = asked.parallel, asked.engine == "sglang"
+    sizes = {"--pp": parallel.pipeline_parallel_size, "--dp": parallel.data_parallel_size}
+    words = [f"--tp {parallel.tensor_parallel_size}"]
+    words += [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
+    words += ["--dp-attention"] if parallel.dp_attention and sglang else []
+    words += ["--ep"] if parallel.expert_parallel else []
+    dcp = parallel.decode_context_parallel_size
+    return [*words, f"--dcp {dcp}"] if dcp > 1 else words
+
+
+def _reserve_word(result: FitResult) -> str | None:
+    total, size = int(result.total_bytes.value), result.reserve_bytes
+    if size == parse_reserve(DEFAULT_RESERVE, total):
+        return None
+    share = f"{100 * size / total:.6g}%" if total else "0"
+    return share if parse_reserve(share, total) == size else f"{size}B"
+
+
+def merge_flags(line: str, flags: str) -> str:
     """Return a command line with ``flags`` (name and value in turn) in place of what it said for them."""
-    words, new = line.split(), flags.split()
-    for name, value in zip(new, [*new[1:], ""], strict=True):
-        if name in words:
+    words, new = shlex.split(line), shlex.split(flags)
+    for name in (word for word in new if word.startswith("--")):
+        while name in words:
             at = words.index(name)
-            del words[at : at + (1 if value.startswith("--") or not value else 2)]
-    return " ".join(words + new)
-
-
-def _weights_words(job: ServingJob) -> tuple[str, str]:
-    """Return what stands for the model in a launch line, and the flag that makes the engine quantise it."""
-    name = job.quantization
-    if not name or job.engine not in ELASTIC_POOLS:
-        return job.model.name, ""
-    if job.model.quantization is None:
-        from ullage.read.quantization_names import MADE_AT_LOAD, named_quantization
-
-        method = named_quantization(name, job.model).method
-        return job.model.name, f"--quantization {MADE_AT_LOAD.get(method, name)}"
-    return shlex.quote(_("{model} in {scheme}").format(model=job.model.name, scheme=name)), ""
-
-
-def launch_line(result: FitResult) -> str:
-    """Return the engine's own launch line for this job."""
-    job, asked, parallel = result.job, result.asked, result.job.parallel
-    if job.native:
-        return job.native
-    model, quantization = _weights_words(asked)
-    if job.engine == "vllm":
-        parts = [f"vllm serve {model}", f"--max-model-len {result.context}"]
-        names = ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
-        tail = [
-            "--enable-expert-parallel" if parallel.expert_parallel else "",
-            f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
-            quantization,
-            f"--max-num-seqs {asked.max_num_seqs}" if asked.max_num_seqs else "",
-            f"--max-num-batched-tokens {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
-            "--enforce-eager" if asked.enforce_eager else "",
-            f"--gpu-memory-utilization {asked.memory_fraction}" if asked.memory_fraction else "",
-        ]
-    elif job.engine == "sglang":
-        parts = [f"python -m sglang.launch_server --model-path {model}", f"--context-length {result.context}"]
-        names = ("--tp-size", "--pp-size", "--dp-size")
-        tail = [
-            "--enable-dp-attention" if parallel.dp_attention else "",
-            f"--kv-cache-dtype {asked.kv_cache_dtype}" if asked.kv_cache_dtype else "",
-            quantization,
-            f"--max-running-requests {asked.max_num_seqs}" if asked.max_num_seqs else "",
-            f"--chunked-prefill-size {asked.max_num_batched_tokens}" if asked.max_num_batched_tokens else "",
-            f"--mem-fraction-static {asked.memory_fraction}" if asked.memory_fraction else "",
-        ]
-    else:
-        return f"llama-server -m MODEL.gguf -c {result.context * result.concurrency} -np {result.concurrency} -ngl 999"
-    sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size)
-    parts += [f"{name} {size}" for name, size in zip(names, sizes, strict=True) if size > 1]
-    return " ".join(part for part in (*parts, *tail) if part)
+            valued = at + 1 < len(words) and not words[at + 1].startswith("-")
+            del words[at : at + (2 if valued else 1)]
+    return shlex.join(words + new)
 
 
 def gain_text(item: Advice) -> str:

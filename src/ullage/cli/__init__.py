@@ -110,7 +110,9 @@ def _dispatch(argv: list[str]) -> int:
             prog=f"ullage {name}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
         )
         module.add_arguments(parser)
-        code: int = module.run(parser.parse_args(words))
+        arguments = parser.parse_args(words)
+        arguments.words = words
+        code: int = module.run(arguments)
         return code
     parser = _top_parser()
     parser.parse_args(argv)

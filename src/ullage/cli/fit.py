@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,7 @@ def _add_load(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; the exit code is the verdict."""
+    from ullage.advise import next_command
     from ullage.fitting import fit_serving
     from ullage.spec.training import TrainingJob
 
@@ -150,6 +152,9 @@ def run(arguments: argparse.Namespace) -> int:
         advise=not arguments.no_advice,
         calibrated=not arguments.no_calibration,
     )
+    if result.advice:
+        again = "" if arguments.line and "--tp" in result.advice[0].flags else typed_again(arguments)
+        result = replace(result, next_command=next_command(result, again))
     if arguments.json:
         from ullage.cli import print_json
         from ullage.report.json import fit_json
@@ -160,6 +165,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_fit(result, metrics=arguments.metrics)
     return result.exit_code
+
+
+def typed_again(arguments: argparse.Namespace, command: str = "fit") -> str:
+    """Return the command as it was typed, to be typed again with a change."""
+    words = [word for word in getattr(arguments, "words", ()) if word not in ("--json", "--metrics")]
+    return f"ullage {command} {shlex.join(words)}" if words else ""
 
 
 def job_of(arguments: argparse.Namespace) -> ServingJob | TrainingJob:
@@ -198,7 +209,7 @@ def _from_file(what: str, arguments: argparse.Namespace) -> ServingJob | Trainin
 
 def _only_training(job: TrainingJob, arguments: argparse.Namespace) -> TrainingJob:
     """Refuse options of serving beside a training job: they would be left out without a word."""
-    allowed = {"what", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json"}
+    allowed = {"what", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json", "words"}
     given = [name for name, value in vars(arguments).items() if name not in allowed and value not in (None, False)]
     if given:
         raise InputError(
@@ -259,12 +270,37 @@ def _changed(job: ServingJob, arguments: argparse.Namespace) -> ServingJob:
     if arguments.ep is not None:
         size = arguments.ep or None
         changes["parallel"] = replace(job.parallel, expert_parallel=True, expert_parallel_size=size)
+    if job.native and changes:
+        changes["native"] = _overlaid(job, changes)
     changed = checked_layout(replace(job, **changes))
     if arguments.quantization is None:
         return changed
     from ullage.request import requantised
 
     return requantised(changed)
+
+
+def _overlaid(job: ServingJob, changes: dict[str, Any]) -> str:
+    """Return the launch line with the options laid over it: of a flag that is said twice, engines take the last."""
+    from ullage.fitting import ELASTIC_POOLS
+    from ullage.launch import setting_words
+    from ullage.spec.serving import ServingJob
+
+    if job.engine not in ELASTIC_POOLS:
+        return ""  # its context is that of all requests together: written anew
+    said = {name: value for name, value in changes.items() if name not in ("parallel", "max_model_len")}
+    bare = ServingJob(model=job.model, machine=job.machine, engine=job.engine, engine_version=job.engine_version)
+    words = setting_words(replace(bare, **said))
+    if "max_model_len" in changes:
+        flag = "--max-model-len" if job.engine == "vllm" else "--context-length"
+        words.append(f"{flag} {changes['max_model_len']}")
+    if "quantization" in changes:
+        words.append(f"--quantization {changes['quantization']}")
+    if "parallel" in changes:
+        parallel = changes["parallel"]
+        size = parallel.expert_parallel_size or parallel.tensor_parallel_size
+        words.append("--enable-expert-parallel" if job.engine == "vllm" else f"--ep-size {size}")
+    return " ".join((job.native, *words))
 
 
 def _from_line(arguments: argparse.Namespace) -> ServingJob:

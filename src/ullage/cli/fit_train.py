@@ -84,7 +84,7 @@ def _add_step(group: Any) -> None:
     group.add_argument("--recompute", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
     kernels = ("flash", "sdpa", "eager", "unfused")
     group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
-    group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger"), help=_("how the loss is computed"))
+    group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger", "tiled"), help=_("how the loss is computed"))
     group.add_argument(
         "--method", metavar="NAME", help=_("full, lora, dora, or another of PEFT: vera, ia3, loha, boft ...")
     )
@@ -92,6 +92,9 @@ def _add_step(group: Any) -> None:
         "--lora", metavar="r=16", help=_("adapters: r=16,targets=q_proj+v_proj, or PEFT's adapter_config.json")
     )
     group.add_argument("--rlhf", metavar="KIND", help=_("dpo, kto, rm ... or grpo,completion=512,vllm=0.3,sleep"))
+    group.add_argument(
+        "--evaluate", metavar="N", help=_("evaluation between steps: sequences per GPU; 8,seq=2048,kept=10")
+    )
     group.add_argument("--base-quantization", metavar="NAME", help=_("of the frozen base: nf4, int8, gptq"))
     group.add_argument("--offload", metavar="WHAT=cpu", action="append", help=_("optimizer=cpu, params=cpu ..."))
     group.add_argument("--compile", action="store_true", help=_("torch.compile"))
@@ -165,7 +168,7 @@ def _refuse(
     arguments: argparse.Namespace, line: str, *, except_for: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> None:
     """Refuse options that the launch file states: one of the two would be left out without a word."""
-    own = {*except_for, "line", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json"}
+    own = {*except_for, "line", "on", "reserve", "assume", "no_calibration", "no_advice", "metrics", "json", "words"}
     given = [
         name
         for name, value in vars(arguments).items()
@@ -183,6 +186,7 @@ def _refuse(
 def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     """Build the job that the flags state."""
     from ullage.read.adapter_words import parse_adapters
+    from ullage.read.evaluation_words import parse_evaluation
     from ullage.read.machine import parse_machine
     from ullage.read.model_source import load_model
     from ullage.read.rlhf_words import parse_rlhf
@@ -221,6 +225,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         method=method,
         lora=lora,
         rlhf=parse_rlhf(arguments.rlhf) if arguments.rlhf else None,
+        evaluation=parse_evaluation(arguments.evaluate) if arguments.evaluate else None,
         base_quantization=quantization,
         offload=_offload(arguments.offload or ()),
         assumed=(*said, *(() if arguments.engine else (_("framework: {engine}").format(engine=engine),))),
