@@ -21,6 +21,7 @@ from ullage.account.activations.recurrent_rows import (
     delta_projections,
     delta_sizes,
     gated_norm,
+    mamba2_sizes,
 )
 from ullage.account.activations.recurrent_torch import torch_gated_delta, torch_mamba2
 from ullage.account.activations.saved import Implementation, Keeper, SavedTensor, Shape
@@ -41,20 +42,18 @@ def recurrent_core(
     Raises:
         UnknownArchitectureError: the fall-back of that mixer is not known.
     """
-    if isinstance(part, spec.GatedDeltaNet) and kernels == "torch":
-        return torch_gated_delta(part, tensor_parallel_size, autocast=autocast)
-    if isinstance(part, spec.Mamba2) and kernels == "torch":
-        return torch_mamba2(part, tensor_parallel_size, autocast=autocast)
-    table = _CORES.get((type(part), kernels))
-    if table is not None:
-        return table(part, tensor_parallel_size)
-    if (type(part), "packages") in _CORES:
+    table, written_out = _CORES.get(type(part)), _WRITTEN_OUT.get(type(part))
+    if table is None:
+        return None
+    if kernels == "torch" and written_out is not None:
+        return written_out(part, tensor_parallel_size, autocast=autocast)
+    if kernels == "torch" and not isinstance(part, spec.ShortConvolution):
         raise UnknownArchitectureError(
             _("what training keeps of a {part} layer without its kernels is not known yet").format(
                 part=type(part).__name__
             )
         )
-    return None
+    return table(part, tensor_parallel_size)
 
 
 def implemented_core(part: object, shape: Shape, implementation: Implementation) -> Core | None:
@@ -197,9 +196,7 @@ def _mamba2(part: spec.Mamba2, split: int) -> Core:
         _mamba_chunk_scan_combined_bwd; transformers@5.23.0:models/granitemoehybrid/modeling_granitemoehybrid.py:
         GraniteMoeHybridMambaLayer.forward.
     """
-    heads, groups = part.num_heads // split, max(1, part.num_groups // split)
-    inner = heads * part.head_dim
-    mixed = inner + 2 * groups * part.state_size
+    heads, groups, inner, mixed = mamba2_sizes(part, split)
     projected = inner + mixed + heads
     states = inner * part.state_size // STATE_CHUNK
     return Core(
@@ -247,13 +244,13 @@ def _mamba(part: spec.Mamba, split: int) -> Core:
     )
 
 
-_CORES: dict[tuple[type, str], Callable[[Any, int], Core]] = {
-    (spec.ShortConvolution, "packages"): _short_convolution,
-    (spec.ShortConvolution, "torch"): _short_convolution,
-    (spec.GatedDeltaNet, "packages"): _gated_delta,
-    (spec.GatedDeltaNet, "torch"): torch_gated_delta,
-    (spec.KimiDeltaAttention, "packages"): _kimi_delta,
-    (spec.Mamba2, "packages"): _mamba2,
-    (spec.Mamba, "packages"): _mamba,
+#: A short convolution keeps the same with and without the package.
+_CORES: dict[type, Callable[[Any, int], Core]] = {
+    spec.ShortConvolution: _short_convolution,
+    spec.GatedDeltaNet: _gated_delta,
+    spec.KimiDeltaAttention: _kimi_delta,
+    spec.Mamba2: _mamba2,
+    spec.Mamba: _mamba,
 }
-RECURRENT = tuple({kind for kind, _kernels in _CORES})
+_WRITTEN_OUT: dict[type, Callable[..., Core]] = {spec.GatedDeltaNet: torch_gated_delta, spec.Mamba2: torch_mamba2}
+RECURRENT = tuple(_CORES)

@@ -106,3 +106,10 @@ def delta_gates(heads: int) -> tuple[Row, ...]:
         Row(name="decay after softplus", per_token=heads, dtype="float32", trained=True),
         Row(name="beta", per_token=heads),
     )
+
+
+def mamba2_sizes(part: spec.Mamba2, split: int) -> tuple[int, int, int, int]:
+    """Return (heads, groups, inner size, width of the convolution: x, B and C) on this rank."""
+    heads, groups = part.num_heads // split, max(1, part.num_groups // split)
+    inner = heads * part.head_dim
+    return heads, groups, inner, inner + 2 * groups * part.state_size

@@ -11,6 +11,7 @@ from ullage.account.activations.recurrent_rows import (
     delta_projections,
     delta_sizes,
     gated_norm,
+    mamba2_sizes,
 )
 from ullage.spec import mixers as spec
 
@@ -64,9 +65,8 @@ def torch_mamba2(part: spec.Mamba2, split: int, *, autocast: bool = False) -> Co
         GraniteMoeHybridRMSNormGated.forward.
     Known error: below 1 % on CPU (tests/contract/test_recurrent_tables.py).
     """
-    heads, groups = part.num_heads // split, max(1, part.num_groups // split)
-    inner, wide = heads * part.head_dim, heads * part.state_size
-    mixed = inner + 2 * groups * part.state_size
+    heads, groups, inner, mixed = mamba2_sizes(part, split)
+    wide = heads * part.state_size
     squares, states = heads * STATE_CHUNK, inner * part.state_size // STATE_CHUNK
     chunks, narrow = 4 * inner + 5 * wide + 3 * squares + 2 * states, 0
     if autocast:
