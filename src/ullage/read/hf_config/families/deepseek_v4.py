@@ -116,7 +116,7 @@ def _num_shared(keys: Keys) -> int:
     Source: transformers@5.23.0:models/deepseek_v4/modeling_deepseek_v4.py:DeepseekV4MoE.
     """
     common.only(keys, n_shared_experts=1)
-    return keys.integer("n_shared_experts", 0, low=0)
+    return int(keys.integer("n_shared_experts", 0, low=0))
 
 
 def _experts(keys: Keys, *, hashed: bool) -> MoEFFN:

@@ -69,7 +69,8 @@ def read_ernie(keys: Keys) -> Model:
 
 def read_hunyuan(keys: Keys) -> Model:
     """Read Hunyuan (dense): Llama with norms of queries and keys."""
-    keys.skip("use_cla", "cla_share_factor", "use_qk_norm", "attention_head_dim")
+    keys.skip("cla_share_factor", "attention_head_dim")
+    common.only(keys, use_cla=False, use_qk_norm=True)
     bias = keys.flag("attention_bias", False)
     norm = {"qk_norm": "head", "q_norm_name": "query_layernorm", "k_norm_name": "key_layernorm"}
     return _uniform(keys, qkv_bias=bias, o_bias=bias, attention=norm)
