@@ -20,6 +20,7 @@ from guard_ranks import (
     same,
     start,
     train,
+    uneven,
     weights,
     wrapped,
 )
@@ -37,7 +38,7 @@ def flat(rank, size, port, folder):
         train("fsdp1", rank, size, steps=4, failing={(2, 0): ("backward", 6)}, votes="always")[2], None, None
     )
     found["clipped"] = clipped(rank, size)
-    found["uneven"] = uneven(rank, size)
+    found["uneven"] = uneven("fsdp1", rank, size)
     found["released"] = released(rank, size)
     found["checkpoint"] = [checkpointed(kind, rank, size, folder) for kind in ("fsdp1", "fsdp1-orig")]
     found["refused"] = refused()
@@ -84,27 +85,6 @@ def clipped(rank, size):
             optimizer.step()
             optimizer.zero_grad()
         results.append(weights(model))
-    return same(*results)
-
-
-def uneven(rank, size):
-    """One rank has fewer samples: as many collectives on both."""
-    from ullage.guard import Guard
-
-    results = []
-    for guarded in (True, False):
-        model = wrapped("fsdp1", Net(), size)
-        optimizer = optimizer_of(model, True)
-        guard = Guard(model, optimizer, micro_batch=2, loss_reduction="sum") if guarded else None
-        for step in range(2):
-            batch = data(step, rank, size=8 if rank == 0 else 3)
-            if guard:
-                guard.step(batch, lambda micro, model=model: model(micro).sum())
-                continue
-            model(batch).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(optimizer.seen)
     return same(*results)
 
 

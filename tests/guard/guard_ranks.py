@@ -236,7 +236,7 @@ def corners(rank, size, port, folder):
     """What else can go wrong on two ranks."""
     start(rank, size, port)
     found = {
-        "uneven": uneven(rank, size),
+        "uneven": uneven("fsdp2", rank, size),
         "both": both_fail(rank, size),
         "always": report_of(train("fsdp2", rank, size, failing={(4, 0): ("backward", 6)}, votes="always"))
         | {"equal": same(train("fsdp2", rank, size, votes="always")[0], plain("fsdp2", rank, size)[0])},
@@ -257,14 +257,13 @@ def report_of(trained):
     return report(trained[2], None, None)
 
 
-def uneven(rank, size):
-    """FSDP2, where one rank has fewer samples: as many collectives on both; the pieces without weight add nothing."""
+def uneven(kind, rank, size):
+    """One rank has fewer samples: as many collectives on both; the pieces without weight add nothing."""
     from ullage.guard import Guard
 
     results = []
     for guarded in (True, False):
-        net = Net()
-        model = wrapped("fsdp2", net, size)
+        model = wrapped(kind, Net(), size)
         optimizer = optimizer_of(model, True)
         guard = Guard(model, optimizer, micro_batch=2, loss_reduction="sum") if guarded else None
         for step in range(3):
@@ -275,7 +274,7 @@ def uneven(rank, size):
             model(batch).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        results.append((weights(net), optimizer.seen))
+        results.append((weights(model), optimizer.seen))
     return same(results[0][0], results[1][0]) and same(results[0][1], results[1][1])
 
 

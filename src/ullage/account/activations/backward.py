@@ -198,8 +198,7 @@ def _attention(
     """
     heads, kv_heads, dim, v_dim = _head_sizes(mixer, shape)
     tokens, width = shape.num_tokens, int(dtype_bytes(implementation.compute_dtype))
-    done = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
-    done += sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
+    done = _behind_mixer(layer, table)
     weights = sum(_ffn_weights(ffn, hidden_size) for ffn in layer.ffns) + heads * v_dim * hidden_size
     output = tokens * heads * v_dim * width
     if implementation.attention in ("eager", "unfused"):
@@ -230,8 +229,7 @@ def _recurrence(
     if core is None:
         return None
     width = int(dtype_bytes(implementation.compute_dtype))
-    done = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
-    done += sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
+    done = _behind_mixer(layer, table)
     done += _rows(table, f"{core.out_name}.input", mixer.prefix) + _rows(table, f"{mixer.prefix}.{core.out_name}.lora")
     done += shape.num_tokens * core.row_bytes(width, trained=implementation.trained, behind_only=True)
     weights = sum(_ffn_weights(ffn, hidden_size) for ffn in layer.ffns) + core.out_width * hidden_size
@@ -256,15 +254,23 @@ def _scores_again(
     """
     width, sinks = int(dtype_bytes(implementation.compute_dtype)), bool(getattr(mixer, "sinks", False))
     scores = shape.num_tokens * _head_sizes(mixer, shape)[0] * (shape.seq_len + sinks) * width
-    later = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
-    later += sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
-    later += _rows(table, "o_proj.input", mixer.prefix) + _rows(table, f"{mixer.prefix}.o_proj.lora")
+    later = (
+        _behind_mixer(layer, table)
+        + _rows(table, "o_proj.input", mixer.prefix)
+        + _rows(table, f"{mixer.prefix}.o_proj.lora")
+    )
     held = residual if implementation.trained else 2 * residual
     for ffn in layer.ffns:
         if isinstance(ffn, spec.MoEFFN) and not ffn.shared_intermediate_size and implementation.moe != "loop":
             rows = shape.num_routed_tokens(ffn.top_k) * (ffn.latent_size or hidden_size)
             held += int(rows * dtype_bytes(implementation.router_dtype))
     return Point(name="attention, run again", extra_bytes=held + scores * (2 if sinks else 1) - later)
+
+
+def _behind_mixer(layer: spec.Layer, table: Table) -> int:
+    """Return the bytes of what runs behind a mixer, and has gone when backward comes to it: FFNs, the second norm."""
+    blocks = sum(_rows(table, "", ffn.prefix) for ffn in layer.ffns)
+    return blocks + sum(_rows(table, "", norm.name) for norm in layer.norms[1:2])
 
 
 def _kernel_bytes(heads: int, kv_heads: int, dim: int, v_dim: int, shape: Shape, implementation: Implementation) -> int:
