@@ -9,7 +9,7 @@ from ullage.errors import InputError, LayoutError
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.read.training_words import parse_lora, parse_precision, parse_recompute
-from ullage.spec.training import Recompute, TrainingJob, TrainingParallel
+from ullage.spec.training import Evaluation, Recompute, TrainingJob, TrainingParallel
 
 DENSE, EXPERTS = load_model("qwen3-0.6b"), load_model("qwen3-30b-a3b")
 NODES = parse_machine("2x8xH100")
@@ -69,6 +69,7 @@ OPTIONS = {
     "parameter offload": lambda job: replace(job, offload=(("params", "cpu"),)),
     "activation offload": lambda job: replace(job, offload=(("activations", "cpu"),)),
     "compile": lambda job: replace(job, compile=True),
+    "evaluation": lambda job: replace(job, evaluation=Evaluation(batch_size=8)),
 }
 #: What a setting is the same as, by (engine or "", option).
 COSTS_NOTHING = {
@@ -135,3 +136,9 @@ def test_a_count_below_one_is_refused(engine):
     for nothing in ({"micro_batch_size": 0}, {"seq_len": 0}, {"grad_accum": 0}, {"recompute": Recompute(every=0)}):
         with pytest.raises(InputError, match="is 0; write 1 or more"):
             step(replace(base(engine), **nothing))
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    for nothing in ({"batch_size": 0}, {"batch_size": 1, "seq_len": 0}, {"batch_size": 1, "kept_batches": -1}):
+        with pytest.raises(InputError, match="is 0; write 1 or more"):
+            step(replace(base("single"), evaluation=Evaluation(**nothing)))

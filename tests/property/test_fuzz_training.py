@@ -26,7 +26,7 @@ from ullage.read.machine import parse_machine
 from ullage.read.megatron_args import job_from_megatron_args, job_from_megatron_text
 from ullage.report.train_json import training_json
 from ullage.spec.model import Model
-from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.spec.training import Evaluation, Lora, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.training_fit import fit_training
 
 ON_DEMAND = int(os.environ.get("ULLAGE_FUZZ_EXAMPLES", "0"))
@@ -147,6 +147,7 @@ FLAGS = {
     "--lora": ["r=8", "r=16,targets=q_proj+v_proj", "r=64,dropout=0.1"],
     "--base-quantization": ["nf4", "int8", "gptq"],
     "--rlhf": ["dpo", "kto,reference=precomputed", "rm", "orpo", "grpo,vllm=0.3,sleep", "rloo,completion=8", "ppo"],
+    "--evaluate": ["8", "2,seq=100,kept=5", "8,kept=", "0"],
     "--offload": ["optimizer=cpu", "params=cpu", "activations=cpu"],
     "--reserve": ["0%", "10%", "8GiB", "200GiB"],
 }
@@ -270,6 +271,10 @@ def jobs(draw: st.DrawFn) -> TrainingJob:
         method=draw(st.sampled_from(["full", "lora", "qlora", "dora", "nonsense"])),
         lora=lora,
         base_quantization=draw(st.sampled_from([None] * 6 + ["nf4", "int8", "gptq", "nonsense"])),
+        evaluation=draw(
+            st.none()
+            | st.builds(Evaluation, batch_size=st.sampled_from([0, 1, 8]), kept_batches=st.sampled_from([0, 9]))
+        ),
         offload=draw(
             st.sampled_from([(), (), (), (("optimizer", "cpu"),), (("params", "nvme"),), (("activations", "cpu"),)])
         ),

@@ -31,6 +31,7 @@ class Follows(Frozen):
         attention, losses: kernels; flash and sdpa keep the same.
         adapters, offload, compile: as in the job; methods: of PEFT other than LoRA and DoRA.
         base_quantizations: of a frozen base, None: all that the rules' own reading knows.
+        evaluation: with a batch of its own.
     """
 
     splits: frozenset[str] = frozenset()
@@ -45,32 +46,38 @@ class Follows(Frozen):
     base_quantizations: frozenset[str] | None = frozenset()
     offload: frozenset[str] = frozenset()
     compile: bool = True
+    evaluation: bool = False
 
 
 _ALL_ATTENTION = frozenset({"flash", "sdpa", "eager", "unfused"})
+_HF_LOSSES = frozenset({"plain", "fused", "chunked", "liger", "tiled"})
 _HF = Follows(
     splits=frozenset({"context"}),  # DeepSpeed's Ulysses; the Trainer's own rules refuse the rest in their words
     zero_stages=frozenset({1, 2, 3}),
     fsdp=frozenset({"full_shard"}),
     optimizers=None,
     attention=_ALL_ATTENTION,
+    losses=_HF_LOSSES,
     methods=True,
     base_quantizations=None,
     offload=frozenset({"activations", "optimizer", "params"}),
+    evaluation=True,
 )
 _FSDP = Follows(
     splits=frozenset({"context"}),
     fsdp=FULLY_SHARDED,
     optimizers=BY_ELEMENT,
     attention=_ALL_ATTENTION,
+    losses=_HF_LOSSES,
     base_quantizations=frozenset({"nf4", "fp4"}),
     offload=frozenset({"optimizer", "params"}),
+    evaluation=True,
 )
 
 FOLLOWS = {
     "megatron": Follows(
         splits=frozenset({"tensor", "context", "pipeline", "virtual", "expert", "expert_tensor"}),
-        zero_stages=frozenset({1, 3}),  # the distributed optimizer, and Megatron's FSDP
+        zero_stages=frozenset({1, 2, 3}),  # the distributed optimizer, and Megatron's FSDP
         optimizers=PLAIN_OPTIMIZERS | {"muon", "dist_muon"},
         impls=False,
         attention=_ALL_ATTENTION,
@@ -111,8 +118,10 @@ FOLLOWS = {
         zero_stages=frozenset({1, 2, 3}),
         impls=False,
         attention=_ALL_ATTENTION,
+        losses=_HF_LOSSES,
         offload=frozenset({"optimizer", "params"}),
         compile=False,
+        evaluation=True,
     ),
 }
 
@@ -173,6 +182,8 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
             yield _("{what} on {where}").format(what=what, where=where), InputError
     if job.compile and not own.compile:
         yield "torch.compile", InputError
+    if job.evaluation is not None and (not own.evaluation or job.rlhf is not None):
+        yield _("an evaluation of {kind}").format(kind=job.rlhf.kind if job.rlhf else job.engine), InputError
 
 
 def _own_method(job: TrainingJob) -> str:
@@ -201,6 +212,11 @@ def _check_counts(job: TrainingJob) -> None:
         "grad_accum": job.grad_accum,
         "recompute: every": job.recompute.every,
     }
+    if job.evaluation is not None:
+        length = job.evaluation.seq_len
+        counts["evaluation: batch_size"] = job.evaluation.batch_size
+        counts["evaluation: seq_len"] = 1 if length is None else length
+        counts["evaluation: kept_batches"] = job.evaluation.kept_batches + 1
     wrong = next((name for name, count in counts.items() if count < 1), None)
     if wrong is not None:
         raise InputError(_("{name} is {size}").format(name=wrong, size=counts[wrong]), remedy=_("write 1 or more"))

@@ -96,7 +96,12 @@ def step(job: TrainingJob) -> TrainingStep:
             raise
         raise InputError(_("no rules are written for the engine {engine!r} yet").format(engine=job.engine)) from None
     walk: Callable[[TrainingJob], TrainingStep] = module.step
-    return walk(_said(job))
+    if job.evaluation is None:
+        return walk(_said(job))
+    from ullage.engines.evaluation import with_evaluation
+
+    answer = with_evaluation(walk(_said(replace(job, evaluation=None))), job.evaluation)
+    return replace(answer, job=replace(answer.job, evaluation=job.evaluation))
 
 
 def _said(job: TrainingJob) -> TrainingJob:

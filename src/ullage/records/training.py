@@ -14,6 +14,7 @@ from ullage.engines.training import TRAINING_ENGINES, TrainingRank, TrainingStep
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.ledger import Term
+from ullage.read.evaluation_words import evaluation_of
 from ullage.read.machine import parse_machine
 from ullage.read.rlhf_words import is_kind, parse_rlhf, rlhf_of
 from ullage.records import words
@@ -26,7 +27,7 @@ from ullage.records.schema import Record
 from ullage.spec.machine import Machine
 from ullage.spec.model import Attention, Layer, Model
 from ullage.spec.rlhf import Rlhf
-from ullage.spec.training import Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.spec.training import Evaluation, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import canonical_dtype
 
 #: Stands in for a card that is not known: what depends on its size is not judged.
@@ -96,6 +97,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         method=method,
         lora=None if method in own else adapters_of({**fields, "method": method}, record, model),
         rlhf=rlhf,
+        evaluation=_evaluation(fields, record.where),
         base_quantization=base,
         offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),
         alloc_conf=str(fields.get("alloc_conf") or ""),
@@ -117,6 +119,13 @@ def _rlhf(fields: Mapping[str, Any], where: str) -> tuple[Rlhf | None, Mapping[s
     if is_kind(method):
         fields = {**fields, "method": "lora" if isinstance(fields.get("lora"), dict) else "full"}
     return found, fields
+
+
+def _evaluation(fields: Mapping[str, Any], where: str) -> Evaluation | None:
+    said = fields.get("evaluation")
+    if said is None:
+        return None
+    return evaluation_of(said if isinstance(said, dict) else {"batch_size": said}, f"{where}: job.evaluation")
 
 
 def _machine(record: Record) -> tuple[int, Machine]:

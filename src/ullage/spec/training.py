@@ -93,6 +93,19 @@ class Lora(Frozen):
     num_parameters: int | None = None
 
 
+class Evaluation(Frozen):
+    """Evaluation between steps: ``batch_size`` sequences per GPU, of ``seq_len`` tokens (None: as in training).
+
+    ``kept_batches``: how many batches' logits are on the GPU at once, because a metric is computed on them; 0: none.
+    ``spares_logits``: the loss makes no logits here either (Apple's cut cross entropy).
+    """
+
+    batch_size: int
+    seq_len: int | None = None
+    kept_batches: int = 0
+    spares_logits: bool = False
+
+
 class TrainingJob(Frozen):
     """What the user wants trained.
 
@@ -102,9 +115,10 @@ class TrainingJob(Frozen):
         optimizer_impl: fused, foreach or for_loop.
         micro_batch_size: sequences per GPU and forward pass; grad_accum: passes per optimizer step.
         attention: flash, sdpa, eager or unfused.
-        loss: plain, fused, chunked or liger.
+        loss: plain, fused, chunked, liger, or tiled (TRL's: head and log-softmax in tiles).
         method: full, lora, qlora, dora ...; base_quantization: of the frozen base.
         rlhf: preference or reinforcement training; None: next-token prediction.
+        evaluation: between steps; None: none.
         offload: what lives on the host: pairs such as ("optimizer", "cpu").
         flags, native, assumed: as in :class:`ullage.spec.serving.ServingJob`.
     """
@@ -124,10 +138,11 @@ class TrainingJob(Frozen):
     recompute: Recompute = Recompute()
     attention: Literal["flash", "sdpa", "eager", "unfused"] | None = None
     compile: bool = False
-    loss: Literal["plain", "fused", "chunked", "liger"] | None = None
+    loss: Literal["plain", "fused", "chunked", "liger", "tiled"] | None = None
     method: str = "full"
     lora: Lora | None = None
     rlhf: Rlhf | None = None
+    evaluation: Evaluation | None = None
     base_quantization: str | None = None
     offload: tuple[tuple[str, str], ...] = ()
     alloc_conf: str = ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ullage.account.activations.decoder import Slice
+from ullage.account.activations.inference import widest_layer
 from ullage.account.activations.log_probs import LogProbPeak, log_probs_of
 from ullage.engines.rlhf.models import with_terms
 from ullage.engines.training import TrainingRank
 from ullage.ledger import Ledger, Term, ranged, total
-from ullage.spec.model import DenseFFN, Model, MoEFFN
 from ullage.spec.rlhf import ON_POLICY, Rlhf
 from ullage.spec.training import TrainingJob
-from ullage.units import dtype_bytes
 
 #: Terms of a moment of the loss that are gone, or smaller, while the reference runs.
 LOSS_TERMS = ("loss", "logits", "logits_gradient", "logits_and_loss", "temporaries")
@@ -74,21 +74,13 @@ def _scoring(num_bytes: int) -> Term:
 
 
 def _layer(job: TrainingJob) -> Term:
-    """Return what one layer takes in a pass without gradients: residual stream, and the widest block.
-
-    Formula: tokens x (4h + 3I) x bytes, I the widest feed-forward block that a token passes.
-    """
-    tokens, width = job.micro_batch_size * job.seq_len, int(dtype_bytes(job.precision.compute))
-    size = tokens * (4 * job.model.hidden_size + 3 * widest_block(job.model)) * width
-    return ranged("scoring_layer", size, low=size // 2, high=2 * size, formula="tokens x (4h + 3I)")
-
-
-def widest_block(model: Model) -> int:
-    """Return the widest feed-forward block that one token passes."""
-    widest = 0
-    for block in {block for layer in model.layers for block in layer.ffns}:
-        if isinstance(block, DenseFFN):
-            widest = max(widest, block.intermediate_size)
-        elif isinstance(block, MoEFFN):
-            widest = max(widest, block.top_k * block.intermediate_size)
-    return widest
+    """Return what one layer takes in a pass without gradients."""
+    slice_ = Slice(batch=job.micro_batch_size, seq_len=job.seq_len)
+    found = widest_layer(job.model, slice_, dtype=job.precision.compute, attention=job.attention)
+    return ranged(
+        "scoring_layer",
+        found.num_bytes,
+        low=found.low_bytes,
+        high=found.high_bytes,
+        formula="the widest layer, nothing kept",
+    )

@@ -52,6 +52,7 @@ SHORTER = Cost(words=_("longer samples are cut: other data"), kind="function")
 PRECOMPUTED = Cost(words=_("one pass over the data before training; its own passes drop out"))
 WAKING = Cost(words=_("seconds for every generation: weights and graphs come back"), slower=0.05)
 FEWER_AT_ONCE = Cost(words=_("fewer completions at once, slower generation"), slower=0.1)
+SHORTER_EVALUATION = Cost(words=_("none for the step; longer evaluations"))
 LESS_RESERVE = Cost(words=_("less is left for what was not foreseen"), slower=0.0, kind="accuracy")
 
 

@@ -21,11 +21,13 @@ ADAPTERS = Lora(rank=16, targets=("all-linear",))
 
 def changes_of_training(job: TrainingJob, num_active: int) -> Iterator[Change]:
     """Yield every change that applies to a training job."""
+    from ullage.plan.advice.evaluation import changes_of_evaluation
     from ullage.plan.advice.layout import layouts, offloads
     from ullage.plan.advice.preference import changes_of_preference
 
     yield from _free(job)
     yield from changes_of_preference(job)
+    yield from changes_of_evaluation(job)
     yield from _batches(job)
     yield from _recompute(job)
     yield from _optimizers(job)

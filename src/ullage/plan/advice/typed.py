@@ -24,6 +24,8 @@ _TRAINER = {
     "lora": _PEFT,
     "base_quantization": "load_in_4bit: true, bnb_4bit_quant_type: nf4",
     "seq_len": "max_length: {half}",
+    "evaluation": "per_device_eval_batch_size: {batch}",
+    "evaluation.kept": "eval_accumulation_steps: 1",
 }
 _FSDP = {
     "attention": "torch.nn.functional.scaled_dot_product_attention",
