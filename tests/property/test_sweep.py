@@ -209,6 +209,7 @@ def test_loads_are_the_fullest_moments_of_the_walk(seed):
             "rank": rng.randrange(pipeline),
             "num_micro_batches": rng.choice((1, 2, 3, 5, 8, 16, 31, 100, 500)),
             "group": rng.choice((pipeline, pipeline, 1, 3, pipeline + 5)),
+            "ahead": rng.choice((0, 0, 1)),
         }
         every, short = walked(**case), loads(**case)
         assert set(short) <= every

@@ -14,21 +14,22 @@ from typing import Literal
 
 from ullage.errors import InputError, LayoutError
 from ullage.i18n import _
-from ullage.read.megatron_flags import READ, unknown
+from ullage.read.megatron_doubts import doubts, refuse_other_jobs, unknown
+from ullage.read.megatron_flags import READ
 from ullage.read.megatron_model import model_of
+from ullage.read.megatron_precision import precision_of
+from ullage.read.megatron_resolve import resolved
 from ullage.read.megatron_words import Arguments, from_mapping, parse_text
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
-from ullage.spec.training import Precision, Recompute, TrainingJob, TrainingParallel
+from ullage.spec.training import Recompute, TrainingJob, TrainingParallel
 
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3"}
-_RECIPES = {
-    "blockwise": "blockwise",
-    "delayed": "delayed",
-    "tensorwise": "tensorwise",
-    "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
-}
+#: Modules that selective recompute and fine-grained offload can name; the first is the default.
+#: Source: Megatron-LM@d98e8a6:megatron/core/transformer/transformer_config.py:TransformerConfig.__post_init__.
+RECOMPUTE_MODULES = (
+    "core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts", "gdn_norm_out",
+)  # fmt: skip
+OFFLOAD_MODULES = ("core_attn", "attn_proj", "expert_fc1", "moe_act", "attn_norm", "mlp_norm", "qkv_linear")
 #: Environment variables that move memory.
 ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -82,10 +83,15 @@ def smallest_world(args: Mapping[str, object]) -> int:
 
 
 def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *, native: str) -> TrainingJob:
+    refuse_other_jobs(args)
+    args = resolved(args)
+    if args.on("fine-grained-activation-offloading"):
+        _known_words("offload-modules", args, OFFLOAD_MODULES)
     assumed: tuple[str, ...] = ()
     if model is None:
         model, assumed = model_of(args)
-    strange = unknown(sorted(args))
+    assumed += doubts(args)
+    strange = unknown(args)
     if strange:
         assumed += (_("flags not known, taken as without memory: {flags}").format(flags=", ".join(strange)),)
     parallel = _parallel(args, machine)
@@ -97,7 +103,7 @@ def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *
         engine="megatron",
         engine_version=version,
         parallel=parallel,
-        precision=_precision(args),
+        precision=precision_of(args),
         optimizer=args.get("optimizer") or "adam",
         micro_batch_size=micro,
         seq_len=args.count("seq-length", 0) or args.size("encoder-seq-length"),
@@ -152,18 +158,17 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
 
 
 def _zero_stage(args: Arguments) -> int:
-    """Return what data-parallel ranks share, as a ZeRO stage.
+    """Return what data-parallel ranks share, as a ZeRO stage: of Megatron-FSDP what its strategy says.
 
     Source: Megatron-LM@2026-08:megatron/core/distributed/distributed_data_parallel_config.py
         (data_parallel_sharding_strategy, "no_shard" by default); docs of Megatron-FSDP (optim 1, optim_grads 2).
     """
     if args.on("use-torch-fsdp2"):
         return 3
-    own = 1 if args.on("use-distributed-optimizer") else 0
     if not args.on("use-megatron-fsdp"):
-        return own
+        return 1 if args.on("use-distributed-optimizer") else 0
     strategy = args.get("data-parallel-sharding-strategy") or "no_shard"
-    stages = {"no_shard": own, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
+    stages = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
     if strategy not in stages:
         raise InputError(
             _("{text!r} is not a sharding strategy").format(text=strategy[:40]),
@@ -171,30 +176,6 @@ def _zero_stage(args: Arguments) -> int:
             remedy=_("write {known}").format(known=", ".join(stages)),
         )
     return stages[strategy]
-
-
-def _precision(args: Arguments) -> Precision:
-    """Weights, gradients and states as Megatron-LM chooses them: bf16 reduces gradients in fp32, fp16 does not."""
-    compute = "float16" if args.on("fp16") else "bfloat16" if args.on("bf16") else "float32"
-    grads = "float32"
-    if args.on("fp16") and not args.on("accumulate-allreduce-grads-in-fp32"):
-        grads = "float16"
-    if args.on("grad-reduce-in-bf16"):
-        grads = "bfloat16"
-    recipe = (args.get("fp8-recipe") or "delayed") if args.get("fp8-format") or args.get("fp8") else None
-    precise = args.on("use-precision-aware-optimizer")
-    if precise and "main-grads-dtype" in args:
-        grads = _SHORT.get(args.get("main-grads-dtype"), grads)
-    return Precision(
-        compute=compute,
-        params=compute,
-        grads=grads,
-        master=(_SHORT.get(args.get("main-params-dtype"), "float32") if precise else "float32")
-        if compute != "float32"
-        else None,
-        moments=_SHORT.get(args.get("exp-avg-dtype"), "float32") if precise else "float32",
-        fp8_recipe=_RECIPES.get(recipe) if recipe else None,  # type: ignore[arg-type]
-    )
 
 
 def _recompute(args: Arguments) -> Recompute:
@@ -209,9 +190,26 @@ def _recompute(args: Arguments) -> Recompute:
             method="block" if method == "block" else "uniform",
         )
     if granularity == "selective":
-        return Recompute(kind="modules", modules=args.words("recompute-modules") or ("core_attn",))
+        return Recompute(kind="modules", modules=_known_words("recompute-modules", args, RECOMPUTE_MODULES))
     modules = ("moe",) if args.on("moe-layer-recompute") else ()
     return Recompute(kind="modules" if modules else "none", modules=modules)
+
+
+def _known_words(name: str, args: Arguments, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words of a list of modules, the first of ``known`` where it is not given.
+
+    Raises:
+        InputError: a word that is not known.
+    """
+    words = args.words(name) or known[:1]
+    strange = next((word for word in words if word not in known), None)
+    if strange is not None:
+        raise InputError(
+            _("the module {name!r} is not followed").format(name=strange[:40]),
+            where=f"--{name}",
+            remedy=_("known are {known}").format(known=", ".join(known)),
+        )
+    return words
 
 
 def _attention(args: Arguments) -> Literal["flash", "sdpa", "unfused"] | None:

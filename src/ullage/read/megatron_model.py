@@ -85,6 +85,8 @@ def _vocabulary(args: Arguments, assumed: list[str]) -> int:
     else:
         size = _known_vocabulary(args.get("vocab-file"), tokenizer, args.get("tokenizer-model"))
         assumed.append(_("vocabulary: {size} entries, as its tokenizer is known to have").format(size=size))
+    if args.on("no-pad-vocab-size") or args.on("disable-pad-vocab-size"):
+        return size
     multiple = args.size("make-vocab-size-divisible-by", 128) * args.size("tensor-model-parallel-size", 1)
     return -(-size // multiple) * multiple
 
@@ -126,18 +128,25 @@ def _norm_kind(args: Arguments) -> Literal["rms", "layer"]:
 
 
 def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Attention | spec.LatentAttention:
-    heads, bias = args.size("num-attention-heads"), not args.on("disable-bias-linear")
     if args.on("multi-latent-attention"):
-        query_rank = args.count("q-lora-rank", 0)
-        return spec.LatentAttention(
-            num_heads=heads,
-            q_lora_rank=query_rank or None,
-            kv_lora_rank=args.count("kv-lora-rank", 32),
-            qk_nope_head_dim=args.count("qk-head-dim", 128),
-            qk_rope_head_dim=args.count("qk-pos-emb-head-dim", 64),
-            v_head_dim=args.count("v-head-dim", 128),
-            indexer=_indexer(args),
-        )
+        return _latent_attention(args, sparse=args.get("experimental-attention-variant") == "dsa")
+    return _plain_attention(args, hidden, cross=cross)
+
+
+def _latent_attention(args: Arguments, *, sparse: bool) -> spec.LatentAttention:
+    return spec.LatentAttention(
+        num_heads=args.size("num-attention-heads"),
+        q_lora_rank=args.count("q-lora-rank", 0) or None,
+        kv_lora_rank=args.count("kv-lora-rank", 32),
+        qk_nope_head_dim=args.count("qk-head-dim", 128),
+        qk_rope_head_dim=args.count("qk-pos-emb-head-dim", 64),
+        v_head_dim=args.count("v-head-dim", 128),
+        indexer=_indexer(args) if sparse else None,
+    )
+
+
+def _plain_attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Attention:
+    heads, bias = args.size("num-attention-heads"), not args.on("disable-bias-linear")
     groups = args.size("num-query-groups", 1) if args.on("group-query-attention") else heads
     query_bias = bias or args.on("add-qkv-bias")
     return spec.Attention(
@@ -156,10 +165,8 @@ def _attention(args: Arguments, hidden: int, *, cross: bool = False) -> spec.Att
     )
 
 
-def _indexer(args: Arguments) -> spec.Indexer | None:
+def _indexer(args: Arguments) -> spec.Indexer:
     """The indexer of sparse attention (``--experimental-attention-variant dsa``)."""
-    if args.get("experimental-attention-variant") != "dsa":
-        return None
     return spec.Indexer(
         num_heads=args.size("dsa-indexer-n-heads", 64),
         head_dim=args.size("dsa-indexer-head-dim", 128),
@@ -287,9 +294,11 @@ def _layer(args: Arguments, hidden: int, *, cross: bool = False, moe: bool = Fal
 
 
 def _hybrid_layer(args: Arguments, hidden: int, letter: str) -> spec.Layer:
-    """One letter of a hybrid pattern: M Mamba-2, * attention, - dense block, E mixture.
+    """One letter of a hybrid pattern.
 
-    Source: Megatron-LM@d98e8a6:megatron/core/ssm/mamba_hybrid_layer_allocation.py:Symbols.
+    M Mamba-2, G gated delta rule, * attention, + latent attention, D sparse attention, - dense block, E mixture.
+
+    Source: Megatron-LM@d98e8a6:megatron/core/models/hybrid/hybrid_layer_allocation.py:Symbols.
     """
     norms = _norms(args, hidden, ("norm",))
     if letter == "M":
@@ -302,8 +311,12 @@ def _hybrid_layer(args: Arguments, hidden: int, letter: str) -> spec.Layer:
             conv_kernel=4,
         )
         return spec.Layer(mixers=(mamba,), ffns=(), norms=norms)
+    if letter == "G":
+        return spec.Layer(mixers=(_delta_net(args),), ffns=(), norms=norms)
     if letter == "*":
-        return spec.Layer(mixers=(_attention(args, hidden),), ffns=(), norms=norms)
+        return spec.Layer(mixers=(_plain_attention(args, hidden),), ffns=(), norms=norms)
+    if letter in "+D":
+        return spec.Layer(mixers=(_latent_attention(args, sparse=letter == "D"),), ffns=(), norms=norms)
     if letter == "-":
         return spec.Layer(mixers=(), ffns=(_dense(args, hidden),), norms=norms)
     if letter == "E":

@@ -41,6 +41,10 @@ class Arguments(Frozen):
         """Say whether a switch is set."""
         return self.values.get(name, "").lower() in ("true", "1", "yes")
 
+    def stated(self, name: str) -> bool:
+        """Say whether a flag is there and not switched off."""
+        return self.values.get(name, "").lower() not in ("", "false", "none")
+
     def count(self, name: str, default: int | None = None) -> int:
         """Return a whole number.
 

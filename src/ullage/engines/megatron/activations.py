@@ -30,6 +30,7 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "mlp_act"),
     "moe": ("moe", "moe_act"),
     "shared_experts": ("shared_experts",),
+    "gdn_norm_out": ("gdn_norm_out",),
 }
 
 
@@ -145,7 +146,7 @@ def _attention(job: TrainingJob, settings: Settings, sizes: Sizes, part: Attenti
     if part.output_gate:
         gated = 2 * tokens * heads * dim
         found.append(saved("output_gate", "self_attn", gated, dtype, "2*T*a*d/t", source))
-    if part.qk_norm:
+    if part.qk_norm or settings.on("qk-l2-norm"):
         found.append(saved("normed_query_key_value", "self_attn", projected, dtype, "T*(a+2g)*d/t", source))
         statistics = 2 * tokens * (heads + groups)
         found.append(saved("query_key_norm.statistics", "self_attn", statistics, "float32", "2*T*(a+g)/t", source))

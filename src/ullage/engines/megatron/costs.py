@@ -46,7 +46,10 @@ def chunk_cost(tables: Tables, chunk: Chunk) -> ChunkCost:
     if job.recompute.kind == "full":
         checked, every = checkpointed(job, len(chunk.layers))
         groups = cdiv(checked, every)
-        parts.append(exact("checkpoints", groups * stream, formula=f"{groups} x n*h", source=CHECKPOINT))
+        kept, formula = stream, f"{groups} x n*h"
+        if settings.on("distribute-saved-activations"):
+            kept, formula = stream // sizes.tensor, formula + "/t"
+        parts.append(exact("checkpoints", groups * kept, formula=formula, source=CHECKPOINT))
         rebuilt = _rebuilt(tables, [model.layers[index] for index in chunk.layers[:checked]], every)
         rest = chunk.layers[checked:]
     runs = [(tables.layer(layer), times) for layer, times in layer_runs(job, rest)]

@@ -16,6 +16,9 @@ from ullage.units import MiB
 
 VERSIONS = ("adc69db", "d98e8a6")
 
+#: Where master weights are not Transformer Engine's: on the host, or in FSDP's own buffers.
+_MASTERS_APART = frozenset({"optimizer-cpu-offload", "use-megatron-fsdp", "use-torch-fsdp2"})
+
 Kernel = Literal["flash", "fused", "unfused", "local"]
 
 
@@ -26,6 +29,9 @@ class Settings(Frozen):
         transformer_engine: layers of Transformer Engine; False: ``--transformer-impl local``.
         attention: flash-attn, cuDNN's fused kernel, Transformer Engine's unfused, or Megatron's local one.
         fused_loss: ``native`` (torch.compile), ``te`` (Triton, in place), or None.
+        decoupled_gradients: the optimizer works on 16-bit gradients without a copy in fp32.
+        master: format of master weights; ``int16``: what a bf16 parameter lacks of fp32.
+        second_moment: format of Adam's second moment.
         wgrad_fusion: weight gradients are accumulated into the main gradient by the GEMM.
         cublas_workspace_bytes: of one PyTorch cuBLAS workspace (handle and stream).
         te_workspace_bytes: of one Transformer Engine cuBLAS workspace.
@@ -45,7 +51,9 @@ class Settings(Frozen):
     grouped_gemm: bool
     dispatcher: Literal["alltoall", "allgather", "flex"]
     capacity_factor: float | None
-    precision_aware: bool
+    decoupled_gradients: bool
+    master: str
+    second_moment: str
     fp8_param_gather: bool
     cublas_workspace_bytes: int
     te_workspace_bytes: int
@@ -91,7 +99,9 @@ def resolve(job: TrainingJob) -> tuple[Settings, tuple[str, ...]]:
         grouped_gemm="moe-grouped-gemm" in on or not native,
         dispatcher=_dispatcher(flags, native),
         capacity_factor=_number(flags, "moe-expert-capacity-factor", None),
-        precision_aware="use-precision-aware-optimizer" in on or (not native and job.precision.moments != "float32"),
+        decoupled_gradients=_decoupled(job, flags, on),
+        master=_master(job, flags, on),
+        second_moment=_second_moment(job, flags, on),
         fp8_param_gather="fp8-param-gather" in on,
         cublas_workspace_bytes=cublas_workspace(flags.get("env.CUBLAS_WORKSPACE_CONFIG", ""), capability),
         te_workspace_bytes=32 * MiB + 1024 if capability >= (9, 0) else 4 * MiB,
@@ -122,6 +132,38 @@ def _dispatcher(flags: dict[str, str], native: bool) -> Literal["alltoall", "all
     if given in ("alltoall", "alltoall_seq"):
         return "alltoall"
     return "flex" if given == "flex" else "allgather"
+
+
+def _decoupled(job: TrainingJob, flags: dict[str, str], on: set[str]) -> bool:
+    """Transformer Engine's Adam holds the master weights and takes gradients as they are.
+
+    Not with FP8 of current scales and fp32 master weights, which Megatron-LM holds itself.
+    Source: Megatron-LM@d98e8a6:megatron/core/optimizer/optimizer_config.py
+        (use_precision_aware_optimizer_no_fp8_or_ds_fp8).
+    """
+    if flags.get("native") != "true":
+        return job.precision.moments != "float32"
+    own = job.precision.fp8_recipe not in (None, "delayed") and job.precision.master == "float32"
+    return "use-precision-aware-optimizer" in on and (not own or "optimizer-cpu-offload" in on)
+
+
+def _master(job: TrainingJob, flags: dict[str, str], on: set[str]) -> str:
+    """Format of master weights: of fp32 beside bf16 parameters only the 16 bits are kept that those lack.
+
+    Source: Megatron-LM@d98e8a6:megatron/core/optimizer/optimizer_config.py (store_param_remainders);
+        TransformerEngine@v2.8:transformer_engine/pytorch/optimizers/fused_adam.py:FusedAdam.
+    """
+    master = job.precision.master or "float32"
+    remainders = flags.get("native") == "true" and _decoupled(job, flags, on) and not on & _MASTERS_APART
+    return "int16" if remainders and master == "float32" and job.precision.params == "bfloat16" else master
+
+
+def _second_moment(job: TrainingJob, flags: dict[str, str], on: set[str]) -> str:
+    """Format of Adam's second moment, where it is given apart from the first."""
+    given = flags.get("exp-avg-sq-dtype", "")
+    if flags.get("native") != "true" or "use-precision-aware-optimizer" not in on:
+        return job.precision.moments
+    return {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3"}.get(given, "float32")
 
 
 def _fused_loss(job: TrainingJob, flags: dict[str, str]) -> Literal["native", "te"] | None:

@@ -142,37 +142,40 @@ def _buckets(tensors: list[RankTensor]) -> tuple[int, tuple[int, ...]]:
     return at, tuple(closed)
 
 
-def buffered(runs: Runs, *, data: int, distributed: bool, bucket: int | None) -> int:
+def buffered(runs: Runs, *, data: int, distributed: bool, bucket: int | None, granule: int = 128) -> int:
     """Elements of a parameter or gradient buffer of ``(holding, times)``, padding included.
 
     Formula: without the distributed optimizer the sum. With it every parameter starts at a multiple of 64 elements and
-        every bucket ends at a multiple of m = lcm(N, 128): sum over buckets of ceil(aligned / m) * m, N data-parallel
-        ranks. A tied embedding is a bucket of its own, all else one bucket; of buckets of a size see ``by_buckets``.
+        every bucket ends at a multiple of m = lcm(N, granule): sum over buckets of ceil(aligned / m) * m, N
+        data-parallel ranks, granule 128 (2**16 with ``--ddp-pad-buckets-for-high-nccl-busbw``). A tied embedding is a
+        bucket of its own, all else one bucket; of buckets of a size see ``by_buckets``.
     Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__.
     """
     if not distributed:
         return sum(holding.elements * times for holding, times in runs)
     if bucket is not None:
-        return _by_buckets(runs, data, bucket)
-    multiple = lcm(data, 128)
+        return _by_buckets(runs, data, bucket, granule)
+    multiple = lcm(data, granule)
     found = round_up(sum(holding.aligned * times for holding, times in runs), multiple)
     for holding, times in runs:
         found = found + sum(round_up(size, multiple) * times for size in holding.closed)
     return found
 
 
-def _by_buckets(runs: Runs, data: Any, bucket: Any) -> int:
+def _by_buckets(runs: Runs, data: Any, bucket: Any, granule: int) -> int:
     """Buckets of a size, closed one after the other: layout by layout."""
     choices, index = runs[0][0].choices, runs[0][0].index
     if not choices:
-        return buffer_elements(_tensors(runs), data=data, distributed=True, bucket=bucket)
+        return buffer_elements(_tensors(runs), data=data, distributed=True, bucket=bucket, granule=granule)
     known: dict[tuple[int, int], int] = {}
     rows = list(zip(index.tolist(), data.tolist(), strict=True))
     for at, (choice, ranks) in enumerate(rows):
         if (choice, ranks) not in known:
             one = tuple((holding.choices[choice], times) for holding, times in runs)
             limit = bucket if isinstance(bucket, int) else int(bucket[at])
-            known[choice, ranks] = buffer_elements(_tensors(one), data=ranks, distributed=True, bucket=limit)
+            known[choice, ranks] = buffer_elements(
+                _tensors(one), data=ranks, distributed=True, bucket=limit, granule=granule
+            )
     found: int = sys.modules["numpy"].array([known[row] for row in rows], dtype="int64")
     return found
 

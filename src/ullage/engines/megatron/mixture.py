@@ -54,8 +54,9 @@ def _router(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) ->
     """
     scores = sizes.stream_tokens * part.num_experts
     source = SOURCE + "router.py:TopKRouter.routing"
+    dtype = "float64" if settings.flags.get("moe-router-dtype") == "fp64" else "float32"
     return [
-        _saved("router.scores", "moe", 3 * scores, "float32", "3*n*E", source),
+        _saved("router.scores", "moe", 3 * scores, dtype, "3*n*E", source),
         _saved("routing_map", "moe", 2 * scores, "bool", "2*n*E", source),
         _saved("permutation", "moe", sizes.stream_tokens * part.top_k * 2, "int64", "2*n*k", source),
     ]

@@ -155,16 +155,18 @@ def adapters(job: TrainingJob, tensors: list[RankTensor]) -> list[RankTensor]:
     return found
 
 
-def buffer_elements(tensors: list[RankTensor], *, data: int, distributed: bool, bucket: int | None) -> int:
+def buffer_elements(
+    tensors: list[RankTensor], *, data: int, distributed: bool, bucket: int | None, granule: int = 128
+) -> int:
     """Elements of a parameter or gradient buffer, padding included.
 
     Formula: with the distributed optimizer every parameter starts at a multiple of 64 elements and every bucket ends
-        at a multiple of lcm(N, 128), N data-parallel ranks; a tied embedding is a bucket of its own. Else no padding.
+        at a multiple of lcm(N, granule), N data-parallel ranks; a tied embedding is a bucket of its own. Else unpadded.
     Source: Megatron-LM@adc69db:megatron/core/distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__.
     """
     if not distributed or sum(tensor.copies for tensor in tensors) > MAX_TENSORS:
         return sum(tensor.num_elements for tensor in tensors)
-    multiple = math.lcm(data, 128)
+    multiple = math.lcm(data, granule)
     at = start = 0
     for tensor, size in _single(reversed(tensors)):
         at = -(-at // 64) * 64

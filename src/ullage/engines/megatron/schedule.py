@@ -26,7 +26,9 @@ class Pass(NamedTuple):
 SETTLED = 3
 
 
-def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int) -> list[Pass]:
+def passes(
+    *, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int, ahead: int = 0
+) -> list[Pass]:
     """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached."""
     limit = SETTLED * max(2 * pipeline, group) * 2
     number = min(num_micro_batches, limit)
@@ -35,7 +37,7 @@ def passes(*, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_b
     if both_ways(schedule):
         return _dual(pipeline * (2 if schedule == "dualpipev" else 1), rank, number)
     if virtual > 1:
-        return _interleaved(pipeline, virtual, rank, number, group)
+        return _interleaved(pipeline, virtual, rank, number, group, ahead)
     warmup = min(pipeline - rank - 1, number)
     return _one_forward_one_backward([0] * number, [0] * number, warmup)
 
@@ -50,15 +52,21 @@ class Load(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def loads(
-    *, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int
+    *, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int, ahead: int = 0
 ) -> tuple[Load, ...]:
     """Return the moments of a rank's passes that can be the fullest, in the order in which they come.
 
     What walking :func:`passes` would find, without the walk: of moments between which what is held changes evenly only
-    the first and the last, and none that holds no more of any chunk than another of its kind.
+    the first and the last, and none that holds no more of any chunk than another of its kind. ``ahead``: more forward
+    passes before the first backward than the schedule needs.
     """
     least = settled(
-        schedule=schedule, pipeline=pipeline, virtual=virtual, num_micro_batches=num_micro_batches, group=group
+        schedule=schedule,
+        pipeline=pipeline,
+        virtual=virtual,
+        num_micro_batches=num_micro_batches,
+        group=group,
+        ahead=ahead,
     )
     if schedule == "gpipe" or (virtual == 1 and not both_ways(schedule)):
         most = least if schedule == "gpipe" else min(pipeline - rank, least)
@@ -71,9 +79,16 @@ def loads(
         return Load(True, 0, alone), Load(True, 1, together), Load(False, 1, together), Load(False, 0, alone)
     if least < num_micro_batches:
         return loads(
-            schedule=schedule, pipeline=pipeline, virtual=virtual, rank=rank, num_micro_batches=least, group=group
+            schedule=schedule,
+            pipeline=pipeline,
+            virtual=virtual,
+            rank=rank,
+            num_micro_batches=least,
+            group=group,
+            ahead=ahead,
         )
-    return fullest(tuple(dict.fromkeys(_turns(pipeline, virtual, rank, num_micro_batches, group))))
+    warmup = warmup_passes(pipeline, virtual, rank, group) + ahead
+    return fullest(tuple(dict.fromkeys(_turns(virtual, num_micro_batches, group, warmup))))
 
 
 def both_ways(schedule: str) -> bool:
@@ -81,10 +96,15 @@ def both_ways(schedule: str) -> bool:
     return schedule in ("dualpipe", "dualpipev")
 
 
-def _turns(pipeline: int, virtual: int, rank: int, number: int, group: int) -> Iterator[Load]:
+def warmup_passes(pipeline: int, virtual: int, rank: int, group: int) -> int:
+    """Forward passes of a rank before its first backward under the interleaved schedule: 2*(P-p-1) + (V-1)*group."""
+    return (pipeline - rank - 1) * 2 + (virtual - 1) * group
+
+
+def _turns(virtual: int, number: int, group: int, warmup: int) -> Iterator[Load]:
     """Yield the first and the last moment of every stretch in which one chunk runs forward and one backward."""
     total, last = number * virtual, number // group
-    warmup = min((pipeline - rank - 1) * 2 + (virtual - 1) * group, total)
+    warmup = min(warmup, total)
 
     def before(at: int) -> tuple[int, tuple[int, ...]]:
         """Return the chunk of forward pass ``at``, and the passes of each chunk before it."""
@@ -130,7 +150,7 @@ def _undominated(lives: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
     return set(kept)
 
 
-def settled(*, schedule: str, pipeline: int, virtual: int, num_micro_batches: int, group: int) -> int:
+def settled(*, schedule: str, pipeline: int, virtual: int, num_micro_batches: int, group: int, ahead: int = 0) -> int:
     """Return the fewest micro-batches whose passes hold the same as those of ``num_micro_batches`` (or of many).
 
     Formula: 1F1B P; both directions 2P, a rank's most; interleaved: whole groups beyond q = 3 + ceil(2(P-1) / (g V))
@@ -143,7 +163,7 @@ def settled(*, schedule: str, pipeline: int, virtual: int, num_micro_batches: in
         return smaller(number, 2 * pipeline)
     if virtual == 1:
         return smaller(number, pipeline)
-    groups = 3 + cdiv(2 * (pipeline - 1), group * virtual)
+    groups = 3 + cdiv(2 * (pipeline - 1) + ahead, group * virtual)
     return smaller(number // group, groups) * group + number % group
 
 
@@ -154,7 +174,7 @@ def _one_forward_one_backward(forward: list[int], backward: list[int], warmup: i
     return found + [Pass(False, chunk) for chunk in backward[len(forward) - warmup :]]
 
 
-def _interleaved(pipeline: int, virtual: int, rank: int, number: int, group: int) -> list[Pass]:
+def _interleaved(pipeline: int, virtual: int, rank: int, number: int, group: int, ahead: int) -> list[Pass]:
     """Chunks take turns in groups of micro-batches; warm-up is 2*(P-p-1) + (V-1)*group passes."""
     forward: list[int] = []
     for start in range(0, number, group):
@@ -162,7 +182,7 @@ def _interleaved(pipeline: int, virtual: int, rank: int, number: int, group: int
         for chunk in range(virtual):
             forward += [chunk] * size
     backward = [virtual - 1 - chunk for chunk in forward]
-    warmup = min((pipeline - rank - 1) * 2 + (virtual - 1) * group, len(forward))
+    warmup = min(warmup_passes(pipeline, virtual, rank, group) + ahead, len(forward))
     return _one_forward_one_backward(forward, backward, warmup)
 
 

@@ -61,6 +61,13 @@ def gated_delta_saved(job: TrainingJob, settings: Settings, sizes: Sizes, part: 
     )
     source = "Megatron-LM@d98e8a6:megatron/core/ssm/gated_delta_net/gdn.py:GatedDeltaNet.forward"
     return [
-        SavedTensor(name=name, module="mixer", num_elements=size, dtype=kind, formula=formula, source=source)
+        SavedTensor(
+            name=name,
+            module="gdn_norm_out" if name == "gdn.out_proj.input" else "mixer",
+            num_elements=size,
+            dtype=kind,
+            formula=formula,
+            source=source,
+        )
         for name, size, kind, formula in entries
     ]

@@ -58,7 +58,7 @@ def states(
     return States(
         terms=terms,
         step_only_bytes=4 * _copied_gradients(job, settings, found),
-        host_bytes=whole(_state_bytes(job, found) * (1.0 - _kept_fraction(job, settings))),
+        host_bytes=whole(_state_bytes(job, settings, found) * (1.0 - _kept_fraction(job, settings))),
     )
 
 
@@ -73,7 +73,8 @@ def _sides(job: TrainingJob, settings: Settings, chunk: Chunk, held: Held, sizes
         bucket = None
         if settings.overlap_grad_reduce and chunk.pp_rank == 0 and chunk.virtual == 0:
             bucket = settings.count("ddp-bucket-size", 0) or larger(40_000_000, 1_000_000 * ranks)
-        size = buffered(runs, data=ranks, distributed=settings.distributed_optimizer, bucket=bucket)
+        granule = 2**16 if settings.on("ddp-pad-buckets-for-high-nccl-busbw") else 128
+        size = buffered(runs, data=ranks, distributed=settings.distributed_optimizer, bucket=bucket, granule=granule)
         share = where(ranks % instances == 0, ranks // instances, ranks)
         found.append(Side(runs=runs, buffered=size, shard=_shard(job, settings, runs, size, share)))
     return found
@@ -113,17 +114,20 @@ def _weights(job: TrainingJob, settings: Settings, parts: list[Side]) -> Term:
 def gathered(job: TrainingJob, held: tuple[Held, ...]) -> Term:
     """What Megatron-FSDP gathers: parameters outside layers and of two layers, and their gradients before they scatter.
 
-    Formula: (embedding, head and norms + 2 x the largest layer) * (parameter bytes + gradient bytes).
+    Formula: (embedding, head and norms + 2 x the largest layer) * (parameter bytes + gradient bytes); where only
+        gradients are shared (``optim_grads``), the gradients alone.
     Source: Megatron-LM@d98e8a6:megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py:
         AllGatherPipeline, GradReducePipeline.
     """
-    if job.parallel.zero_stage != 3:
+    if job.parallel.zero_stage < 2:
         return exact("gathered_layers", 0)
     layer = 0
     for kind, _times in (run for kinds in held for run in kinds[:-1]):
         layer = larger(layer, kind.elements)
     elements = sum(kinds[-1][0].elements for kinds in held) + 2 * layer
-    num_bytes = tensor_bytes(elements, job.precision.params) + tensor_bytes(elements, job.precision.grads)
+    num_bytes = tensor_bytes(elements, job.precision.grads)
+    if job.parallel.zero_stage == 3:
+        num_bytes = num_bytes + tensor_bytes(elements, job.precision.params)
     return ranged("gathered_layers", num_bytes, low=num_bytes // 2, high=2 * num_bytes, formula="root + 2 layers")
 
 
@@ -142,6 +146,8 @@ def _fp8_weights(job: TrainingJob, settings: Settings, parts: list[Side]) -> Ter
     copies = 1 if capability >= (10, 0) and recipe in ("delayed", "tensorwise") else 2
     num_bytes = elements * copies
     scales = -(-4 * copies * elements // 128**2) if recipe == "blockwise" else 0
+    if recipe == "mxfp8":
+        scales = copies * elements // 32
     if settings.fp8_param_gather:
         num_bytes -= elements * 2
     return ranged(
@@ -149,7 +155,7 @@ def _fp8_weights(job: TrainingJob, settings: Settings, parts: list[Side]) -> Ter
         num_bytes + scales,
         low=smaller(0, num_bytes),
         high=elements * 2 + scales,
-        formula=f"{shown(elements)} x {copies}",
+        formula=f"{shown(elements)} x {copies}" + (" + scales" if some(scales) else ""),
         source="TransformerEngine@v2.8:transformer_engine/pytorch/module/base.py",
     )
 
@@ -162,7 +168,7 @@ def _gradients(job: TrainingJob, settings: Settings, parts: list[Side]) -> Term:
     Source: Megatron-LM@adc69db:megatron/core/optimizer/optimizer.py:_copy_model_grads_to_main_grads.
     """
     grads = job.precision.grads
-    elements = sum(part.shard if job.parallel.zero_stage == 3 else part.buffered for part in parts)
+    elements = sum(part.shard if job.parallel.zero_stage >= 2 else part.buffered for part in parts)
     num_bytes = tensor_bytes(elements, grads)
     formula = f"{shown(elements)} x {grads}"
     copies = _copied_gradients(job, settings, parts)
@@ -174,38 +180,45 @@ def _gradients(job: TrainingJob, settings: Settings, parts: list[Side]) -> Term:
 
 def _copied_gradients(job: TrainingJob, settings: Settings, parts: list[Side]) -> int:
     """Elements of fp32 gradient copies: where 16-bit gradients meet fp32 master weights."""
-    if job.precision.grads == "float32" or settings.precision_aware or job.precision.master is None:
+    if job.precision.grads == "float32" or settings.decoupled_gradients or job.precision.master is None:
         return 0
     return sum(part.shard for part in parts)
 
 
-def _state_bytes(job: TrainingJob, parts: list[Side]) -> int:
+def _state_bytes(job: TrainingJob, settings: Settings, parts: list[Side]) -> int:
+    master = 0 if job.precision.master is None else tensor_bytes(sum(part.shard for part in parts), settings.master)
+    return master + _moment_bytes(job, settings, parts)
+
+
+def _moment_bytes(job: TrainingJob, settings: Settings, parts: list[Side]) -> int:
+    """Both moments, which may differ in format (``--exp-avg-dtype``, ``--exp-avg-sq-dtype``)."""
+    elements, first, second = _moment_elements(job, parts), job.precision.moments, settings.second_moment
+    if first == second:
+        return tensor_bytes(elements, first)
     shard = sum(part.shard for part in parts)
-    master = 0 if job.precision.master is None else tensor_bytes(shard, job.precision.master)
-    return master + tensor_bytes(_moment_elements(job, parts), job.precision.moments)
+    return tensor_bytes(shard, first) + tensor_bytes(elements - shard, second)
 
 
 def _optimizer(job: TrainingJob, settings: Settings, parts: list[Side]) -> tuple[Term, Term]:
     """Master weights and moments, whole or one shard of N.
 
-    Formula: master 4 (bytes of ``--main-params-dtype``) and two moments of 4 each per element of the shard; Muon one
-        moment for matrices. Offloaded fractions stay on the host.
+    Formula: master 4 (bytes of ``--main-params-dtype``; 2 where only what bf16 parameters lack is kept) and two moments
+        of 4 each per element of the shard; Muon one moment for matrices. Offloaded fractions stay on the host.
     Source: megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.
     """
     source = SHARDED if settings.distributed_optimizer else PLAIN
     shard = sum(part.shard for part in parts)
     kept = _kept_fraction(job, settings)
     precision = job.precision
-    master_bytes = 0 if precision.master is None else tensor_bytes(shard, precision.master)
-    moment_elements = _moment_elements(job, parts)
-    moments_bytes = tensor_bytes(moment_elements, precision.moments)
+    master_bytes = 0 if precision.master is None else tensor_bytes(shard, settings.master)
+    formats = " and ".join(dict.fromkeys((precision.moments, settings.second_moment)))
     master = exact(
-        "master_weights", whole(master_bytes * kept), formula=f"{shown(shard)} x {precision.master}", source=source
+        "master_weights", whole(master_bytes * kept), formula=f"{shown(shard)} x {settings.master}", source=source
     )
     moments = exact(
         "optimizer_moments",
-        whole(moments_bytes * kept),
-        formula=f"{shown(moment_elements)} x {precision.moments}",
+        whole(_moment_bytes(job, settings, parts) * kept),
+        formula=f"{shown(_moment_elements(job, parts))} x {formats}",
         source=source,
     )
     return master, moments
