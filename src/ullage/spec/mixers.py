@@ -179,13 +179,14 @@ class GatedDeltaNet(Frozen):
 class KimiDeltaAttention(Frozen):
     """Kimi Delta Attention (Kimi Linear): per-channel gated delta rule, separate convolutions for q, k and v.
 
-    ``gate_rank``: of the forget gate; ``output_gate_rank``: of the output gate, None for one projection (Kimi K3).
+    ``gate_rank``: of the forget gate, None for one projection (Ling 2.5); ``output_gate_rank``: of the output gate,
+    None for one projection (Kimi K3).
     """
 
     num_heads: int
     head_dim: int
     conv_kernel: int
-    gate_rank: int
+    gate_rank: int | None
     output_gate_rank: int | None = None
     prefix: str = "self_attn"
     extras: tuple[ExtraTensor, ...] = ()

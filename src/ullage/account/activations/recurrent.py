@@ -158,8 +158,9 @@ def _kimi_delta(part: spec.KimiDeltaAttention, split: int) -> Core:
     rank = part.output_gate_rank
     wide = ("decay", "cumulated decay", "exp of the forget gate", "1 + exp of the forget gate")
     gate = (("g_a_proj", rank), ("g_b_proj", width)) if rank else (("g_proj", width),)
+    forget = ("f_a_proj", part.gate_rank) if part.gate_rank else ("f_proj", width)
     return Core(
-        projections=(("q_proj", width), ("k_proj", width), ("v_proj", width), ("f_a_proj", part.gate_rank), *gate),
+        projections=(("q_proj", width), ("k_proj", width), ("v_proj", width), forget, *gate),
         rows=(
             Row(name="conv.input", per_token=3 * width),
             Row(name="query and key normalised", per_token=2 * width),
@@ -169,7 +170,7 @@ def _kimi_delta(part: spec.KimiDeltaAttention, split: int) -> Core:
             *(Row(name=name, per_token=width, dtype="float32") for name in wide),
             Row(name="forget gate after softplus", per_token=width, dtype="float32", trained=True),
             Row(name="forget gate mask", per_token=width, dtype="bool"),
-            Row(name="inputs of the gates' second halves", per_token=part.gate_rank + (rank or 0), trained=True),
+            Row(name="inputs of the gates' second halves", per_token=(part.gate_rank or 0) + (rank or 0), trained=True),
             Row(name="squares of the chunks", per_token=2 * heads * DELTA_CHUNK),
             Row(name="norm.input as fp32", per_token=width, dtype="float32", behind=True),
             Row(name="norm.rstd", per_token=heads, dtype="float32", behind=True),

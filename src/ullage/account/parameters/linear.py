@@ -55,7 +55,7 @@ def gated_delta_net(part: spec.GatedDeltaNet, hidden_size: int) -> list[Paramete
 def kimi_delta_attention(part: spec.KimiDeltaAttention, hidden_size: int) -> list[Parameter]:
     """Tensors of Kimi Delta Attention.
 
-    Formula: q, k, v (N*D, H) each with a conv (N*D, 1, K); forget gate f_a (r, H), f_b (N*D, r), dt_bias (N*D),
+    Formula: q, k, v (N*D, H) each with a conv (N*D, 1, K); forget gate f_a (r, H), f_b (N*D, r) or f (N*D, H), dt_bias (N*D),
         A_log (N), stored as (1, 1, N, 1); beta (N, H); output gate g_a (rg, H), g_b (N*D, rg), or g (N*D, H);
         norm (D); out (H, N*D). The gates' first halves are on every rank.
     Symbols: r gate_rank, rg output_gate_rank.
@@ -68,8 +68,11 @@ def kimi_delta_attention(part: spec.KimiDeltaAttention, hidden_size: int) -> lis
         found += linear_parameters(f"{at}{name}_proj", width, hidden_size, split="out")
     for name in ("q", "k", "v"):
         found += _convolution(f"{at}{name}_conv1d", width, part.conv_kernel)
-    found += linear_parameters(at + "f_a_proj", part.gate_rank, hidden_size)
-    found += linear_parameters(at + "f_b_proj", width, part.gate_rank, split="out")
+    if part.gate_rank is None:
+        found += linear_parameters(at + "f_proj", width, hidden_size, split="out")
+    else:
+        found += linear_parameters(at + "f_a_proj", part.gate_rank, hidden_size)
+        found += linear_parameters(at + "f_b_proj", width, part.gate_rank, split="out")
     found.append(_vector(at + "dt_bias", width, dtype="float32"))
     found.append(_vector(at + "A_log", part.num_heads, dtype="float32"))
     found += linear_parameters(at + "b_proj", part.num_heads, hidden_size, split="out")

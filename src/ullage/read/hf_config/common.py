@@ -216,6 +216,24 @@ def sparse_after(keys: Keys, num_layers: int, default: int | None = None) -> lis
     return [kind == "sparse" for kind in kinds]
 
 
+def per_layer(keys: Keys, num_layers: int, *known: str) -> list[dict[str, int]]:
+    """Take ``per_layer_config``: the sizes that some layers have apart, by layer number; ``known`` are understood.
+
+    Source: transformers@5.23.0:configuration_utils.py (what newer files hold in place of a key per kind of layer).
+    """
+    part = keys.part("per_layer_config")
+    found: list[dict[str, int]] = [{} for _index in range(num_layers)]
+    for index in part.values if part is not None else ():
+        if part is None or not index.isdecimal() or len(index) > 6 or int(index) >= num_layers:
+            raise InputError(
+                _("{index} is no number of a layer").format(index=repr(index)[:60]), where=keys.at("per_layer_config")
+            )
+        layer = part.part(index)
+        if layer is not None:
+            found[int(index)] = {name: layer.integer(name) for name in known if name in layer}
+    return found
+
+
 # -------------------------------------------------------------------------------------------------------------- frame
 
 

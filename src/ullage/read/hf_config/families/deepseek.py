@@ -8,12 +8,13 @@ vllm@0.33.0:model_executor/models/deepseek_v2.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import Indexer, Layer, Mixer, Model, MoEFFN
+from ullage.spec.model import ExtraTensor, Indexer, Layer, Mixer, Model, MoEFFN
 
 INDEXER_KINDS = ("full", "shared")
 SPARSE_ATTENTION = ("deepseek_sparse_attention", "indexed_attention")
@@ -96,6 +97,29 @@ def read_glm_dsa(keys: Keys) -> Model:
     reused = common.mla(keys, q_lora_rank=rank, shared_indexer=True)
     mixers: list[Mixer] = [own if kind == "full" else reused for kind in kinds]
     return _read(keys, keys.integer("hidden_size"), mixers, first_dense=3, mtp_mixer=own)
+
+
+def read_axk1(keys: Keys) -> Model:
+    """Read A.X K1: V3 with a further norm after the experts of a layer."""
+    hidden, num_layers = keys.integer("hidden_size"), keys.layers()
+    attention = common.mla(keys, q_lora_rank=_v3_rank(keys))
+    norm = ExtraTensor(name="post_mlp_layernorm.weight", shape=(hidden,))
+    sparse = replace(read_experts(keys, correction_bias=True), extras=(norm,))
+    dense, norms = common.dense(keys), common.pre_norms(hidden)
+    layers = common.by_kind(
+        common.sparse_after(keys, num_layers, 1),
+        lambda has_experts: Layer(mixers=(attention,), ffns=(sparse if has_experts else dense,), norms=norms),
+    )
+    common.only(keys, num_nextn_predict_layers=0)
+    return common.decoder(keys, hidden, layers)
+
+
+def read_youtu(keys: Keys) -> Model:
+    """Read Youtu-LLM: V3's latent attention and a dense block, embeddings tied unless the config says otherwise."""
+    keys.skip("embedding_initializer_range", "mlp_bias")
+    hidden, attention = keys.integer("hidden_size"), common.mla(keys, q_lora_rank=_v3_rank(keys))
+    layer = Layer(mixers=(attention,), ffns=(common.dense(keys),), norms=common.pre_norms(hidden))
+    return common.decoder(keys, hidden, (layer,) * keys.layers(), tied_default=True)
 
 
 def read_minicpm3(keys: Keys) -> Model:

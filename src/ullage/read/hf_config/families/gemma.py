@@ -63,7 +63,12 @@ def _read_sandwiched(keys: Keys, *, window: int, pattern: int, qk_norm: str | No
     return common.decoder(keys, hidden, layers, tied_default=True, vocab_size=keys.integer("vocab_size", vocab))
 
 
-def read_4_text(keys: Keys) -> Model:
+def read_4_unified_text(keys: Keys) -> Model:
+    """Read the text part of Gemma 4 Unified: Gemma 4 without embeddings per layer."""
+    return read_4_text(keys, default_per_layer=0, default_window=1024)
+
+
+def read_4_text(keys: Keys, *, default_per_layer: int = 256, default_window: int = 512) -> Model:
     """Read the text part of Gemma 4.
 
     Full layers have a head_dim (and, where keys serve as values, KV heads) of their own; the last
@@ -72,35 +77,40 @@ def read_4_text(keys: Keys) -> Model:
     """
     hidden, num_layers = keys.integer("hidden_size", 2304), keys.layers(default=30)
     keys.skip("use_bidirectional_attention", "expert_intermediate_size")
-    window = keys.integer("sliding_window", 512)
+    window = keys.integer("sliding_window", default_window)
     kinds = common.windows(keys, num_layers, window, common.every(6))
     kinds[-1] = None
     num_shared = keys.integer("num_kv_shared_layers", 0, low=0)
     shared = [index >= num_layers - num_shared for index in range(num_layers)]
     if set(kinds) != {kind for kind, reuses in zip(kinds, shared, strict=True) if not reuses}:
         raise InputError(_("leaves a kind of layer without keys and values"), where=keys.at("num_kv_shared_layers"))
-    per_layer = keys.integer("hidden_size_per_layer_input", 256, low=0)
+    per_layer = keys.integer("hidden_size_per_layer_input", default_per_layer, low=0)
+    sizes = [tuple(apart.items()) for apart in common.per_layer(keys, num_layers, "head_dim", "num_key_value_heads")]
 
-    def make(kind: tuple[int | None, bool]) -> Layer:
+    def make(kind: tuple[int | None, bool, tuple[tuple[str, int], ...]]) -> Layer:
         return Layer(
-            mixers=(_gemma4_attention(keys, hidden, window=kind[0], shared=kind[1]),),
+            mixers=(_gemma4_attention(keys, window=kind[0], shared=kind[1], apart=dict(kind[2])),),
             ffns=_gemma4_ffns(keys, shared=kind[1], hidden=hidden),
             norms=_gemma4_norms(keys, hidden, per_layer),
             extras=_per_layer_extras(hidden, per_layer),
         )
 
-    layers = common.by_kind(zip(kinds, shared, strict=True), make)
+    layers = common.by_kind(zip(kinds, shared, sizes, strict=True), make)
     extras = _per_layer_embedding(keys, hidden, per_layer, num_layers)
     vocab = keys.integer("vocab_size", 262_144)
     return common.decoder(keys, hidden, layers, tied_default=True, vocab_size=vocab, extras=extras)
 
 
-def _gemma4_attention(keys: Keys, hidden: int, *, window: int | None, shared: bool) -> Attention:
+def _gemma4_attention(keys: Keys, *, window: int | None, shared: bool, apart: dict[str, int]) -> Attention:
+    """Build attention. What full layers have apart stands in keys of their own or, in newer files, layer by layer."""
     bias, value_is_key = keys.flag("attention_bias", False), keys.flag("attention_k_eq_v", False)
     dim, global_dim = keys.integer("head_dim", 256), keys.integer("global_head_dim", 512)
     kv_heads = keys.integer("num_key_value_heads", 4)
     global_kv_heads = keys.integer("num_global_key_value_heads", kv_heads)
     full = window is None
+    if "per_layer_config" in keys:
+        dim = global_dim = apart.get("head_dim", dim)
+        kv_heads = global_kv_heads = apart.get("num_key_value_heads", kv_heads)
     return Attention(
         num_heads=keys.integer("num_attention_heads", 8),
         num_kv_heads=global_kv_heads if full and value_is_key else kv_heads,

@@ -41,6 +41,7 @@ def read(keys: Keys) -> Model:
     """Read a Kimi Linear config."""
     hidden = keys.integer("hidden_size")
     keys.skip(*_WITHOUT_EFFECT)
+    common.only(keys, tie_word_embeddings=False)  # the class never ties them
     has_residuals = keys.integer("attn_res_block_size", None) is not None
     latent, count = _latent_attention(keys, hidden), keys.layers()
     delta, linear_layers = _linear_layers(keys)
@@ -56,9 +57,68 @@ def read(keys: Keys) -> Model:
     return replace(model, final_norms=model.final_norms + norms)
 
 
+def read_bailing(keys: Keys) -> Model:
+    """Read Ling 2.5: delta attention whose gates are single projections, every eighth layer latent and gated per head.
+
+    Source: transformers@5.23.0:models/bailing_hybrid/modeling_bailing_hybrid.py, configuration_bailing_hybrid.py. The
+    MTP module that the key announces is not in transformers and not understood here.
+    """
+    hidden, count, heads = keys.integer("hidden_size"), keys.layers(), keys.integer("num_attention_heads")
+    keys.skip(*_WITHOUT_EFFECT, "kda_safe_gate", "kda_lower_bound", "mtp_loss_scaling_factor")
+    common.only(keys, tie_word_embeddings=False)  # the class never ties them
+    # the class takes the delta heads' size from head_dim, before it replaces that by the rotary size
+    delta = KimiDeltaAttention(
+        num_heads=keys.integer("linear_num_heads", heads),
+        head_dim=keys.integer("linear_head_dim", keys.integer("head_dim", 128)),
+        conv_kernel=keys.integer("linear_conv_kernel_dim", keys.integer("short_conv_kernel_size", 4)),
+        gate_rank=None,
+        output_gate_rank=None,
+    )
+    gate = ExtraTensor(name="g_proj.weight", shape=(heads, hidden), split="out")
+    latent = common.mla(keys, q_lora_rank=keys.integer("q_lora_rank", None), extras=(gate,))
+    group = keys.integer("layer_group_size", 8)
+    kinds = ("full_attention", "linear_attention")
+    named = common.layer_types(keys, count, kinds, lambda index: kinds[bool((index + 1) % group)])
+    size = keys.integer("moe_intermediate_size")
+    shared = size * keys.integer("num_shared_experts", 1, low=0)
+    moe = common.moe(
+        keys,
+        top_k=("num_experts_per_token", "num_experts_per_tok"),
+        shared_intermediate_size=shared,
+        correction_bias=True,
+    )
+    dense = DenseFFN(intermediate_size=keys.integer("intermediate_size"))
+    layers = common.by_kind(
+        zip(named, common.sparse_after(keys, count, 2), strict=True),
+        lambda kind: _layer(delta if kind[0] == kinds[1] else latent, moe if kind[1] else dense, hidden, False),
+    )
+    context = ("max_position_embeddings", "model_max_length")
+    model = common.decoder(keys, hidden, layers, context=context)
+    if not keys.integer("num_nextn_predict_layers", 0, low=0):
+        return model
+    said = _("num_nextn_predict_layers: the MTP modules are not understood here and are left out of every figure")
+    return replace(model, assumed=(*model.assumed, said))
+
+
+def _named_layers(keys: Keys) -> tuple[KimiDeltaAttention, frozenset[int]]:
+    """Read the keys of newer files, which transformers writes in place of ``linear_attn_config``."""
+    head_dim, kinds = keys.integer("linear_head_dim"), ("full_attention", "linear_attention")
+    named = common.layer_types(keys, keys.layers(), kinds, lambda _index: kinds[0])
+    delta = KimiDeltaAttention(
+        num_heads=keys.integer("linear_num_heads"),
+        head_dim=head_dim,
+        conv_kernel=keys.integer("linear_conv_kernel_dim"),
+        gate_rank=head_dim,
+        output_gate_rank=head_dim,
+    )
+    return delta, frozenset(index + 1 for index, kind in enumerate(named) if kind == kinds[1])
+
+
 def _linear_layers(keys: Keys) -> tuple[KimiDeltaAttention, frozenset[int]]:
     """Return the delta attention and the numbers, from 1, of the layers that have it."""
     part = keys.part("linear_attn_config")
+    if part is None and "layer_types" in keys:
+        return _named_layers(keys)
     if part is None:
         raise InputError(_("the key is missing"), where=keys.at("linear_attn_config"))
     part.skip("gate_lower_bound")

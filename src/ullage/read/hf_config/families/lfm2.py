@@ -5,6 +5,7 @@ Source: transformers@5.23.0:models/lfm2/modeling_lfm2.py, models/lfm2_moe/modeli
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ullage.errors import InputError
@@ -31,6 +32,37 @@ def read_moe(keys: Keys) -> Model:
         extras = (ExtraTensor(name="expert_bias", shape=(experts,), dtype="float32", buffer=True),)
     moe, num_dense = common.moe(keys, extras=extras, **_NAMES), keys.integer("num_dense_layers", 2, low=0)
     return _read(keys, [dense if index < num_dense else moe for index in range(keys.layers())])
+
+
+def read_3(keys: Keys) -> Model:
+    """Read LFM3: windows, a gate per head, and norms after the blocks.
+
+    Source: transformers@5.23.0:models/lfm3/modeling_lfm3.py, configuration_lfm3.py.
+    """
+    hidden, count = keys.integer("hidden_size"), keys.layers()
+    bias, window = keys.flag("attention_bias", False), keys.integer("sliding_window", 256)
+    head: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias, "head_dim_default": 128, "qk_norm": "head"}
+    full = common.gqa(keys, hidden, kv_default=4, **head)
+    if keys.flag("use_attention_gate", True):
+        gate = ExtraTensor(name="g_proj.weight", shape=(full.num_heads, hidden), split="out")
+        full = replace(full, extras=(gate,))
+    convolution = ShortConvolution(
+        size=hidden, conv_kernel=keys.integer("conv_L_cache", 7), bias=keys.flag("conv_bias", False)
+    )
+    mixers: dict[str, Mixer] = {
+        "conv": convolution,
+        "sliding_attention": replace(full, window=window),
+        "full_attention": full,
+    }
+    names = ["operator_norm", "ffn_norm"]
+    names += ["post_operator_norm", "post_ffn_norm"] if keys.flag("use_sandwich_norm", True) else []
+    dense = common.dense(keys, **_NAMES)
+    cycle = ("sliding_attention", "conv", "full_attention", "conv")
+    layers = common.by_kind(
+        common.layer_types(keys, count, mixers, lambda index: cycle[index % 4] if index else "conv"),
+        lambda kind: Layer(mixers=(mixers[kind],), ffns=(dense,), norms=common.norms(hidden, *names)),
+    )
+    return common.decoder(keys, hidden, layers, tied_default=True, norm_name="model.embedding_norm")
 
 
 def _dense_size(keys: Keys) -> int:

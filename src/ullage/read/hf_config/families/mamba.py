@@ -40,8 +40,12 @@ _BACKBONE: dict[str, Any] = {"embedding_name": "backbone.embeddings", "layers_na
 
 
 def read_1(keys: Keys) -> Model:
-    """Read Mamba: one kind of layer, no attention, no feed-forward block. The head is tied unless the config says."""
+    """Read Mamba and Falcon-Mamba: one kind of layer, no attention, no feed-forward block.
+
+    The head is tied unless the config says otherwise.
+    """
     hidden = keys.integer("hidden_size")
+    keys.skip("mixer_rms_eps")  # Falcon-Mamba's norms of B, C and the time step have no learned weights
     keys.skip(*_WITHOUT_EFFECT, "d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple")
     inner = keys.integer("expand", 2) * hidden
     if keys.integer("intermediate_size", inner) != inner:

@@ -34,6 +34,28 @@ def read_m1(keys: Keys) -> Model:
     return common.decoder(keys, hidden, layers)
 
 
+def read_text_01(keys: Keys) -> Model:
+    """Read MiniMax-Text-01 as converted for transformers: every other layer, the second among them, is linear."""
+    hidden, count = keys.integer("hidden_size"), keys.layers()
+    keys.skip("block_size", *(f"{part}_{name}_factor" for part in _FACTORS for name in ("alpha", "beta")))
+    common.only(keys, sliding_window=None)
+    kinds = ("full_attention", "linear_attention")
+    full = common.gqa(keys, hidden, kv_default=8)
+    mixers: dict[str, Attention | LightningAttention] = {
+        kinds[0]: full,
+        kinds[1]: LightningAttention(num_heads=full.num_heads, head_dim=full.head_dim),
+    }
+    moe = common.moe(
+        keys, size="intermediate_size", prefix="block_sparse_moe", gate_name="w1", up_name="w3", down_name="w2"
+    )
+    layers = common.by_kind(
+        common.layer_types(keys, count, kinds, lambda index: kinds[index % 2]),
+        lambda kind: Layer(mixers=(mixers[kind],), ffns=(moe,), norms=common.pre_norms(hidden)),
+    )
+    return common.decoder(keys, hidden, layers)
+
+
+_FACTORS = ("full_attn", "linear_attn", "mlp")
 _SCALED = ("full_attention", "linear_attention", "mlp")
 
 

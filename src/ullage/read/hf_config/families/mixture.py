@@ -125,7 +125,9 @@ def read_gpt_oss(keys: Keys) -> Model:
 def read_mimo_v2(keys: Keys) -> Model:
     """Read MiMo-V2-Flash: windowed layers have their own head counts and dimensions, and sinks.
 
-    ``hybrid_layer_pattern`` holds 1 for windowed layers, ``moe_layer_freq`` 1 for layers with experts.
+    ``hybrid_layer_pattern`` holds 1 for windowed layers, ``moe_layer_freq`` 1 for layers with experts. Newer files
+    leave out the keys of windowed layers, which then have twice the KV heads of the others
+    (transformers@5.23.0:models/mimo_v2_flash/modeling_mimo_v2_flash.py:MiMoV2FlashAttention).
     """
     hidden, num_layers = keys.integer("hidden_size"), keys.layers()
     keys.skip("attention_value_scale", "swa_rope_theta", "attention_chunk_size")
@@ -139,7 +141,10 @@ def read_mimo_v2(keys: Keys) -> Model:
     shared = keys.integer("moe_intermediate_size") * keys.integer("n_shared_experts", 0, low=0)
     sparse = common.moe(keys, shared_intermediate_size=shared, correction_bias=True)
     dense = common.dense(keys)
-    has_experts = keys.integers("moe_layer_freq", [0] + [1] * (num_layers - 1), length=num_layers)
+    named = common.layer_types(
+        keys, num_layers, ("dense", "sparse"), lambda index: "sparse" if index else "dense", key="mlp_layer_types"
+    )
+    has_experts = keys.integers("moe_layer_freq", [int(kind == "sparse") for kind in named], length=num_layers)
 
     def make(kind: tuple[str, int]) -> Layer:
         swa = "swa_" if kind[0] == common.SLIDING else ""
@@ -147,9 +152,12 @@ def read_mimo_v2(keys: Keys) -> Model:
             keys,
             hidden,
             heads=f"{swa}num_attention_heads",
+            heads_default=keys.integer("num_attention_heads"),
             kv_heads=f"{swa}num_key_value_heads",
+            kv_default=keys.integer("num_key_value_heads") * (2 if swa else 1),
             head_dim=f"{swa}head_dim",
-            v_head_dim=keys.integer(f"{swa}v_head_dim"),
+            head_dim_default=keys.integer("head_dim"),
+            v_head_dim=keys.integer(f"{swa}v_head_dim", keys.integer("v_head_dim")),
             qkv_bias=bias,
             window=window if swa else None,
             sinks=sinks[kind[0]],

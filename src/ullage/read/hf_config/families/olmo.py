@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ullage.read.hf_config import common
 from ullage.read.hf_config.keys import Keys
-from ullage.spec.model import Layer, Model
+from ullage.spec.model import GatedDeltaNet, Layer, Model
 
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -44,6 +44,37 @@ def _read_post_norm(keys: Keys, windows: list[int | None]) -> Model:
         return Layer(mixers=(attention,), ffns=(ffn,), norms=common.norms(hidden, *POST_NORMS))
 
     return common.decoder(keys, hidden, common.by_kind(windows, make))
+
+
+def read_olmo_hybrid(keys: Keys) -> Model:
+    """Read Olmo Hybrid: OLMo 2's attention in every fourth layer, gated delta nets behind pre-norms in the others.
+
+    The delta net's projections are counted together under Qwen3.5's names; the checkpoint has them one by one.
+    Source: transformers@5.23.0:models/olmo_hybrid/modeling_olmo_hybrid.py, configuration_olmo_hybrid.py.
+    """
+    hidden, bias, count = keys.integer("hidden_size"), keys.flag("attention_bias", False), keys.layers()
+    keys.skip("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor")
+    keys.skip("linear_allow_neg_eigval", "linear_use_gate")
+    attention = common.gqa(keys, hidden, qkv_bias=bias, o_bias=bias, qk_norm="full")
+    key_heads = keys.integer("linear_num_key_heads", attention.num_heads)
+    key_dim = keys.integer("linear_key_head_dim", int(0.75 * hidden / key_heads))
+    delta = GatedDeltaNet(
+        num_k_heads=key_heads,
+        num_v_heads=keys.integer("linear_num_value_heads", attention.num_heads),
+        k_head_dim=key_dim,
+        v_head_dim=keys.integer("linear_value_head_dim", 2 * key_dim),
+        conv_kernel=keys.integer("linear_conv_kernel_dim", 4),
+        fused=False,
+    )
+    ffn, kinds = common.dense(keys), ("linear_attention", "full_attention")
+    made = {
+        kinds[0]: Layer(mixers=(delta,), ffns=(ffn,), norms=common.pre_norms(hidden)),
+        kinds[1]: Layer(mixers=(attention,), ffns=(ffn,), norms=common.norms(hidden, *POST_NORMS)),
+    }
+    named = common.layer_types(
+        keys, count, kinds, lambda index: kinds[index % 4 == 3 or (count < 4 and index == count - 1)]
+    )
+    return common.decoder(keys, hidden, tuple(made[kind] for kind in named))
 
 
 def read_olmoe(keys: Keys) -> Model:

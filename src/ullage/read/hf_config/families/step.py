@@ -58,16 +58,18 @@ def read_text(keys: Keys) -> Model:
     )
     dense, norms = common.dense(keys), common.pre_norms(hidden)
     has_experts = _has_experts(keys, num_layers)
+    apart = [layer.get("num_attention_heads") for layer in common.per_layer(keys, num_layers, "num_attention_heads")]
 
-    def make(kind: tuple[str, bool]) -> Layer:
+    def make(kind: tuple[str, bool, int | None]) -> Layer:
+        attention = _attention(keys, hidden, window if kind[0] == common.SLIDING else None, kind[2])
         return Layer(
-            mixers=(_attention(keys, hidden, window if kind[0] == common.SLIDING else None),),
+            mixers=(attention,),
             ffns=(sparse, shared) if kind[1] else (dense,),
             norms=norms,
         )
 
-    layers = common.by_kind(zip(kinds, has_experts, strict=True), make)
-    return common.decoder(keys, hidden, layers, mtp_layer=make((common.FULL, False)))
+    layers = common.by_kind(zip(kinds, has_experts, apart, strict=True), make)
+    return common.decoder(keys, hidden, layers, mtp_layer=make((common.FULL, False, None)))
 
 
 def _has_experts(keys: Keys, num_layers: int) -> list[bool]:
@@ -82,8 +84,11 @@ def _has_experts(keys: Keys, num_layers: int) -> list[bool]:
     return [index in layers for index in range(num_layers)]
 
 
-def _attention(keys: Keys, hidden: int, window: int | None) -> Attention:
-    """Build attention with a gate of one value per head beside the projections; sliding layers may have more heads."""
+def _attention(keys: Keys, hidden: int, window: int | None, apart: int | None) -> Attention:
+    """Build attention with a gate of one value per head beside the projections; sliding layers may have more heads.
+
+    ``apart``: the heads that ``per_layer_config`` gives this layer, if any.
+    """
     num_kv_heads = keys.first_integer("num_key_value_heads", "num_attention_groups", default=8)
     heads = keys.integer("num_attention_heads")
     other = keys.part("attention_other_setting")
@@ -92,7 +97,7 @@ def _attention(keys: Keys, hidden: int, window: int | None) -> Attention:
         other.skip("head_dim", "true_head_dim")
         common.only(other, attention_type=common.SLIDING, num_attention_groups=num_kv_heads)
         sliding_heads = other.integer("num_attention_heads", sliding_heads)
-    heads = heads if window is None else sliding_heads
+    heads = apart or (heads if window is None else sliding_heads)
     if heads % num_kv_heads:
         raise InputError(
             _("{kv} KV heads do not divide {heads} attention heads").format(kv=num_kv_heads, heads=heads),
@@ -113,21 +118,33 @@ def read(keys: Keys) -> Model:
     """Read Step-3.7: the text keys in ``text_config`` or, flattened, beside the rest; and the vision tower."""
     text = keys.part("text_config")
     model = read_text(keys if text is None else text)
+    tied = keys.flag("tie_word_embeddings", model.tied_embeddings if text is None else False)
     vision = keys.part("vision_config")
     if vision is not None:
         sizes = {"width": VISION["hidden"], "hidden_size": VISION["hidden"], "layers": VISION["layers"]}
-        sizes |= {"num_hidden_layers": VISION["layers"], "patch_size": VISION["patch"]}
-        common.only(vision, **sizes)
+        sizes |= {
+            "max_position_embeddings": VISION["positions"],
+            "num_hidden_layers": VISION["layers"],
+            "patch_size": VISION["patch"],
+        }
+        common.only(vision, intermediate_size=VISION["inner"], **sizes)
+        vision.skip("image_size", "heads", "num_attention_heads", "ls_init_value", "num_channels", "mlp_ratio")
         vision.skip(
-            "image_size", "heads", "num_attention_heads", "ls_init_value", "num_channels", "mlp_ratio", "hidden_act"
+            "layer_scale_init_value",
+            "output_dim",
+            "pool_type",
+            "ues_cls_token",
+            "use_ln_post",
+            "use_ln_pre",
         )
-        vision.skip("intermediate_size", "output_dim", "pool_type", "ues_cls_token", "use_ln_post", "use_ln_pre")
         vision.skip("use_abs_posemb", "use_rope2d")
     keys.skip(
         "image_token_len", "patch_token_len", "understand_projector_stride", "vision_select_layer", "projector_bias"
     )
     said = _("no vision_config: the tower has the sizes of the class Step3p7VisionConfig (transformers 5.23.0)")
-    return replace(model, towers=_towers(model.hidden_size), assumed=() if vision is not None else (said,))
+    return replace(
+        model, tied_embeddings=tied, towers=_towers(model.hidden_size), assumed=() if vision is not None else (said,)
+    )
 
 
 def _towers(hidden: int) -> tuple[Tower, ...]:
