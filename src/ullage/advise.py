@@ -93,6 +93,7 @@ def _pairs(found: list[tuple[float, Change, Advice]]) -> list[Change]:
             given=one.given,
             fields=(*one.fields, *two.fields),
             context=one.context or two.context,
+            concurrency=one.concurrency or two.concurrency,
         )
         for one, two in combinations((change for _rank, change, _item in best), 2)
         if not dict(one.fields).keys() & dict(two.fields).keys()
@@ -110,7 +111,7 @@ def _try(
             engine,
             asked=change.job,
             context=tokens,
-            concurrency=result.concurrency,
+            concurrency=change.concurrency or result.concurrency,
             reserve=reserve,
             counts=result.counts,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ullage.account.calibrated import calibrated_ledger
 from ullage.account.parameters import Counts, count
@@ -15,6 +16,9 @@ from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.ledger import Ledger
 from ullage.spec.training import TrainingJob
+
+if TYPE_CHECKING:
+    from ullage.plan.largest import Largest
 
 DEFAULT_RESERVE = "20%"
 Walker = Callable[[TrainingJob], TrainingStep]
@@ -49,6 +53,8 @@ class TrainingFit(Frozen):
     reserve_bytes: int
     worst: TrainingRank
     advice: tuple[TrainingAdvice, ...] = ()
+    largest: Largest | None = None
+    next_command: str = ""
 
     @property
     def job(self) -> TrainingJob:
@@ -85,8 +91,10 @@ def fit_training(
     result = judge(walker(job), reserve)
     if advise:
         from ullage.plan.advice.weigh import training_advice
+        from ullage.plan.largest import largest
 
-        result = replace(result, advice=training_advice(result, job, reserve, walker))
+        advice = training_advice(result, job, reserve, walker)
+        result = replace(result, advice=advice, largest=largest(result, job, reserve, walker))
     return result
 
 

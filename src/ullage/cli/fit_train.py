@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ullage.cli.fit import COUNT
@@ -13,6 +15,7 @@ from ullage.i18n import _
 if TYPE_CHECKING:
     from ullage.spec.machine import Machine
     from ullage.spec.training import FsdpSharding, TrainingJob, TrainingParallel
+    from ullage.training_fit import TrainingFit
 
 DEFAULT_SEQ_LEN = 4096
 #: What the frameworks call the same; not listed, so that the help stays short.
@@ -84,7 +87,9 @@ def _add_step(group: Any) -> None:
     group.add_argument("--recompute", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
     kernels = ("flash", "sdpa", "eager", "unfused")
     group.add_argument("--attention", choices=kernels, help=_("which kernel runs"))
-    group.add_argument("--loss", choices=("plain", "fused", "chunked", "liger", "tiled"), help=_("how the loss is computed"))
+    group.add_argument(
+        "--loss", choices=("plain", "fused", "chunked", "liger", "tiled"), help=_("how the loss is computed")
+    )
     group.add_argument(
         "--method", metavar="NAME", help=_("full, lora, dora, or another of PEFT: vera, ia3, loha, boft ...")
     )
@@ -112,6 +117,7 @@ def answer(job: TrainingJob, arguments: argparse.Namespace) -> int:
     result = fit_training(
         job, reserve=arguments.reserve, advise=not arguments.no_advice, calibrated=not arguments.no_calibration
     )
+    result = replace(result, next_command=_next(result, arguments))
     if arguments.json:
         from ullage.cli import print_json
         from ullage.report.train_json import training_json
@@ -122,6 +128,23 @@ def answer(job: TrainingJob, arguments: argparse.Namespace) -> int:
 
         print_training(result, metrics=arguments.metrics)
     return result.exit_code
+
+
+def _next(result: TrainingFit, arguments: argparse.Namespace) -> str:
+    """Return what to type next: the same fit with the first advice that mends it, or with the largest micro-batch."""
+    from ullage.advise import merge_flags
+    from ullage.cli.fit import typed_again
+
+    largest = max(result.ledger.terms(), key=lambda term: term.bytes)
+    explain = f"ullage explain {largest.name}"
+    if arguments.line or getattr(arguments, "what", None):
+        return explain  # the file says what would be changed
+    flags = ""
+    if result.verdict != "fits":
+        flags = result.advice[0].flags if result.advice and result.advice[0].verdict != "does_not_fit" else ""
+    elif result.largest and (result.largest.micro_batch_size or 0) > result.job.micro_batch_size:
+        flags = f"--micro-batch {result.largest.micro_batch_size}"
+    return merge_flags(typed_again(arguments, "fit train"), flags) if flags else explain
 
 
 def job_of(arguments: argparse.Namespace) -> TrainingJob:
@@ -193,8 +216,10 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     from ullage.read.training_words import filled_pipeline, parse_precision, parse_recompute
     from ullage.spec.training import TrainingJob
 
-    if arguments.model is None or arguments.on is None:
-        raise InputError(_("a model and a machine are needed"), remedy=_("write ullage fit train MODEL --on 8xH100"))
+    if arguments.model is None:
+        raise InputError(_("no model is named"), remedy=_("write ullage fit train MODEL --on 8xH100"))
+    if arguments.on is None:
+        raise InputError(_("no machine is named"), where="--on", remedy=_("write ullage fit train MODEL --on 8xH100"))
     machine = parse_machine(arguments.on)
     engine = arguments.engine or ("hf_trainer" if machine.num_gpus == 1 else "fsdp2")
     engine, _at, version = engine.partition("@")
@@ -213,7 +238,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         engine_version=version,
         parallel=parallel,
         precision=precision,
-        optimizer=arguments.optimizer or "adamw",
+        optimizer=_optimizer(arguments.optimizer),
         optimizer_impl=arguments.optimizer_impl,
         micro_batch_size=arguments.micro_batch or 1,
         seq_len=arguments.seq or DEFAULT_SEQ_LEN,
@@ -228,8 +253,48 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         evaluation=parse_evaluation(arguments.evaluate) if arguments.evaluate else None,
         base_quantization=quantization,
         offload=_offload(arguments.offload or ()),
-        assumed=(*said, *(() if arguments.engine else (_("framework: {engine}").format(engine=engine),))),
+        assumed=(*said, *(() if arguments.line else _not_given(arguments, engine, parallel))),
     )
+
+
+def _not_given(arguments: argparse.Namespace, engine: str, parallel: TrainingParallel) -> Iterator[str]:
+    """Yield what was taken where nothing was said."""
+    if not arguments.engine:
+        yield _("framework: {engine}").format(engine=engine)
+    if not any((arguments.dp, arguments.tp, arguments.pp, arguments.cp)) and parallel.data_parallel_size > 1:
+        sharded = _(", sharded as {kind}").format(kind=parallel.fsdp) if parallel.fsdp else ""
+        count = parallel.data_parallel_size
+        yield _("layout not given: data parallel over {count} GPUs").format(count=count) + sharded
+    words = {
+        _("micro-batch 1"): arguments.micro_batch,
+        _("sequences of {count:,} tokens").format(count=DEFAULT_SEQ_LEN): arguments.seq,
+        _("optimizer adamw"): arguments.optimizer,
+        _("no recompute"): arguments.recompute,
+    }
+    taken = ", ".join(word for word, given in words.items() if given is None)
+    if taken:
+        yield _("not given: {taken}").format(taken=taken)
+
+
+def _optimizer(name: str | None) -> str:
+    """Return the optimizer; a name that no rule knows is refused before a framework is blamed for it."""
+    from ullage.account.optimizer import RULES, rule_name
+    from ullage.engines.follows import FOLLOWS
+
+    if name is None:
+        return "adamw"
+    known = {*RULES, *(each for follows in FOLLOWS.values() for each in follows.optimizers or ())}
+    if name not in known and rule_name(name) not in known:
+        from ullage.cli.words import nearest_word
+
+        near = nearest_word(name, sorted(known))
+        remedy = _("did you mean {name}?").format(name=near) if near else ""
+        raise InputError(
+            _("unknown optimizer {name!r}").format(name=name[:40]),
+            where="--optimizer",
+            remedy=remedy or _("known are {known}").format(known=", ".join(RULES)),
+        )
+    return name if name in known else rule_name(name)
 
 
 def _parallel(arguments: argparse.Namespace, machine: Machine, engine: str) -> TrainingParallel:

@@ -37,9 +37,14 @@ def print_fit(result: FitResult, *, metrics: bool = False, console: Console | No
         _print_metrics(out, result)
     _print_advice(out, result)
     _print_notes(out, result)
-    if result.next_command:
+    print_next(out, result.next_command)
+
+
+def print_next(out: Console, command: str) -> None:
+    """Print what to type next, on one line, so that it can be copied."""
+    if command:
         out.print(f"\n[bold]{_('Next')}[/bold]")
-        out.print(f"  {escape(result.next_command)}", soft_wrap=True)
+        out.print(f"  {escape(command)}", soft_wrap=True)
 
 
 def print_line(out: Console, markup: str, style: str = "") -> None:

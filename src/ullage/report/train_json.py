@@ -64,6 +64,8 @@ def training_json(result: TrainingFit) -> dict[str, Any]:
             }
             for item in result.advice
         ],
+        "largest": vars(result.largest) if result.largest else None,
+        "next_command": result.next_command,
         "warnings": list(dict.fromkeys((*result.step.warnings, *ledger.warnings))),
     }
 

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.i18n import _
-from ullage.report.text import ADVICE_SHOWN, MARKS, print_line, print_list, print_terms, verdict_word
+from ullage.report.text import ADVICE_SHOWN, MARKS, print_line, print_list, print_next, print_terms, verdict_word
 from ullage.report.train_json import job_summary
 from ullage.report.train_json import metrics as metrics_of
 from ullage.training_fit import TrainingFit
@@ -25,6 +25,7 @@ def print_training(result: TrainingFit, *, metrics: bool = False, console: Conso
     _print_moments(out, result)
     if len(result.step.ranks) > 1:
         _print_ranks(out, result)
+    _print_largest(out, result)
     if metrics:
         out.print(f"\n[bold]{_('Ratios')}[/bold]")
         for name, value in metrics_of(result).items():
@@ -34,6 +35,7 @@ def print_training(result: TrainingFit, *, metrics: bool = False, console: Conso
     print_list(out, _("Assumed"), assumed)
     warnings = dict.fromkeys((*result.step.warnings, *result.ledger.warnings))
     print_list(out, _("Warnings"), [sentence for sentence in warnings if sentence not in assumed])
+    print_next(out, result.next_command)
 
 
 def _print_verdict(out: Console, result: TrainingFit) -> None:
@@ -74,6 +76,24 @@ def _print_ranks(out: Console, result: TrainingFit) -> None:
         sizes = (rank.peak.allocated.bytes, rank.peak.device_used.bytes, rank.after_step.allocated.bytes)
         table.add_row(f"{rank.num_ranks:,}", str(rank.pp_rank), escape(rank.peak.moment), *map(format_bytes, sizes))
     out.print(table)
+
+
+def _print_largest(out: Console, result: TrainingFit) -> None:
+    """Print the largest micro-batch and the longest sequence, where they were looked for and exist."""
+    found, job = result.largest, result.job
+    lines = []
+    if found and found.micro_batch_size:
+        count = f"{found.micro_batch_size:,}" + ("" if found.micro_batch_surely else _(" or more"))
+        lines.append(_("micro-batch {count} of {tokens:,} tokens").format(count=count, tokens=job.seq_len))
+    if found and found.seq_len:
+        tokens = f"{found.seq_len:,}" + ("" if found.seq_len_surely else _(" or more"))
+        lines.append(
+            _("sequences of {tokens} tokens at micro-batch {count:,}").format(tokens=tokens, count=job.micro_batch_size)
+        )
+    if lines:
+        out.print(f"\n[bold]{_('Largest that fits')}[/bold]")
+    for line in lines:
+        print_line(out, escape(line))
 
 
 def _plain_table(titles: tuple[str, ...]) -> Table:

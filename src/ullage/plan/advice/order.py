@@ -83,8 +83,9 @@ class Search:
     def _try(self, change: Change) -> Tried | None:
         if self._left <= 0:
             return None
-        self._left -= 1
-        return self._trial(change)
+        tried = self._trial(change)
+        self._left -= tried is not None  # what the engine refuses at once costs nothing
+        return tried
 
     def _helpful(self, change: Change) -> Tried | None:
         tried = self._try(change)

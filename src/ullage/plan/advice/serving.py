@@ -11,7 +11,7 @@ from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.spec.machine import Machine
 from ullage.spec.model import LatentAttention, MoEFFN
-from ullage.spec.serving import ServingJob
+from ullage.spec.serving import ServingJob, ServingParallel
 from ullage.units import GiB, cdiv
 
 MIN_BATCHED_TOKENS = 2048
@@ -22,13 +22,17 @@ MIN_CONTEXT = 1024
 #: Largest batch of which a graph is kept, where fewer graphs are advised.
 FEW_GRAPHS = 16
 FREE_PRICE, SMALL_PRICE = 1, 2
+#: Weights come over PCIe in every step: some 25 GB/s of 16 lanes of generation 4. A step of decoding takes tens of
+#: milliseconds; where the copies alone take more than a tenth of a second, more GPUs are told first.
+PCIE_BYTES_PER_S, SLOW_STEP_S, SLOW_OFFLOAD_PRICE = 25e9, 0.1, 10
+MOST_DOUBLINGS = 4
 
 
 class Change(Frozen):
     """A candidate: the job with some fields replaced. ``price`` orders them, cheapest first.
 
     ``key`` names the change; of several sizes of one, the mildest that is enough is told. ``typed`` is in the engine's
-    own words, ``flags`` are of ``ullage fit``.
+    own words, ``flags`` are of ``ullage fit``; ``context`` and ``concurrency`` are what is asked of the changed job.
     """
 
     key: str
@@ -40,6 +44,7 @@ class Change(Frozen):
     fields: tuple[tuple[str, Any], ...]
     typed: str = ""
     context: int | None = None
+    concurrency: int | None = None
 
     @property
     def job(self) -> ServingJob:
@@ -53,6 +58,7 @@ def candidates(result: FitResult) -> Iterator[Change]:
     yield from _graphs(result)
     yield from _layouts(result)
     yield from _formats(result)
+    yield from _fewer_requests(result)
     yield from _smaller_context(result)
 
 
@@ -214,36 +220,48 @@ def _layouts(result: FitResult) -> Iterator[Change]:
             given=given,
             fields=(("parallel", replace(parallel, decode_context_parallel_size=tensor)),),
         )
-    yield _more_gpus(result)
+    yield from _more_gpus(result)
 
 
-def _more_gpus(result: FitResult) -> Change:
-    job, parallel, machine = result.job, result.job.parallel, result.job.machine
+def _more_gpus(result: FitResult) -> Iterator[Change]:
+    """Yield twice the GPUs, and again twice, as long as they may be missing."""
+    machine, parallel = result.job.machine, result.job.parallel
+    for _doubling in range(1 if result.verdict == "fits" else MOST_DOUBLINGS):
+        machine, parallel = _doubled(machine, parallel)
+        yield _spread_wider(result, machine, parallel)
+
+
+def _doubled(machine: Machine, parallel: ServingParallel) -> tuple[Machine, ServingParallel]:
+    """Return twice the ranks: idle GPUs of the machine first, then more of them in the node, then more nodes."""
     tensor = parallel.tensor_parallel_size
-    more = replace(machine, num_nodes=machine.num_nodes * 2) if tensor >= machine.gpus_per_node else machine
-    if more is machine:
-        doubled = replace(parallel, tensor_parallel_size=tensor * 2)
-    else:
-        doubled = replace(parallel, pipeline_parallel_size=parallel.pipeline_parallel_size * 2)
-    if machine.gpus_per_node < machine.gpu.gpus_per_node and more is not machine:
-        more = replace(machine, gpus_per_node=machine.gpus_per_node * 2)
-        doubled = replace(parallel, tensor_parallel_size=tensor * 2)
-    extra = more.num_gpus - machine.num_gpus
-    size, stages = doubled.tensor_parallel_size, doubled.pipeline_parallel_size
-    own = "--tp-size {} --pp-size {}"
-    if job.engine == "vllm":
-        own = "--tensor-parallel-size {} --pipeline-parallel-size {}"
+    wider = replace(parallel, tensor_parallel_size=tensor * 2)
+    if tensor < machine.gpus_per_node:
+        return machine, wider
+    if machine.gpus_per_node < machine.gpu.gpus_per_node:
+        return replace(machine, gpus_per_node=machine.gpus_per_node * 2), wider
+    more = replace(machine, num_nodes=machine.num_nodes * 2)
+    return more, replace(parallel, pipeline_parallel_size=parallel.pipeline_parallel_size * 2)
+
+
+def _spread_wider(result: FitResult, more: Machine, parallel: ServingParallel) -> Change:
+    job = result.job
+    extra = more.num_gpus - job.machine.num_gpus
+    size, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    own = "--tensor-parallel-size {}" if job.engine == "vllm" else "--tp-size {}"
+    if stages > 1:
+        own += " --pipeline-parallel-size {}" if job.engine == "vllm" else " --pp-size {}"
+    cost = _("one more GPU") if extra == 1 else _("{count} more GPUs").format(count=extra)
     return Change(
         key="more_gpus",
         price=9 if extra else 3,
         change=_("{count} GPUs of this kind").format(count=more.num_gpus)
         if extra
         else _("tensor parallel over {count} GPUs").format(count=size),
-        cost=_("{count} more GPUs").format(count=extra) if extra else _("more communication"),
+        cost=cost if extra else _("more communication"),
         flags=f"--on {machine_text(more)} --tp {size} --pp {stages}",
         typed=own.format(size, stages),
         given=result.asked,
-        fields=(("machine", more), ("parallel", doubled)),
+        fields=(("machine", more), ("parallel", parallel)),
     )
 
 
@@ -277,20 +295,43 @@ def _formats(result: FitResult) -> Iterator[Change]:
 
 
 def _offload(result: FitResult) -> Change:
-    """Return the least whole GiB of weights on the host that make up for what is missing."""
+    """Return the least whole GiB of weights on the host that make up for what is missing, at most all of them."""
     missing = result.need.value + result.reserve_bytes - result.total_bytes.value
     missing = max(missing, result.need.kv_cache_bytes - result.pool.value, 1)
+    weights = result.ledger.find("weights")
     size = int(cdiv(int(missing), GiB)) + 1
+    size = min(size, int(cdiv(weights.bytes, GiB))) if weights and weights.bytes else size
+    seconds = size * GiB / PCIE_BYTES_PER_S
     return Change(
         key="cpu_offload",
-        price=8,
+        price=SLOW_OFFLOAD_PRICE if seconds > SLOW_STEP_S else 8,
         change=_("{size} GiB of weights in host memory").format(size=size),
-        cost=_("they come over PCIe in every step: {seconds:.2g} s at 25 GB/s").format(seconds=size * GiB / 25e9),
+        cost=_("they come over PCIe in every step: {seconds:.2g} s at 25 GB/s").format(seconds=seconds),
         flags=f"--cpu-offload {size}GiB",
         typed=f"--cpu-offload-gb {size}",
         given=result.asked,
         fields=(("cpu_offload_bytes", size * GiB),),
     )
+
+
+def _fewer_requests(result: FitResult) -> Iterator[Change]:
+    """Yield as many requests at a time as the pool holds: as expected, surely, and with the reserve left free."""
+    spread = replicas(result.job)
+    cost = result.need.kv_cache_bytes / cdiv(result.concurrency, spread)
+    room = result.total_bytes.value - result.reserve_bytes - result.need.rest.value
+    held = {result.max_concurrency.value, result.max_concurrency.low}
+    held.add(min(result.max_concurrency.low, spread * (room // cost)) if cost > 0 else 0)
+    for count in sorted((int(size) for size in held if 1 <= size < result.concurrency), reverse=True):
+        yield Change(
+            key="concurrency",
+            price=4,
+            change=_("{count:,} requests at a time instead of {asked:,}").format(count=count, asked=result.concurrency),
+            cost=_("further requests wait"),
+            flags=f"--concurrency {count}",
+            given=result.asked,
+            fields=(),
+            concurrency=count,
+        )
 
 
 def _smaller_context(result: FitResult) -> Iterator[Change]:

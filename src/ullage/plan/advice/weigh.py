@@ -23,6 +23,11 @@ ROOMY_WEIGHT = 0.06
 MOST_TRIALS = 60
 LEAST_TRIALS = 8
 LAYERS_PLACED = 400
+#: What wins most as a rule: tried first where only a few runs may be spent.
+STRONGEST = (
+    "recompute", "micro_batch", "offload_optimizer", "offload_params", "zero", "fsdp", "loss", "optimizer", "tp",
+    "base_quantization",
+)  # fmt: skip
 SUMMED_UP = ("megatron", "hf_trainer", "single", "ddp")
 
 
@@ -38,7 +43,9 @@ def training_advice(
         changes = changes_of_training(job, result.counts.active)
     if result.verdict == "fits":
         changes = [change for change in changes if change.cost.weight <= ROOMY_WEIGHT]
-    used = result.ledger.device_used.bytes
+    used, most = result.ledger.device_used.bytes, _most_trials(job)
+    if most <= LEAST_TRIALS:
+        changes = sorted(changes, key=_strongest_first)
 
     def trial(change: Change) -> Tried | None:
         try:
@@ -54,7 +61,7 @@ def training_advice(
         before=result.verdict,
         least_bytes=LEAST_SHARE * result.total_bytes.value,
         needed_bytes=used + result.reserve_bytes - result.total_bytes.value,
-        most_trials=_most_trials(job),
+        most_trials=most,
     )
     return (*(_told(tried) for tried in search.advice(changes)), *_less_reserve(result))
 
@@ -63,6 +70,10 @@ def _most_trials(job: TrainingJob) -> int:
     if job.engine in SUMMED_UP:
         return MOST_TRIALS
     return min(MOST_TRIALS, max(LEAST_TRIALS, LAYERS_PLACED // max(1, len(job.model.layers))))
+
+
+def _strongest_first(change: Change) -> int:
+    return STRONGEST.index(change.key) if change.key in STRONGEST else len(STRONGEST)
 
 
 def _told(tried: Tried) -> TrainingAdvice:
