@@ -17,7 +17,7 @@ LORA = {"lora": parse_lora("r=16"), "method": "lora"}
 
 
 def base(engine):
-    alone = engine == "single"
+    alone = engine in ("single", "unsloth")
     sharded = engine in ("fsdp1", "fsdp2", "torchtitan", "torchtune")
     return TrainingJob(
         model=DENSE,
@@ -26,6 +26,7 @@ def base(engine):
         parallel=TrainingParallel(data_parallel_size=1 if alone else 16, fsdp="full_shard" if sharded else None),
         precision=parse_precision(None, engine)[0],
         seq_len=2048,
+        **(LORA if engine == "unsloth" else {}),
     )
 
 
@@ -91,6 +92,12 @@ COSTS_NOTHING = {
     ("single", "zero 3"): "one GPU shares with none",
     ("single", "shard_grad_op"): "one GPU shares with none",
     ("single", "hybrid"): "one GPU shares with none",
+    ("unsloth", "zero 1"): "one GPU shares with none",
+    ("unsloth", "zero 3"): "one GPU shares with none",
+    ("unsloth", "full_shard"): "one GPU shares with none",
+    ("unsloth", "shard_grad_op"): "one GPU shares with none",
+    ("unsloth", "hybrid"): "one GPU shares with none",
+    ("unsloth", "lora"): "the base case",
 }
 
 

@@ -197,7 +197,7 @@ def test_what_the_rules_do_not_cover_is_refused() -> None:
         step(lora_job(parallel=parallel))
     with pytest.raises(InputError, match="under FSDP or ZeRO only"):
         step(lora_job(offload=(("params", "cpu"),)))
-    with pytest.raises(InputError, match="Unsloth"):
+    with pytest.raises(InputError, match="unsloth do not follow a plain loss"):
         step(lora_job(engine_version="LLaMA-Factory with Unsloth"))
     with pytest.raises(InputError, match="unknown quantisation of a frozen base"):
         step(lora_job(base_quantization="int2"))

@@ -88,6 +88,13 @@ FOLLOWS = {
     "hf_trainer": _HF,
     "single": _HF,
     "ddp": _HF,
+    "unsloth": Follows(
+        optimizers=None,
+        losses=frozenset(),  # each release has its own
+        base_quantizations=frozenset({"nf4"}),
+        offload=frozenset({"activations"}),
+        compile=False,
+    ),
     "fsdp1": _FSDP,
     "fsdp2": _FSDP,
     "torchtune": Follows(

@@ -65,6 +65,7 @@ TRAINING_ENGINES = {
     "hf_trainer": "ullage.engines.hf_trainer",
     "single": "ullage.engines.hf_trainer",
     "ddp": "ullage.engines.hf_trainer",
+    "unsloth": "ullage.engines.unsloth",
     "fsdp1": "ullage.engines.fsdp",
     "fsdp2": "ullage.engines.fsdp",
     "torchtitan": "ullage.engines.torchtitan",
@@ -80,6 +81,7 @@ def step(job: TrainingJob) -> TrainingStep:
     Raises:
         InputError: the engine is not known or not built yet, or the layout is impossible.
     """
+    job = _by_its_name(job)
     check_followed(job)
     module_name = TRAINING_ENGINES.get(job.engine)
     if module_name is not None and job.rlhf is not None and not job.rlhf.alone:
@@ -102,6 +104,11 @@ def step(job: TrainingJob) -> TrainingStep:
 
     answer = with_evaluation(walk(_said(replace(job, evaluation=None))), job.evaluation)
     return replace(answer, job=replace(answer.job, evaluation=job.evaluation))
+
+
+def _by_its_name(job: TrainingJob) -> TrainingJob:
+    """Return the job with the rules of Unsloth, where a version of whatever it patches names it."""
+    return replace(job, engine="unsloth") if "unsloth" in job.engine_version.lower() else job
 
 
 def _said(job: TrainingJob) -> TrainingJob:

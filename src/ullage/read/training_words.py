@@ -25,7 +25,9 @@ RECIPES = {
     "fp8-deepseek": Precision(grads="float32", master="float32", moments="bfloat16", fp8_recipe="blockwise"),
 }
 #: What a framework's users run when they say nothing.
-DEFAULT_RECIPES = {"megatron": "bf16-mixed", "deepspeed": "bf16-master", "hf_trainer": "bf16", "single": "bf16"}
+DEFAULT_RECIPES = {
+    "megatron": "bf16-mixed", "deepspeed": "bf16-master", "hf_trainer": "bf16", "single": "bf16", "unsloth": "bf16",
+}  # fmt: skip
 
 
 def parse_precision(text: str | None, engine: str) -> tuple[Precision, tuple[str, ...]]:
