@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ullage.account.activations.embedding import embedding_gradient_tables
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines.hf_trainer import adapted
 from ullage.engines.hf_trainer.layers import Pass, worst_backward
 from ullage.engines.hf_trainer.outside import outside, reserved_overhead
-from ullage.engines.hf_trainer.step import ACTIVATION_ERROR, FEW_INDICES
+from ullage.engines.hf_trainer.step import ACTIVATION_ERROR
 from ullage.engines.training import TrainingRank, TrainingStep
 from ullage.engines.unsloth.layers import forward_pass
 from ullage.engines.unsloth.loss import LossMemory, loss_memory
@@ -19,6 +20,11 @@ from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, dtype_bytes
+
+#: Up to here the gradient of an embedding is one kernel. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu.
+FEW_INDICES = 3072
+#: How far sums of activations are trusted: as those of the Trainer's layers, against published peaks (docs/training.md).
+ACTIVATION_ERROR = 0.05
 
 
 class Walk(Frozen):
@@ -127,7 +133,7 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel.
     """
     model, tokens = walk.job.model, walk.job.micro_batch_size * walk.job.seq_len
-    sorting = tokens * (6 * 8 + 4 * model.hidden_size) if tokens > FEW_INDICES else 0
+    sorting = sum(embedding_gradient_tables(tokens, model.vocab_size, model.hidden_size))
     more = int(model.vocab_size * model.hidden_size * dtype_bytes(walk.states.copies_dtype))
     laid = walk.one_pass.stream_bytes + sorting + (more if walk.job.grad_accum > 1 else 0)
     return (walk.states.gradients, _grown(walk, exact("embedding_backward", laid, formula="sorted indices, fp32 rows")))
