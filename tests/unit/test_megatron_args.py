@@ -219,3 +219,80 @@ def test_a_variable_that_names_itself_takes_its_default_or_what_it_was():
 def test_variables_that_double_are_refused():
     with pytest.raises(InputError, match="longer"):
         parse_text("A=abcdefgh\n" + "A=$A$A$A$A\n" * 40 + "run.py --num-layers $A")
+
+
+BRANCHES = """
+SCALE=${SCALE:-"800M"} # or "8B"
+case "${SCALE}" in
+    "800M"|small)
+        TP=1; HIDDEN=1024
+        ;;
+    *)
+        TP=4
+        HIDDEN=4096
+        ;;
+esac
+NODES=2
+WORLD=$(($NODES*8))
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --hidden) HIDDEN="$2"; shift 2 ;;
+    esac
+done
+if [ -z "$1" ]; then LENGTH=2048; elif [[ $NODES -gt 1 && -n "$2" ]]; then LENGTH=1; else LENGTH=2; fi
+ARGS=(
+    --hidden-size $HIDDEN        # don't
+    --tensor-model-parallel-size ${TP}
+    "--seq-length ${LENGTH}"
+    --pipeline-model-parallel-layout "E|t*2|(t|)*2mL"
+    --tokenizer-model ${TOKENIZER}
+)
+if [ "$WORLD" -eq 16 ]; then
+    ARGS+=(--context-parallel-size $(($WORLD / 8)))
+fi
+[ "$TP" = 4 ] && ARGS+=(--sequence-parallel)
+cat <<EOF
+--hidden-size 1 isn't read
+EOF
+if [ "$DEBUG" = true ]; then
+    python pretrain_gpt.py --num-layers 1
+else
+    run="torchrun --nproc_per_node 8 pretrain_gpt.py ${ARGS[@]} $EXTRA --bf16 $MORE"
+    srun sh -c "$run" > log.txt 2>&1
+fi
+"""
+
+
+def test_a_script_takes_the_branches_that_its_words_decide():
+    found = parse_text(BRANCHES)
+    assert found.values == {
+        "hidden-size": "1024",
+        "tensor-model-parallel-size": "1",
+        "seq-length": "2048",
+        "pipeline-model-parallel-layout": "E|t*2|(t|)*2mL",
+        "tokenizer-model": "${TOKENIZER}",
+        "context-parallel-size": "2",
+        "bf16": "true",
+    }
+    assert parse_text("SCALE=8B\n" + BRANCHES).get("hidden-size") == "4096"
+    assert parse_text("SCALE=8B\n" + BRANCHES).on("sequence-parallel")
+
+
+def test_what_a_script_leaves_open_is_named():
+    with pytest.raises(InputError, match=r"--hidden-size needs a whole number, not '\$HIDDEN'"):
+        job_from_megatron_text("python pretrain_gpt.py --hidden-size $HIDDEN --bf16", machine=parse_machine("1xH100"))
+
+
+HALVES = (
+    "case x in|if [ a|for|while|if|esac|a=(|$((|${a|x=$((9**9))|case|fi\ndone|((|[[|case a in b|for a in|if true; then"
+    "|while true; do|! !|a() {|}|;;|x=${x:-$x}|[ ! ]|x=$x$x|'|`|<<EOF|$|&&|| a"
+)
+
+
+@pytest.mark.parametrize("tail", ["", "\n", " ;", "\npython a.py --bf16"])
+@pytest.mark.parametrize("text", HALVES.split("|"))
+def test_half_a_script_is_read_or_refused(text, tail):
+    try:
+        parse_text(text + tail)
+    except InputError as error:
+        assert "cannot be split" in str(error)

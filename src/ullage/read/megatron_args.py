@@ -106,7 +106,7 @@ def _job(args: Arguments, machine: Machine, version: str, model: Model | None, *
         precision=precision_of(args),
         optimizer=args.get("optimizer") or "adam",
         micro_batch_size=micro,
-        seq_len=args.count("seq-length", 0) or args.size("encoder-seq-length"),
+        seq_len=args.size("encoder-seq-length" if "encoder-seq-length" in args else "seq-length"),
         grad_accum=max(1, batch // max(1, micro * parallel.data_parallel_size)),
         recompute=_recompute(args),
         attention=_attention(args),

@@ -30,6 +30,9 @@ _LIST = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\](?:\s*\*\s*(\d+))?")
 def model_of(args: Arguments) -> tuple[spec.Model, tuple[str, ...]]:
     """Build the model; the sentences say what was assumed."""
     assumed: list[str] = []
+    if "hidden-size" not in args:
+        where = _("; the checkpoint says it (--use-checkpoint-args)") if args.on("use-checkpoint-args") else ""
+        raise InputError(_("--hidden-size is missing") + where, remedy=_("add it, or name the model before --from"))
     hidden = args.size("hidden-size")
     vocabulary = _vocabulary(args, assumed)
     layers = _layers(args, hidden)
@@ -119,7 +122,7 @@ def _known_vocabulary(file: str, tokenizer: str, model: str) -> int:
         return catalog.load_entry(known).vocab_size
     raise InputError(
         _("the vocabulary of {tokenizer} is not known").format(tokenizer=(model or tokenizer)[:80]),
-        remedy=_("add --vocab-size or --padded-vocab-size"),
+        remedy=_("add --vocab-size or --padded-vocab-size, or name the model before --from"),
     )
 
 

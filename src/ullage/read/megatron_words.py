@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from ullage.errors import InputError
 from ullage.frozen import Frozen, field
 from ullage.i18n import _
-from ullage.read.megatron_flags import READ
+from ullage.read.megatron_flags import NEEDS_VALUE, READ
+from ullage.read.shell_script import Script
 
 MAX_TEXT = 200_000
 MAX_INTEGER = 2**40
 MAX_SIZE = 2**31
-_ASSIGNMENT = re.compile(
-    r"(?<![\w-])(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(\([^)]*\)|\"[^\"]*\"|'[^']*'|\S*)", re.DOTALL
-)
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?:\[@\]|:-([^}]*))?\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+#: Endings of flags that take a word.
+_WORDS = ("-model", "-file", "-path", "-type", "-format", "-recipe", "-impl", "-pattern", "-layout")
+#: A variable that the script does not set, standing alone: other flags, or nothing.
+_UNSET = re.compile(r"\$\{?[A-Za-z0-9_@*]+(\[[@*]\])?\}?")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
 
 
@@ -123,58 +123,23 @@ def parse_text(text: str) -> Arguments:
     """
     if len(text) > MAX_TEXT:
         raise InputError(_("the arguments are longer than {limit} characters").format(limit=MAX_TEXT))
-    if re.search(r"^\s*-{0,2}[a-z][\w-]*:(\s|$)", text, re.MULTILINE) and "\\\n" not in text:
+    is_yaml = re.search(r"^\s*-{0,2}[a-z][\w-]*:(\s|$)", text, re.MULTILINE) and "\\\n" not in text
+    if is_yaml or re.search(r"^(MODEL_ARGS|ENV_VARS):", text, re.MULTILINE):
         return _from_yaml(text)
-    lines = re.sub(r"\\\r?\n", " ", text)
-    variables = _variables(lines)
-    try:
-        words = shlex.split(_expand(lines, variables), comments=True)
-    except ValueError as error:
-        raise InputError(_("the command line cannot be split: {error}").format(error=error)) from error
+    script = Script(text)
     return Arguments(
-        values=_flags(words), environment={name: value for name, value in variables.items() if name.isupper()}
+        values=_flags(_launched(script)),
+        environment={name: value for name, value in script.variables.items() if name.isupper()},
     )
 
 
-def _variables(text: str) -> dict[str, str]:
-    """Return the script's variables; one that names itself (``N=${N:-4}``, ``ARGS="$ARGS ..."``) takes what it was."""
-    found: dict[str, str] = {}
-    for name, value in _ASSIGNMENT.findall(text):
-
-        def before(match: re.Match[str], name: str = name) -> str:
-            own = (match.group(1) or match.group(3)) == name
-            return found.get(name, match.group(2) or "") if own else match.group(0)
-
-        found[name] = _substituted(before, value.strip("()\"'"))
-    return found
-
-
-def _substituted(value: Callable[[re.Match[str]], str], text: str) -> str:
-    """Put values in.
-
-    Raises:
-        InputError: the text would grow beyond all sense.
-    """
-    if sum(len(value(match)) for match in _VARIABLE.finditer(text)) > 4 * MAX_TEXT:
-        raise InputError(_("the arguments are longer than {limit} characters").format(limit=MAX_TEXT))
-    return _VARIABLE.sub(value, text)
-
-
-def _expand(text: str, variables: Mapping[str, str], depth: int = 4) -> str:
-    """Put variables in, blocks of flags included; unknown ones become empty."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1) or match.group(3)
-        return variables.get(name, match.group(2) or "")
-
-    kept = _ASSIGNMENT.sub(" ", text)
-    for _round in range(depth):
-        expanded = _substituted(value, kept)
-        if expanded == kept or len(expanded) > 4 * MAX_TEXT:
-            break
-        kept = expanded
-    blocks = " ".join(block for block in variables.values() if "--" in block)
-    return kept if "--" in kept else _substituted(value, blocks)
+def _launched(script: Script) -> list[str]:
+    """Return the words of the last command that runs a Python script with flags, of any with flags, or all blocks."""
+    with_flags = [words for words in script.commands if any(word.startswith("--") for word in words)]
+    with_script = [words for words in with_flags if any(word.endswith(".py") for word in words)]
+    if with_script or with_flags:
+        return (with_script or with_flags)[-1]
+    return " ".join(block for block in script.variables.values() if "--" in block).split()
 
 
 def _flags(words: list[str]) -> dict[str, str]:
@@ -189,11 +154,16 @@ def _flags(words: list[str]) -> dict[str, str]:
             found[name] = value if equals else "true"
             if equals:
                 name = ""
-        elif name and word not in ("&&", ";", "|", "2>&1", ")"):
+        elif word.startswith((">", "2>", "&>", "1>", "<")):
+            name = ""  # a redirection
+        elif name and not (_UNSET.fullmatch(word) and not _takes_word(name, found)):
             found[name] = word if found[name] == "true" else f"{found[name]} {word}"
-        else:
-            name = ""
-    return found
+    return {name: value.strip("\"'") for name, value in found.items()}
+
+
+def _takes_word(name: str, found: Mapping[str, str]) -> bool:
+    """Say whether a flag still lacks the value that it needs."""
+    return found[name] == "true" and (name in NEEDS_VALUE or name.endswith(_WORDS))
 
 
 def _from_yaml(text: str) -> Arguments:
