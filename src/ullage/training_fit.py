@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ullage.account.calibrated import calibrated_ledger
 from ullage.account.parameters import Counts, count
 from ullage.catalog.calibration import with_calibration
+from ullage.engines.routing import RoutingFit, uneven
 from ullage.engines.serving import Amount
 from ullage.engines.training import TrainingRank, TrainingStep, step
 from ullage.fitting import EXIT_CODES, reserve_of
@@ -54,6 +55,7 @@ class TrainingFit(Frozen):
     worst: TrainingRank
     advice: tuple[TrainingAdvice, ...] = ()
     largest: Largest | None = None
+    routing: RoutingFit | None = None
     next_command: str = ""
 
     @property
@@ -89,6 +91,7 @@ def fit_training(
     """
     job = with_calibration(job) if calibrated else job
     result = judge(walker(job), reserve)
+    result = replace(result, routing=uneven(result.step, job, lambda other: judge(walker(other), reserve).step))
     if advise:
         from ullage.plan.advice.weigh import training_advice
         from ullage.plan.largest import largest
@@ -113,7 +116,7 @@ def judge(answer: TrainingStep, reserve: str) -> TrainingFit:
     elif used.bytes + reserve_bytes > total.value:
         verdict, reason = "tight", _("it fits only inside the reserve")
     else:
-        verdict, reason = "fits", _("it fits, and the reserve stays free")
+        verdict, reason = "fits", _("it fits, with the reserve to spare")
     return TrainingFit(
         step=answer,
         counts=count(answer.job.model),

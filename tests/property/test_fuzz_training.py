@@ -147,6 +147,7 @@ FLAGS = {
     "--lora": ["r=8", "r=16,targets=q_proj+v_proj", "r=64,dropout=0.1"],
     "--base-quantization": ["nf4", "int8", "gptq"],
     "--rlhf": ["dpo", "kto,reference=precomputed", "rm", "orpo", "grpo,vllm=0.3,sleep", "rloo,completion=8", "ppo"],
+    "--routing": ["bias", "0.5", "nan"],
     "--evaluate": ["8", "2,seq=100,kept=5", "8,kept=", "0"],
     "--offload": ["optimizer=cpu", "params=cpu", "activations=cpu"],
     "--reserve": ["0%", "10%", "8GiB", "200GiB"],

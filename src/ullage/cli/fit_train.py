@@ -100,6 +100,9 @@ def _add_step(group: Any) -> None:
     group.add_argument(
         "--evaluate", metavar="N", help=_("evaluation between steps: sequences per GPU; 8,seq=2048,kept=10")
     )
+    group.add_argument(
+        "--routing", metavar="WIDTH", help=_("how uneven experts are chosen: bias, auxiliary-loss, or a number")
+    )
     group.add_argument("--base-quantization", metavar="NAME", help=_("of the frozen base: nf4, int8, gptq"))
     group.add_argument("--offload", metavar="WHAT=cpu", action="append", help=_("optimizer=cpu, params=cpu ..."))
     group.add_argument("--compile", action="store_true", help=_("torch.compile"))
@@ -208,6 +211,7 @@ def _refuse(
 
 def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     """Build the job that the flags state."""
+    from ullage.engines.routing import parse_routing
     from ullage.read.adapter_words import parse_adapters
     from ullage.read.evaluation_words import parse_evaluation
     from ullage.read.machine import parse_machine
@@ -250,6 +254,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         method=method,
         lora=lora,
         rlhf=parse_rlhf(arguments.rlhf) if arguments.rlhf else None,
+        routing_sigma=parse_routing(arguments.routing) if arguments.routing else None,
         evaluation=parse_evaluation(arguments.evaluate) if arguments.evaluate else None,
         base_quantization=quantization,
         offload=_offload(arguments.offload or ()),

@@ -123,6 +123,7 @@ FOLLOWS = {
     "deepspeed": Follows(
         splits=frozenset({"context"}),
         zero_stages=frozenset({1, 2, 3}),
+        optimizers=BY_ELEMENT,
         impls=False,
         attention=_ALL_ATTENTION,
         losses=_HF_LOSSES,
@@ -189,6 +190,8 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
             yield _("{what} on {where}").format(what=what, where=where), InputError
     if job.compile and not own.compile:
         yield "torch.compile", InputError
+    if job.routing_sigma is not None and not ("expert" in own.splits and job.parallel.expert_parallel_size > 1):
+        yield _("uneven routing without expert parallelism"), InputError
     if job.evaluation is not None and (not own.evaluation or job.rlhf is not None):
         yield _("an evaluation of {kind}").format(kind=job.rlhf.kind if job.rlhf else job.engine), InputError
 

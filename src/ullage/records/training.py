@@ -9,6 +9,7 @@ from typing import Any
 
 from ullage.account.adapters.names import method_names
 from ullage.catalog import models as catalog
+from ullage.engines.routing import parse_routing
 from ullage.engines.serving import Amount
 from ullage.engines.training import TRAINING_ENGINES, TrainingRank, TrainingStep, step
 from ullage.errors import InputError
@@ -97,6 +98,7 @@ def record_job(record: Record) -> tuple[TrainingJob, dict[str, str]]:
         method=method,
         lora=None if method in own else adapters_of({**fields, "method": method}, record, model),
         rlhf=rlhf,
+        routing_sigma=None if fields.get("routing") is None else parse_routing(str(fields["routing"]), "job.routing"),
         evaluation=_evaluation(fields, record.where),
         base_quantization=base,
         offload=tuple((str(what), str(where)) for what, where in _object(fields.get("offload"), "offload", record)),

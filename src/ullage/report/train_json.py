@@ -65,6 +65,7 @@ def training_json(result: TrainingFit) -> dict[str, Any]:
             for item in result.advice
         ],
         "largest": vars(result.largest) if result.largest else None,
+        "routing": encode(result.routing),
         "next_command": result.next_command,
         "warnings": list(dict.fromkeys((*result.step.warnings, *ledger.warnings))),
     }

@@ -7,7 +7,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.i18n import _
-from ullage.report.text import ADVICE_SHOWN, MARKS, print_line, print_list, print_next, print_terms, verdict_word
+from ullage.report.text import (
+    ADVICE_SHOWN,
+    MARKS,
+    fullest,
+    print_line,
+    print_list,
+    print_next,
+    print_terms,
+    verdict_word,
+)
 from ullage.report.train_json import job_summary
 from ullage.report.train_json import metrics as metrics_of
 from ullage.training_fit import TrainingFit
@@ -25,6 +34,7 @@ def print_training(result: TrainingFit, *, metrics: bool = False, console: Conso
     _print_moments(out, result)
     if len(result.step.ranks) > 1:
         _print_ranks(out, result)
+    _print_routing(out, result)
     _print_largest(out, result)
     if metrics:
         out.print(f"\n[bold]{_('Ratios')}[/bold]")
@@ -53,10 +63,7 @@ def _print_verdict(out: Console, result: TrainingFit) -> None:
         high=format_bytes(used.high_bytes),
     )
     print_line(out, f"{escape(need)}; {escape(result.reason)}")
-    fullest = _("fullest: rank {rank} ({count} alike), {moment}").format(
-        rank=result.worst.rank, count=result.worst.num_ranks, moment=result.ledger.moment
-    )
-    print_line(out, escape(fullest))
+    print_line(out, escape(fullest(result.worst.rank, result.worst.num_ranks, result.ledger.moment)))
     out.print()
 
 
@@ -76,6 +83,26 @@ def _print_ranks(out: Console, result: TrainingFit) -> None:
         sizes = (rank.peak.allocated.bytes, rank.peak.device_used.bytes, rank.after_step.allocated.bytes)
         table.add_row(f"{rank.num_ranks:,}", str(rank.pp_rank), escape(rank.peak.moment), *map(format_bytes, sizes))
     out.print(table)
+
+
+def _print_routing(out: Console, result: TrainingFit) -> None:
+    """Print what uneven routing makes of the fullest rank."""
+    found = result.routing
+    if found is None:
+        return
+    parts = [
+        _("{size} in {share:.0%} of steps ({load:.2f} x the balanced rows)").format(
+            size=format_bytes(one.device_used_bytes), share=one.share, load=one.load
+        )
+        for one in found.quantiles
+    ]
+    name = _("balanced by {way}").format(way=found.balancing) if found.balancing else _("as given")
+    out.print(f"\n[bold]{_('Uneven routing')}[/bold]")
+    balanced = _("balanced {size}; at most {parts}").format(
+        size=format_bytes(found.balanced_bytes), parts=", ".join(parts)
+    )
+    model = _("experts' popularity of width {sigma:g}, {name}").format(sigma=found.sigma, name=name)
+    print_line(out, f"{escape(balanced)}; {escape(model)}")
 
 
 def _print_largest(out: Console, result: TrainingFit) -> None:

@@ -119,6 +119,8 @@ class TrainingJob(Frozen):
         method: full, lora, qlora, dora ...; base_quantization: of the frozen base.
         rlhf: preference or reinforcement training; None: next-token prediction.
         evaluation: between steps; None: none.
+        expert_load: rows that this rank's routed experts get, in units of what balanced routing gives.
+        routing_sigma: width of the experts' popularity (:mod:`ullage.account.routing`).
         offload: what lives on the host: pairs such as ("optimizer", "cpu").
         flags, native, assumed: as in :class:`ullage.spec.serving.ServingJob`.
     """
@@ -143,6 +145,8 @@ class TrainingJob(Frozen):
     lora: Lora | None = None
     rlhf: Rlhf | None = None
     evaluation: Evaluation | None = None
+    expert_load: float = 1.0
+    routing_sigma: float | None = None
     base_quantization: str | None = None
     offload: tuple[tuple[str, str], ...] = ()
     alloc_conf: str = ""

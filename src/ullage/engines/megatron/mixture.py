@@ -17,7 +17,7 @@ SOURCE = "Megatron-LM@adc69db:megatron/core/transformer/moe/"
 
 
 def rows(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) -> int:
-    """Rows of the rank's experts under balanced routing, or the capacity.
+    """Rows of the rank's experts: under balanced routing times the job's expert load, or the capacity.
 
     Formula: n*k*t_e/(t/t_sp): every rank of the expert group sends 1/EP of its n*k rows and receives as many; expert
         tensor parallelism gathers the rows of its ranks.
@@ -26,9 +26,11 @@ def rows(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) -> in
     gathered = sizes.stream_tokens * part.top_k * sizes.expert_tensor
     whole_stream = both(sizes.tensor > 1, sizes.sequence == False)  # noqa: E712 (an array has no ``not``)
     tokens = where(whole_stream, sizes.tokens * part.top_k, gathered)
-    if settings.capacity_factor is not None and settings.on("moe-pad-expert-input-to-capacity"):
-        return whole(tokens * settings.capacity_factor)
-    return tokens
+    capacity = settings.capacity_factor
+    if capacity is not None and settings.on("moe-pad-expert-input-to-capacity"):
+        return whole(tokens * capacity)
+    load = job.expert_load if capacity is None else min(job.expert_load, max(1.0, capacity))
+    return tokens if load == 1.0 else whole(tokens * load)
 
 
 def mixture_saved(job: TrainingJob, settings: Settings, sizes: Sizes, part: MoEFFN) -> list[SavedTensor]:

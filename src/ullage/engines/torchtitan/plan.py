@@ -116,6 +116,7 @@ def slice_of(job: TrainingJob, rules: Rules) -> Slice:
         gathered_copies=job.micro_batch_size > 1 or not rules.gathers_in_place,
         holds_inputs=parallel.tensor_parallel_size > 1 and not job.compile,
         expert_parallel_size=parallel.expert_parallel_size,
+        expert_load=job.expert_load,
     )
 
 
