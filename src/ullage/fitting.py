@@ -286,7 +286,7 @@ def _verdict(engine: EngineStart, need: Need, pool: Amount, total: Amount, reser
     for doubted, reason in doubts:
         if doubted:
             return "tight", reason
-    return "fits", _("it fits, and the reserve stays free")
+    return "fits", _("it fits, with the reserve to spare")
 
 
 # --------------------------------------------------------------------------------------------------- the largest thing

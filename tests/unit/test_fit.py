@@ -191,7 +191,7 @@ def test_advice_mends_the_verdict_cheapest_first():
 def test_the_flags_of_an_advice_do_what_it_says():
     result = fit(job(machine="1x24GiB"), concurrency=32, context=4096, advise=True)
     for change in candidates(result):
-        again = fit(change.job, concurrency=32, context=change.context or 4096)
+        again = fit(change.job, concurrency=change.concurrency or 32, context=change.context or 4096)
         named = [item for item in result.advice if item.change == change.change]
         assert all(item.verdict == again.verdict for item in named)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import fake_engine
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import ullage
+from ullage.cli import main
 from ullage.fitting import fit_serving
 from ullage.ledger import Certainty, exact, merged, ranged
 from ullage.read.machine import parse_machine
@@ -20,6 +22,7 @@ from ullage.request import serving_job
 from ullage.units import format_bytes
 
 SCHEMA = json.loads((Path(ullage.__file__).parent / "schema" / "fit.json").read_text())
+SERVED = ["deepseek-v3 --on 8xH200", "llama-3.1-70b --on RTX4090", "deepseek-v3 --on 8xH200 --engine sglang"]
 CASES = [
     ("qwen3-8b", "1x80GiB", 4),
     ("deepseek-v3", "8xH200", 1),
@@ -80,6 +83,59 @@ def test_figures_are_never_cut():
     for term in result.ledger.terms():
         assert format_bytes(term.bytes) in text or term.name not in text
     assert "…" not in "".join(line[:30] for line in text.splitlines())
+
+
+TRAINED = ["llama-3.1-8b --on RTX4090 --lora r=16", "llama-3.1-70b --on 64xH100 --engine megatron --tp 8 --pp 4"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 70, 80, 99, 100, 140])
+@pytest.mark.parametrize("line", [f"serve {line}" for line in SERVED] + [f"train {line}" for line in TRAINED])
+def test_no_figure_is_cut_however_narrow_the_terminal(capsys, monkeypatch, line, width):
+    """Where it is narrow, bars, sources and certainties go before a digit does."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = ["fit", *line.split(), "--no-advice"]
+    main(words)
+    text = capsys.readouterr().out
+    main([*words, "--json"])
+    values = json.loads(capsys.readouterr().out)
+    table = text.split("\n\n")[1].splitlines()
+    total = values["device"]["total_bytes"]
+    sizes = [row for row in table[1:] if re.search(r"-?[\d,.]+ (GiB|MiB|KiB|B)", row)]
+    assert sizes[-1].startswith("free")
+    merged_sizes = {}
+    for term in values["terms"]:
+        merged_sizes[term["name"]] = merged_sizes.get(term["name"], 0) + term["bytes"]
+    shown = 0
+    for name, size in merged_sizes.items():
+        row = next((row for row in sizes if row.startswith(name[:7]) and f" {format_bytes(size)} " in f"{row} "), None)
+        if row is not None:
+            shown += 1
+            assert f"{size / total:.0%}" in row
+    assert shown >= 5
+    assert all(len(row.rstrip()) <= width for row in sizes)
+
+
+def test_nothing_that_fits_is_said_in_one_line(capsys):
+    main(["fit", "serve", "deepseek-v3", "--on", "8xH100", "--no-advice"])
+    text = capsys.readouterr().out
+    assert "nothing: no room is left for a single request" in text
+    assert "0 requests" not in text and "x 0" not in text
+
+
+def test_lines_do_not_end_in_blanks(capsys):
+    main(["fit", "serve", "deepseek-v3", "--on", "8xH200"])
+    prose = capsys.readouterr().out.split("\n\n")
+    assert not [line for block in (prose[0], *prose[2:]) for line in block.splitlines() if line != line.rstrip()]
+
+
+def test_a_full_server_that_fits_is_explained(capsys):
+    """9.91 GiB free where 27.97 GiB are asked to stay free, and yet it fits: the cache takes what is spare."""
+    main(["fit", "serve", "deepseek-v3", "--on", "8xH200", "--no-advice"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "what the need leaves becomes KV cache" in text
+    assert "(8 alike)" in text
+    main(["fit", "serve", "qwen3-8b", "--on", "H100", "--no-advice"])
+    assert "alike" not in capsys.readouterr().out
 
 
 def test_what_was_assumed_is_said():

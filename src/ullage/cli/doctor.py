@@ -12,7 +12,10 @@ from ullage.errors import EXIT_OK
 from ullage.i18n import _
 
 #: Optional packages and what they are for; engines are compared with the version that is mirrored.
-EXTRAS = {"huggingface_hub": "hub"}
+EXTRAS = {
+    "huggingface_hub": "hub", "PyYAML": "train", "torch": "torch", "transformers": "trace", "nvidia-ml-py": "gpu",
+    "psutil": "run", "prometheus-client": "watch", "httpx": "bench", "plotly": "html", "numpy": "plan",
+}  # fmt: skip
 PACKAGES = {"vllm": "vllm", "sglang": "sglang", "torch": None}
 
 

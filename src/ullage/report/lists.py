@@ -8,9 +8,13 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ullage.i18n import _
 from ullage.units import GB, GiB, format_bytes
+
+#: Columns that are always shown; where even these are wider than the terminal, its lines wrap.
+LEAST_COLUMNS = 2
 
 
 def _console() -> Console:
@@ -18,16 +22,19 @@ def _console() -> Console:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """Print a table whose first column alone is cut where the terminal is narrow."""
-    out = _console()
+    """Print a table that is never cut: where the terminal is narrow, columns are left out from the right."""
+    out, gap = _console(), 2
     widths = [max(len(row[at]) for row in (columns, *rows)) for at in range(len(columns))]
-    widths[0] = max(28, min(widths[0], out.width - sum(widths[1:]) - 2 * (len(columns) - 1)))
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for at, name in enumerate(columns):
+    shown = len(columns)
+    while shown > LEAST_COLUMNS and sum(widths[:shown]) + gap * (shown - 1) > out.width:
+        shown -= 1
+    out = Console(highlight=False, width=max(out.width, sum(widths[:shown]) + gap * shown))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    for at, name in enumerate(columns[:shown]):
         justify: Literal["left", "right"] = "right" if at in set(right) else "left"
-        table.add_column(name, justify=justify, width=widths[at], no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify=justify, width=widths[at], no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row[:shown]))
     out.print(table)
 
 
@@ -65,15 +72,22 @@ def print_model(facts: dict[str, Any]) -> None:
     out.print(f"  {'dtype':<24} {facts['dtype']:>22}  {facts['quantization'] or ''}")
     out.print(f"  {facts['num_layers']} {_('layers')}:")
     for kind in facts["layers"]:
-        out.print(f"    {kind['count']:>4} x {kind['layer']}", markup=False)
+        _print_hanging(out, f"    {kind['count']:>4} x ", kind["layer"])
     out.print(f"  {_('cache of one request, whole model, unsharded')}:")
     for cost in facts["kv_cache"]:
         fixed = cost["fixed_bytes_per_request"]
         slope = f"{cost['bytes_per_token']:,} {_('B per token')}"
         out.print(f"    {cost['dtype']:<14}{slope:>28}" + (f"  + {format_bytes(fixed)}" if fixed else ""), markup=False)
     for sentence in facts["assumed"]:
-        out.print(f"  {_('assumed')}: {sentence}", markup=False, style="dim")
-    out.print(f"  {_('source')}: {facts['source']}", markup=False, style="dim")
+        _print_hanging(out, "  ", f"{_('assumed')}: {sentence}", "dim")
+    _print_hanging(out, "  ", f"{_('source')}: {facts['source']}", "dim")
+
+
+def _print_hanging(out: Console, head: str, text: str, style: str = "") -> None:
+    """Print a text whose further lines stand under its first word."""
+    for number, line in enumerate(Text(text, style=style).wrap(out, max(20, out.width - len(head)))):
+        line.rstrip()
+        out.print(Text(head if number == 0 else " " * len(head)) + line, soft_wrap=True)
 
 
 def print_gpus(entries: list[dict[str, Any]], *, sources: bool) -> None:
@@ -104,15 +118,19 @@ def _print_sources(out: Console, entry: dict[str, Any]) -> None:
 
     for name, value in entry.items():
         if isinstance(value, dict) and "source" in value:
-            out.print(f"  {name}: {source_text(value['source'])}", markup=False, style="dim")
+            _print_hanging(out, f"  {name}: ", source_text(value["source"]), "dim")
         elif isinstance(value, dict) and "source_text" in value:
-            out.print(f"  {name}: {value['source_text']}", markup=False, style="dim")
+            _print_hanging(out, f"  {name}: ", value["source_text"], "dim")
     if entry.get("note"):
-        out.print(f"  {entry['note']}", markup=False, style="dim")
+        _print_hanging(out, "  ", entry["note"], "dim")
 
 
 def print_engines(engines: list[dict[str, Any]]) -> None:
     """Print the engines and their versions."""
     out = _console()
-    for engine in engines:
-        out.print(f"[bold]{engine['name']}[/bold]  {_('mirrored')}: {', '.join(engine['versions'])}")
+    for kind, title in (("serve", _("ullage fit serve")), ("train", _("ullage fit train"))):
+        chosen = [engine for engine in engines if engine["kind"] == kind]
+        if chosen:
+            out.print(f"[bold]{title}[/bold]")
+        for engine in chosen:
+            _print_hanging(out, f"  {engine['name']:<13} ", ", ".join(engine["versions"]) or _("by its own rules"))

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ullage.advise import gain_text
-from ullage.fitting import Advice, FitResult, job_summary
+from ullage.fitting import ELASTIC_POOLS, Advice, FitResult, job_summary
 from ullage.i18n import _
 from ullage.ledger import Certainty, Ledger, Term, merged
 from ullage.report.json import metrics as metrics_of
@@ -20,6 +20,8 @@ from ullage.units import format_bytes
 
 MARKS = {"fits": ("✔", "green"), "tight": ("≈", "yellow"), "does_not_fit": ("✘", "red")}
 BAR_WIDTH = 16
+#: A source of fewer characters says nothing.
+LEAST_SOURCE = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 #: Terms below this share of the device are shown as one line.
 SMALL_SHARE = 0.002
@@ -32,6 +34,9 @@ def print_fit(result: FitResult, *, metrics: bool = False, console: Console | No
     out = console or Console(highlight=False)
     _print_verdict(out, result)
     print_terms(out, result.ledger, result.total_bytes.value, result.reserve_bytes)
+    if result.verdict != "does_not_fit" and result.job.engine in ELASTIC_POOLS:
+        filled = _("{engine} fills its share of the device: what the need leaves becomes KV cache")
+        print_line(out, escape(filled.format(engine=result.job.engine)), style="dim")
     _print_largest(out, result)
     if metrics:
         _print_metrics(out, result)
@@ -49,7 +54,16 @@ def print_next(out: Console, command: str) -> None:
 
 def print_line(out: Console, markup: str, style: str = "") -> None:
     """Print a sentence indented by two, wrapped lines too."""
-    out.print(Padding(markup, (0, 0, 0, 2), style=style, expand=False))
+    for line in Text.from_markup(markup, style=style).wrap(out, max(20, out.width - 2)):
+        line.rstrip()
+        out.print(Text("  ") + line, soft_wrap=True)
+
+
+def fullest(rank: int, count: int, moment: str) -> str:
+    """Say which rank is fullest, and when."""
+    if count == 1:
+        return _("fullest: rank {rank}, {moment}").format(rank=rank, moment=moment)
+    return _("fullest: rank {rank} ({count:,} alike), {moment}").format(rank=rank, count=count, moment=moment)
 
 
 def verdict_word(verdict: str) -> str:
@@ -73,25 +87,24 @@ def _print_verdict(out: Console, result: FitResult) -> None:
         ),
         soft_wrap=True,
     )
-    need = _("{need} of {total} needed per GPU for {count:,} x {context:,} tokens").format(
+    need = _("{need} of {total} needed per GPU for {requests} of {context:,} tokens").format(
         need=format_bytes(result.need.value),
         total=format_bytes(result.total_bytes.value),
-        count=result.concurrency,
+        requests=_requests(result.concurrency),
         context=result.context,
     )
     print_line(out, f"{escape(need)}; {escape(result.reason)}")
     ledger = result.ledger
     used = ledger.device_used
-    fullest = _("fullest: rank {rank} ({count} alike), {moment}: {used} on the device ({low} to {high})").format(
-        rank=ledger.rank,
-        count=result.worst.num_ranks,
-        moment=ledger.moment,
-        used=format_bytes(used.bytes),
-        low=format_bytes(used.low_bytes),
-        high=format_bytes(used.high_bytes),
+    on_device = _("{used} on the device ({low} to {high})").format(
+        used=format_bytes(used.bytes), low=format_bytes(used.low_bytes), high=format_bytes(used.high_bytes)
     )
-    print_line(out, escape(fullest))
+    print_line(out, escape(f"{fullest(ledger.rank, result.worst.num_ranks, ledger.moment)}: {on_device}"))
     out.print()
+
+
+def _requests(count: int) -> str:
+    return _("1 request") if count == 1 else _("{count:,} requests").format(count=count)
 
 
 def print_terms(out: Console, ledger: Ledger, total: float, reserve_bytes: int) -> None:
@@ -119,23 +132,30 @@ def _widest(texts: Iterable[str]) -> int:
 
 
 def _table(width: int, rows: list[tuple[str, str, int, str, str]], total: float) -> Table:
-    """Return the table of terms: figures are never cut, the source takes what the terminal leaves."""
-    titles = (_("term"), _("size"), _("share"), _("certainty"), _("source"))
-    bar_width = 8 if width < 100 else BAR_WIDTH
-    fixed = (
-        min(24, _widest([titles[0], *(row[0] for row in rows)])),
-        _widest([titles[1], *(row[1] for row in rows)]),
-        bar_width + 5,
-        _widest([titles[3], *(row[3] for row in rows)]),
-    )
-    left = max(8, width - sum(fixed) - 4 * 2)
+    """Return the table of terms.
+
+    Figures are never cut: the source takes what the terminal leaves; where it is narrow, the bars go first, then the
+    source, then how sure each term is.
+    """
+    titles = [_("term"), _("size"), _("share"), _("certainty"), _("source")]
+    shares = [size / total if total else 0.0 for _name, _text, size, _sure, _source in rows]
+    percents = max(4, _widest(map(_percent, shares)))
+    name, size, sure = (_widest([titles[at], *(str(row[at]) for row in rows)]) for at in (0, 1, 3))
+    bar_width, gaps = 8 if width < 100 else BAR_WIDTH, 2 * 4
+    if (left := width - name - size - sure - percents - bar_width - 1 - gaps) < LEAST_SOURCE:
+        bar_width, left = 0, left + bar_width + 1
+    share = max(len(titles[2]), percents + (bar_width + 1 if bar_width else 0))
+    shown = 5 if left >= LEAST_SOURCE else 4 if left + 2 >= 0 else 3
+    name = max(8, min(name, width - size - share - 4)) if shown == 3 else name
+    widths = [name, size, share, sure, max(left, 0)]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for title, size in zip(titles, (*fixed, left), strict=True):
+    for title, size in list(zip(titles, widths, strict=True))[:shown]:
         right = title == titles[1]
         table.add_column(title, justify="right" if right else "left", width=size, no_wrap=True, overflow="ellipsis")
-    for name, text, size, sure, source in rows:
-        drawn = bar(size / total if total else 0, bar_width)
-        table.add_row(escape(name), text, drawn, escape(sure), f"[dim]{escape(source)}[/dim]")
+    for row, part in zip(rows, shares, strict=True):
+        drawn = bar(part, bar_width, percents) if bar_width else _percent(part).rjust(percents)
+        cells = (escape(row[0]), row[1], drawn, escape(row[3]), f"[dim]{escape(row[4])}[/dim]")
+        table.add_row(*cells[:shown])
     return table
 
 
@@ -150,12 +170,15 @@ def _first_source(term: Term) -> str:
     return next((part.source for part in term.walk() if part.source), "")
 
 
-def bar(share: float, width: int = BAR_WIDTH) -> str:
+def bar(share: float, width: int = BAR_WIDTH, percents: int = 4) -> str:
     """Return a bar and a percentage for a share of the device."""
-    share = min(max(share, -9.99), 9.99)
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     drawn = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-    return f"{drawn:<{width}} {share:>4.0%}"
+    return f"{drawn:<{width}} {_percent(share):>{percents}}"
+
+
+def _percent(share: float) -> str:
+    return f"{min(max(share, -99.99), 99.99):.0%}"
 
 
 def short_source(source: str) -> str:
@@ -174,6 +197,9 @@ def _count(value: float) -> str:
 def _print_largest(out: Console, result: FitResult) -> None:
     out.print(f"\n[bold]{_('Largest that fits')}[/bold]")
     most = result.max_concurrency
+    if most.high < 1 and result.max_context < 1:
+        print_line(out, _("nothing: no room is left for a single request"))
+        return
     spread = f" ({_count(most.low)} – {_count(most.high)})" if most.low != most.high else ""
     print_line(
         out,
