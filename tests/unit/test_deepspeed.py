@@ -8,7 +8,7 @@ import pytest
 
 from ullage.account import zero
 from ullage.account.fsdp import Group
-from ullage.account.pools import Allocator
+from ullage.account.pools import Pools
 from ullage.account.timeline import Timeline
 from ullage.account.zero import Zero3, Zero12, ZeroSettings
 from ullage.catalog import models as catalog
@@ -57,7 +57,7 @@ def group(name: str, size: int) -> Group:
 
 
 def timeline() -> Timeline:
-    line = Timeline(Allocator())
+    line = Timeline(Pools())
     line.begin("all")
     return line
 

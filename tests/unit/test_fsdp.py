@@ -11,8 +11,9 @@ from ullage.account.activations.blocks import Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint, Graph, Op, backward, forward, saved_bytes
 from ullage.account.fsdp import GATHER_STREAM, Fsdp1, Fsdp2, Group
-from ullage.account.pools import Allocator, Unpooled
+from ullage.account.pools import Pools, Unpooled
 from ullage.account.timeline import Timeline
+from ullage.allocator.settings import AllocatorSettings
 from ullage.catalog import models as catalog
 from ullage.engines.training import step
 from ullage.errors import InputError
@@ -24,7 +25,7 @@ from ullage.units import GiB, MiB
 
 
 def timeline(*, expandable: bool = False, limit: int | None = None) -> Timeline:
-    line = Timeline(Allocator(expandable=expandable, limit_bytes=limit))
+    line = Timeline(Pools(AllocatorSettings(expandable_segments=expandable), capacity_bytes=limit))
     line.begin("all")
     return line
 
@@ -38,11 +39,11 @@ def model(name: str):
 def test_small_and_large_requests_take_segments_of_their_class() -> None:
     line = timeline()
     line.take("a", 100)
-    assert line.allocator.reserved == 2 * MiB
+    assert line.pools.reserved == 2 * MiB
     line.take("a", 5 * MiB)
-    assert line.allocator.reserved == 22 * MiB
+    assert line.pools.reserved == 22 * MiB
     line.take("a", 33 * MiB)
-    assert line.allocator.reserved == 22 * MiB + 34 * MiB
+    assert line.pools.reserved == 22 * MiB + 34 * MiB
     assert line.allocated == 512 + 38 * MiB
 
 
@@ -50,9 +51,9 @@ def test_a_freed_block_serves_its_own_stream_only() -> None:
     line = timeline()
     line.drop(line.take("a", 64 * MiB, "side"))
     line.take("a", 64 * MiB, "side")
-    assert line.allocator.reserved == 64 * MiB
+    assert line.pools.reserved == 64 * MiB
     line.take("a", 64 * MiB)
-    assert line.allocator.reserved == 128 * MiB
+    assert line.pools.reserved == 128 * MiB
 
 
 def test_expandable_segments_join_what_plain_segments_cannot() -> None:
@@ -62,20 +63,20 @@ def test_expandable_segments_join_what_plain_segments_cannot() -> None:
         for part in parts:
             line.drop(part)
         line.take("a", 120 * MiB)
-        assert line.allocator.reserved == reserved
+        assert line.pools.reserved == reserved
 
 
 def test_free_segments_go_back_before_the_card_is_full() -> None:
     line = timeline(limit=100 * MiB)
     line.drop(line.take("a", 60 * MiB))
     line.take("a", 80 * MiB)
-    assert line.allocator.peak_reserved == 80 * MiB
+    assert line.pools.peak_reserved == 80 * MiB
 
 
 def test_without_pools_the_allocated_peak_is_the_same() -> None:
     peaks = []
-    for allocator in (Allocator(), Unpooled()):
-        line = Timeline(allocator)
+    for pools in (Pools(), Unpooled()):
+        line = Timeline(pools)
         line.begin("all")
         x = line.take("activations", CHAIN.input_bytes)
         out, kept = forward(CHAIN, line, x, Checkpoint())
@@ -83,7 +84,7 @@ def test_without_pools_the_allocated_peak_is_the_same() -> None:
         line.drop(out)
         backward(CHAIN, line, kept, line.take("activation_gradients", CHAIN.input_bytes))
         peaks.append((line.moments[0].peak_bytes, line.moments[0].by_category, line.allocated))
-        reserved = allocator.peak_reserved
+        reserved = pools.peak_reserved
     assert peaks[0] == peaks[1] and reserved == 0
 
 
@@ -158,7 +159,7 @@ def test_fsdp2_keeps_one_gathered_output_until_the_next_copy() -> None:
     assert line.by_category["all_gather_output"] == 32 * MiB
     fsdp.end_forward()
     assert line.by_category["all_gather_output"] == 0
-    assert line.allocator.pools[GATHER_STREAM, False].reserved >= 64 * MiB
+    assert line.pools.reserved_on(GATHER_STREAM) >= 64 * MiB
 
 
 def test_fsdp2_keeps_one_reduce_scatter_input_and_the_shards() -> None:
@@ -207,7 +208,7 @@ def test_fsdp1_gathers_in_place_and_two_are_there_at_most() -> None:
         fsdp.unshard(group(name), forward=True)
         fsdp.reshard(group(name))
     assert line.by_category["unsharded_parameters"] == 2 * 32 * MiB
-    assert line.allocator.pools[GATHER_STREAM, False].reserved == 2 * 32 * MiB
+    assert line.pools.reserved_on(GATHER_STREAM) == 2 * 32 * MiB
 
 
 def job(**changes: object) -> TrainingJob:

@@ -12,7 +12,7 @@ from conftest import need_shared
 from ullage.account.activations.blocks import Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint, forward
-from ullage.account.pools import Allocator
+from ullage.account.pools import Pools
 from ullage.account.timeline import Timeline
 from ullage.catalog import models as catalog
 from ullage.engines.torchtitan.defaults import date_of, rules_at
@@ -102,7 +102,7 @@ def test_op_wise_checkpointing_keeps_every_second_matmul_and_attention(fused: bo
     graph = decoder_graph(
         model.layers[0], 4096, Slice(batch=1, seq_len=tokens), Style(rope="complex", repeat_kv=True), Training()
     )
-    line = Timeline(Allocator())
+    line = Timeline(Pools())
     line.begin("forward")
     x = line.take("activations", graph.input_bytes)
     out, _kept = forward(graph, line, x, Checkpoint(policy=every_second_matmul, fused=fused))
@@ -187,7 +187,7 @@ def test_published_runs(name: str) -> None:
     record = next(one for one in map(json.loads, path.read_text().splitlines()) if one["id"] == name)
     context = record["job"]["parallel"]["cp"]
     one = job(
-        machine=parse_machine(f"{record['job']['num_gpus']}xH100"),
+        machine=parse_machine(f"{record['job']['num_gpus']}x{record['job']['gpu']}"),
         parallel=TrainingParallel(
             data_parallel_size=record["job"]["parallel"]["dp"], context_parallel_size=context, fsdp="full_shard"
         ),

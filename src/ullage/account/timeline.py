@@ -1,14 +1,15 @@
 """One training step as a stream of allocations: who holds what at the fullest instant of each moment.
 
 A walk asks for buffers under a category (``activations``, ``gradients`` ...) and lets them go; the timeline keeps the
-sum by category at each moment's peak and lays every buffer into the allocator's pools.
+sum by category at each moment's peak and lays every buffer into the allocator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ullage.account.pools import MIN_BLOCK, Allocator, Block
+from ullage.account.pools import Block, Pools
+from ullage.allocator.constants import MIN_BLOCK_BYTES
 
 
 class Buffer:
@@ -38,8 +39,8 @@ class Moment:
 class Timeline:
     """Allocations in order, with the sum by category."""
 
-    def __init__(self, allocator: Allocator) -> None:
-        self.allocator = allocator
+    def __init__(self, pools: Pools) -> None:
+        self.pools = pools
         self.allocated = 0
         self.by_category: dict[str, int] = {}
         self.moments: list[Moment] = []
@@ -54,8 +55,8 @@ class Timeline:
         """Allocate; sizes are rounded to 512 bytes as the allocator counts them."""
         if num_bytes <= 0:
             return Buffer(0, category, None)
-        size = (num_bytes + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
-        buffer = Buffer(size, category, self.allocator.take(size, stream))
+        size = (num_bytes + MIN_BLOCK_BYTES - 1) // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES
+        buffer = Buffer(size, category, self.pools.take(size, stream))
         self.allocated += size
         known = self.by_category
         known[category] = known.get(category, 0) + size
@@ -71,7 +72,7 @@ class Timeline:
         block = buffer.block
         if block is None or buffer.holders:
             return
-        block.pool.give(block)
+        self.pools.give(block)
         buffer.block = None
         self.allocated -= buffer.num_bytes
         self.by_category[buffer.category] -= buffer.num_bytes

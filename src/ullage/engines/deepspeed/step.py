@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from ullage.account import zero
 from ullage.account.fsdp import Group
-from ullage.account.pools import Allocator
-from ullage.account.timeline import Timeline
 from ullage.account.zero import Zero3, Zero12
 from ullage.engines.deepspeed.plan import plan_of, settings_of
 from ullage.engines.fsdp.plan import rules_of
 from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.training import TrainingStep
@@ -26,14 +25,14 @@ def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a DeepSpeed job."""
     check_recompute(job, "none", "full")
     settings = settings_of(job)
-    assumed: list[str] = []
+    assumed = notes_of(job)
     if not job.native:
         assumed.append(_("ZeRO's buckets are not given: the defaults of 5e8 elements"))
     if job.precision.compute != "float32" and job.precision.master is None and job.precision.params != "float32":
         job = replace(job, precision=replace(job.precision, master="float32"))
         assumed.append(_("a master copy in fp32, as DeepSpeed's mixed precision keeps"))
     plan = plan_of(job, settings, rules_of(job.engine_version))
-    timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower()))
+    timeline = timeline_of(job)
     ranks = job.parallel.data_parallel_size * job.parallel.context_parallel_size
     element = int(dtype_bytes(job.precision.params))
     sharder = Zero3(timeline, settings, element) if settings.stage == 3 else Zero12(timeline, settings, ranks, element)

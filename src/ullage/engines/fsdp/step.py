@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp1, Fsdp2, Replicated, Sharder
-from ullage.account.pools import Allocator, Unpooled
+from ullage.account.pools import Unpooled
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import Rules, num_ranks, plan_of, rules_of
 from ullage.engines.fsdp.xtuner import is_xtuner, with_defaults, xtuner_plan
 from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.loss import LossPlan
+from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.training import TrainingStep
@@ -22,14 +23,12 @@ VERSIONS = ("torch 2.2", "torch 2.13")
 #: Buckets in which FSDP1 broadcasts a unit's parameters when it wraps it.
 #: Source: torch@2.2.0:torch/distributed/utils.py:_sync_params_and_buffers (250 MiB).
 BROADCAST_BUCKET = 250 * MiB
-#: What a context leaves of the card to the allocator is judged with this much taken.
-CONTEXT_BYTES = 600 * MiB
 
 
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a job under FSDP."""
     check_recompute(job, "none", "full")
-    assumed: list[str] = []
+    assumed = notes_of(job)
     parallel = job.parallel
     if parallel.fsdp is None and parallel.zero_stage == 0 and parallel.data_parallel_size > 1:
         job = replace(job, parallel=replace(parallel, fsdp="full_shard"))
@@ -42,8 +41,7 @@ def step(job: TrainingJob) -> TrainingStep:
         job, said = with_defaults(job)
         assumed += said
     plan = _plan(job, rules)
-    limit = job.machine.gpu.total_bytes - CONTEXT_BYTES
-    timeline = Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower(), limit_bytes=limit))
+    timeline = timeline_of(job)
     walk = Walk(plan, timeline, _sharder(job, timeline))
     for _number in range(3):
         walk.step()

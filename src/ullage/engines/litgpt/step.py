@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp2, Replicated
-from ullage.account.pools import Allocator
-from ullage.account.timeline import Timeline
 from ullage.engines.litgpt.plan import plan_of, rules_of
 from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
 from ullage.engines.training import TrainingStep
@@ -22,7 +21,7 @@ SOURCE = "litgpt@26857050:litgpt/finetune/{script}.py"
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a litgpt job."""
     check_recompute(job, "none", "full", every=False)
-    assumed: list[str] = []
+    assumed = notes_of(job)
     rules = rules_of(job.engine_version)
     ranks = job.parallel.data_parallel_size
     sharded = ranks > 1
@@ -30,7 +29,7 @@ def step(job: TrainingJob) -> TrainingStep:
         job = replace(job, recompute=Recompute(kind="full"))
         assumed.append(_("several devices: blocks are sharded and made again in backward, as litgpt does"))
     plan = plan_of(job, rules, ranks if sharded else 1)
-    timeline = Timeline(Allocator(expandable="expandable_segments:True" in job.alloc_conf))
+    timeline = timeline_of(job)
     walk = Walk(plan, timeline, Fsdp2(timeline) if sharded else Replicated(timeline))
     walk.step()
     if not rules.longest_first:

@@ -90,7 +90,7 @@ def ledger_of(
             )
         )
         allocated = total("allocated", terms)
-    peak = timeline.allocator.peak_reserved + workspace_bytes
+    peak = timeline.pools.peak_reserved + workspace_bytes
     overhead = max(0, peak - allocated.bytes)
     reserved = ranged(
         "reserved_overhead",

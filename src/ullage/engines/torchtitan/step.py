@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp2
-from ullage.account.pools import Allocator
 from ullage.account.timeline import Timeline
 from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.torchtitan.defaults import NEWEST_RELEASE, RELEASES, VERSIONS, Rules, date_of, rules_at
@@ -27,7 +27,7 @@ MAX_IN_FLIGHT = 256
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtitan job; a version that is not given widens the range to all that are known."""
     check_recompute(job, "none", "full", "selective")
-    assumed: list[str] = []
+    assumed = notes_of(job)
     date = date_of(job.engine_version)
     known = date is not None
     if date is None:
@@ -50,15 +50,15 @@ def _spread_over_versions(job: TrainingJob, rules: Rules, walked: Timeline) -> t
         if plan not in plans:  # most versions differ in nothing that the job has
             plans.append(plan)
     own_plan = plan_of(job, rules, first, 1)
-    peaks = [_walked(job, plan).allocator.peak_reserved for plan in plans if plan != own_plan]
+    peaks = [_walked(job, plan).pools.peak_reserved for plan in plans if plan != own_plan]
     alone = job.parallel.pipeline_parallel_size == 1  # then the first stage was walked with one pass, as here
-    own = (walked if alone else _walked(job, own_plan)).allocator.peak_reserved
+    own = (walked if alone else _walked(job, own_plan)).pools.peak_reserved
     return max(0, own - min((*peaks, own))), max(0, max((*peaks, own)) - own)
 
 
 def _walked(job: TrainingJob, plan: StepPlan) -> Timeline:
     """Walk two steps of a stage."""
-    timeline = Timeline(Allocator(expandable=_expandable(job)))
+    timeline = timeline_of(job, _launched_with(job))
     walk = Walk(plan, timeline, Fsdp2(timeline, offload=("params", "cpu") in job.offload))
     walk.step()
     walk.step()
@@ -77,17 +77,12 @@ def stages(job: TrainingJob) -> list[tuple[int, int, bool, bool]]:
     return found
 
 
-def _expandable(job: TrainingJob) -> bool:
-    """Whether segments are expandable: what the job says, else what torchtitan's launchers do.
+def _launched_with(job: TrainingJob) -> str:
+    """Return what torchtitan's launchers set: run_train.sh (one node), not multinode_trainer.slurm.
 
-    run_train.sh (one node) sets expandable_segments:True, multinode_trainer.slurm does not, and ROCm has none.
     Source: torchtitan@9dec370:run_llama_train.sh, multinode_trainer.slurm; torchtitan@e7c0cae:run_train.sh.
     """
-    if job.machine.gpu.vendor == "amd":
-        return False
-    if job.alloc_conf:
-        return "expandable_segments:true" in job.alloc_conf.lower()
-    return job.machine.num_nodes == 1
+    return "expandable_segments:True" if job.machine.num_nodes == 1 else ""
 
 
 def _in_flight(job: TrainingJob, index: int) -> int:

@@ -9,11 +9,12 @@ from ullage.account.activations.blocks import Style
 from ullage.account.activations.graph import Graph
 from ullage.account.fsdp import Fsdp2, Group, Replicated
 from ullage.account.parameters import count
-from ullage.account.pools import Allocator, Unpooled
+from ullage.account.pools import Unpooled
 from ullage.account.timeline import Buffer, Timeline
 from ullage.engines.fsdp import plan as fsdp
 from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.loss import LossPlan
+from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
 from ullage.engines.torchtune.defaults import VERSIONS, Rules, recomputes, rules_of, steps_in_backward
@@ -47,11 +48,12 @@ def step(job: TrainingJob) -> TrainingStep:
     if job.parallel.fsdp is None and job.parallel.data_parallel_size > 1:
         job = replace(job, parallel=replace(job.parallel, fsdp="full_shard"))
     job, other, assumed = _recomputed(job)
+    assumed += notes_of(job)
     if job.loss is None and rules.chunked_loss:
         assumed.append(_("the loss is taken in {count} chunks, as torchtune does since 0.3").format(count=NUM_CHUNKS))
     if steps_in_backward(job):
         assumed.append(_("the optimizer steps in the backward pass, as in the recipes with a paged one"))
-    timeline = walked(job, rules, Timeline(Allocator(expandable="expandable_segments:true" in job.alloc_conf.lower())))
+    timeline = walked(job, rules, timeline_of(job))
     peak = max(moment.peak_bytes for moment in timeline.moments)
     elsewhere = peak
     if other is not None:
