@@ -237,6 +237,15 @@ def test_the_trainer_with_a_version_that_names_unsloth_gets_its_rules() -> None:
     assert peak(named) == peak(job(release="2025.3"))
 
 
+def test_a_program_that_names_no_release_may_keep_its_checkpoints_on_the_host() -> None:
+    unsaid = moment(job(engine_version="LLaMA-Factory with Unsloth"), "loss").find("kept_activations")
+    said = moment(job(), "loss").find("kept_activations")
+    assert unsaid is not None
+    assert said is not None
+    assert unsaid.bytes == said.bytes
+    assert unsaid.low_bytes == 0 < said.low_bytes
+
+
 def test_what_is_refused_says_why() -> None:
     cases: list[tuple[dict[str, object], str]] = [
         ({"lora": None, "method": "full", "base_quantization": None}, "full fine-tuning under Unsloth"),

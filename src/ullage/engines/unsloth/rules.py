@@ -84,6 +84,9 @@ class Rules(Frozen):
         loss: which kernel. length_unknown: ``seq_len`` is the longest that may come.
         repeats: keys and values are copied to all heads: xformers under grouped queries, where a gradient is needed.
             Source: unsloth@015bdef0:utils/attention_dispatch.py:run_attention (FlashAttention and SDPA do not).
+        place_unknown: another program's version names Unsloth without a release, so that its checkpoints may as well
+            be on the host: LLaMA-Factory asks for that since 2024-04.
+            Source: llamafactory@96213f04:src/llmtuner/model/adapter.py (use_gradient_checkpointing "unsloth").
     """
 
     version: Version
@@ -91,6 +94,7 @@ class Rules(Frozen):
     loss: Loss
     repeats: bool
     length_unknown: bool
+    place_unknown: bool
 
     @property
     def offloads(self) -> bool:
@@ -119,9 +123,14 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Rules]:
     job = _with_checkpoints(adapted.as_run(job), version, said)
     if job.attention is None:
         said.append(_("attention: xformers, which Unsloth installs; FlashAttention where it is installed takes less"))
+    checkpoints = _checkpoints(job, version)
+    unplaced = checkpoints == "gpu" and bool(job.engine_version) and release(job.engine_version) is None
+    if unplaced:
+        said.append(_("whether checkpoints are on the GPU or on the host is not said: the range has both"))
     rules = Rules(
         version=version,
-        checkpoints=_checkpoints(job, version),
+        place_unknown=unplaced,
+        checkpoints=checkpoints,
         loss=_loss(job, version),
         repeats=job.attention is None,
         length_unknown="seq_len_at_most" in dict(job.flags),

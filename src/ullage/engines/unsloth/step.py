@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ullage.account.activations.embedding import embedding_gradient_tables
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines.hf_trainer import adapted
@@ -20,11 +19,6 @@ from ullage.frozen import Frozen
 from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob
 from ullage.units import MiB, dtype_bytes
-
-#: Up to here the gradient of an embedding is one kernel. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu.
-FEW_INDICES = 3072
-#: How far sums of activations are trusted: as those of the Trainer's layers, against published peaks (docs/training.md).
-ACTIVATION_ERROR = 0.05
 
 
 class Walk(Frozen):
@@ -93,7 +87,7 @@ def _loss(walk: Walk) -> tuple[Term, ...]:
     loss, one_pass = walk.loss, walk.one_pass
     return (
         _kept_gradients(walk),
-        _grown(walk, _near("kept_activations", one_pass.kept_bytes)),
+        _grown(walk, _kept(walk, one_pass.kept_bytes)),
         _grown(walk, _near("final_norm_and_head_input", one_pass.frame_bytes + one_pass.head_input_bytes)),
         _grown(
             walk,
@@ -121,7 +115,7 @@ def _backward(walk: Walk) -> tuple[Term, ...]:
     formula = f"layer {worst.layer}: recomputed tensors and gradients of activations"
     return (
         _kept_gradients(walk) if accumulates else exact("gradients", worst.grad_bytes),
-        _grown(walk, _near("kept_activations", kept + min(0, work))),
+        _grown(walk, _kept(walk, kept + min(0, work))),
         _grown(walk, _near("layer_backward", max(0, work), formula=formula)),
         exact("accumulation_temporary", again, formula="the new gradient of the largest tensor"),
     )
@@ -133,7 +127,7 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel.
     """
     model, tokens = walk.job.model, walk.job.micro_batch_size * walk.job.seq_len
-    sorting = sum(embedding_gradient_tables(tokens, model.vocab_size, model.hidden_size))
+    sorting = tokens * (6 * 8 + 4 * model.hidden_size)
     more = int(model.vocab_size * model.hidden_size * dtype_bytes(walk.states.copies_dtype))
     laid = walk.one_pass.stream_bytes + sorting + (more if walk.job.grad_accum > 1 else 0)
     return (walk.states.gradients, _grown(walk, exact("embedding_backward", laid, formula="sorted indices, fp32 rows")))
@@ -156,6 +150,12 @@ def _optimizer_step(walk: Walk) -> tuple[Term, ...]:
 def _grown(walk: Walk, term: Term) -> Term:
     """Return a term that grows with the length, with the range of a length that is only known not to be exceeded."""
     return adapted.shortened(term) if walk.rules.length_unknown else term
+
+
+def _kept(walk: Walk, num_bytes: int) -> Term:
+    """Return what the layers keep, or nothing, where checkpoints may be on the host."""
+    found = _near("kept_activations", num_bytes)
+    return replace(found, low_bytes=0) if walk.rules.place_unknown else found
 
 
 def _near(name: str, num_bytes: int, *, formula: str = "") -> Term:
