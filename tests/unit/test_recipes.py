@@ -119,7 +119,7 @@ def test_a_command_line_is_read():
         ("axolotl", {"tensor_parallel_size": 2}),
         ("axolotl", {"rl": "ebft"}),
         ("trainer", {"gradient_checkpointing": "perhaps"}),
-        ("trainer", {"fsdp": "shard_grad_op"}),
+        ("trainer", {"fsdp": "no_shard auto_wrap"}),
         ("trl", {"use_peft": True, "lora_dropout": 1.5}),
         ("trainer", {"dtype": "int3"}),
         ("trainer", []),

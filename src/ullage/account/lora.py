@@ -82,6 +82,8 @@ def copied_parameters(model: spec.Model, lora: Lora) -> Trained:
             if placed.section in ("embedding", "head", "final")
             and name in placed.name.removesuffix(".weight").removesuffix(".bias").split(".")
         ]
+        if not found and name == "lm_head" and model.tied_embeddings:
+            found = [one.parameter for one in model_parameters(model) if one.section == "embedding"][:1]
         if not found:
             raise InputError(
                 _("no module of {model} is called {targets}").format(model=model.name, targets=name[:80]),

@@ -44,6 +44,7 @@ class OptimizerRule(Frozen):
 
 
 _ADAM = "torch@2.13.0:torch/optim/adam.py:_multi_tensor_adam (exp_avg_sq_sqrt is one copy of the parameters)"
+_MIX = "bitsandbytes@0.45.0:optim/ademamix.py:AdEMAMix.init_state (a fast and a slow average, and the squares)"
 _BNB = "bitsandbytes@0.43.3:optim/optimizer.py:Optimizer2State"
 RULES: dict[str, OptimizerRule] = {
     "adamw": OptimizerRule(num_moments=2, source=_ADAM),
@@ -59,7 +60,18 @@ RULES: dict[str, OptimizerRule] = {
     "paged_adamw": OptimizerRule(num_moments=2, paged=True, source=_BNB, temporaries=0),
     "paged_adamw_8bit": OptimizerRule(num_moments=2, quantised=8, paged=True, source=_BNB, temporaries=0),
     "lion_8bit": OptimizerRule(num_moments=1, quantised=8, source=_BNB, temporaries=0),
+    "paged_lion": OptimizerRule(num_moments=1, paged=True, source=_BNB, temporaries=0),
     "paged_lion_8bit": OptimizerRule(num_moments=1, quantised=8, paged=True, source=_BNB, temporaries=0),
+    "ademamix": OptimizerRule(num_moments=3, source=_MIX, temporaries=0),
+    "ademamix_8bit": OptimizerRule(num_moments=3, quantised=8, source=_MIX, temporaries=0),
+    "paged_ademamix": OptimizerRule(num_moments=3, paged=True, source=_MIX, temporaries=0),
+    "paged_ademamix_8bit": OptimizerRule(num_moments=3, quantised=8, paged=True, source=_MIX, temporaries=0),
+    "adagrad": OptimizerRule(num_moments=1, source="torch@2.13.0:torch/optim/adagrad.py:Adagrad (sum)"),
+    "rmsprop": OptimizerRule(num_moments=1, source="torch@2.13.0:torch/optim/rmsprop.py:RMSprop (square_avg)"),
+    "rmsprop_8bit": OptimizerRule(num_moments=1, quantised=8, source=_BNB, temporaries=0),
+    "schedule_free_adamw": OptimizerRule(
+        num_moments=2, source="schedulefree@1.4:schedulefree/adamw_schedulefree.py (z, exp_avg_sq)"
+    ),
     "lora_fa": OptimizerRule(num_moments=2, source="peft@0.21.2:optimizers/lorafa.py:LoraFAOptimizer", temporaries=0),
     "adamw_4bit": OptimizerRule(num_moments=2, quantised=4, source="torchao@0.14:optim/adam.py", temporaries=0),
 }

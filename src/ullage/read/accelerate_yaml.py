@@ -35,22 +35,28 @@ class AccelerateConfig:
 
     Attributes:
         engine: fsdp1, fsdp2, deepspeed, megatron, ddp or single.
-        num_gpus: all processes.
+        num_gpus: all processes, None: as many as there are.
         compute: of mixed precision, canonical name.
         fsdp: how FSDP shards.
         offload_params, recompute: of FSDP.
         deepspeed: its section, for :func:`ullage.read.deepspeed_json.parse_deepspeed`.
+        context: ranks that share a sequence (context parallelism, or Ulysses under DeepSpeed).
+        group: ranks of one shard group, None: all.
+        compile: torch.compile.
         unknown: keys that are not understood.
     """
 
     engine: str
-    num_gpus: int
+    num_gpus: int | None
     compute: str
     fsdp: Literal["full_shard", "shard_grad_op", "hybrid"] | None
     offload_params: bool
     recompute: bool
     deepspeed: dict[str, Any]
     unknown: tuple[str, ...]
+    context: int = 1
+    group: int | None = None
+    compile: bool = False
 
 
 def read_accelerate(path: Path) -> AccelerateConfig:
@@ -70,9 +76,14 @@ def parse_accelerate(config: Any, *, where: str) -> AccelerateConfig:
     fsdp = _section(config, "fsdp_config", where)
     unknown = [str(key) for key in config if key not in _KNOWN]
     unknown += [f"fsdp_config.{key}" for key in fsdp if key not in _FSDP_KNOWN]
-    num_gpus = config.get("num_processes", 1)
-    if isinstance(num_gpus, bool) or not isinstance(num_gpus, int) or not 1 <= num_gpus <= 1_000_000:
+    num_gpus = config.get("num_processes")
+    if num_gpus is not None and (
+        isinstance(num_gpus, bool) or not isinstance(num_gpus, int) or not 1 <= num_gpus <= 1_000_000
+    ):
         raise InputError(_("num_processes is no number of GPUs"), where=where, remedy=_("write a whole number"))
+    _check_wrap(fsdp, where)
+    context, group = _parallelism(_section(config, "parallelism_config", where), where)
+    dynamo = _section(config, "dynamo_config", where).get("dynamo_backend", "no")
     precision = str(config.get("mixed_precision", "no")).lower()
     if precision not in _PRECISIONS:
         raise InputError(
@@ -81,7 +92,7 @@ def parse_accelerate(config: Any, *, where: str) -> AccelerateConfig:
             remedy=_("known are {known}").format(known=", ".join(_PRECISIONS)),
         )
     return AccelerateConfig(
-        engine=_engine(str(config.get("distributed_type", "NO")).upper(), fsdp, num_gpus),
+        engine=_engine(str(config.get("distributed_type", "NO")).upper(), fsdp),
         num_gpus=num_gpus,
         compute=_PRECISIONS[precision],
         fsdp=_strategy(fsdp, where),
@@ -89,15 +100,46 @@ def parse_accelerate(config: Any, *, where: str) -> AccelerateConfig:
         recompute=_true(fsdp.get("fsdp_activation_checkpointing")),
         deepspeed=_section(config, "deepspeed_config", where),
         unknown=tuple(unknown),
+        context=context,
+        group=group,
+        compile=str(dynamo).lower() not in ("no", "none", "false"),
     )
 
 
-def _engine(kind: str, fsdp: dict[str, Any], num_gpus: int) -> str:
+def _check_wrap(fsdp: dict[str, Any], where: str) -> None:
+    """Refuse units of FSDP that are not the decoder's layers: the sizes of units decide what is gathered at once."""
+    policy = str(fsdp.get("fsdp_auto_wrap_policy") or "TRANSFORMER_BASED_WRAP").upper()
+    if policy != "TRANSFORMER_BASED_WRAP":
+        raise InputError(
+            _("{key} is not followed").format(key=f"fsdp_auto_wrap_policy {policy[:40]}"),
+            where=where,
+            remedy=_("write {right}").format(right="TRANSFORMER_BASED_WRAP"),
+        )
+
+
+def _parallelism(section: dict[str, Any], where: str) -> tuple[int, int | None]:
+    """Return the ranks that share a sequence, and those of a shard group where there are several.
+
+    Source: accelerate@1.15.0:parallelism_config.py:ParallelismConfig (FSDP shards over dp_shard x cp).
+    """
+    sizes = {}
+    for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
+        value = section.get(f"parallelism_config_{name}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20):
+            raise InputError(_("{name} is no number of ranks").format(name=name), where=where)
+        sizes[name] = value or 1
+    if sizes["tp_size"] > 1:
+        raise InputError(_("{key} above 1 is not followed").format(key="tp_size"), where=where)
+    context = sizes["cp_size"] * sizes["sp_size"]
+    return context, sizes["dp_shard_size"] * sizes["cp_size"] if sizes["dp_replicate_size"] > 1 else None
+
+
+def _engine(kind: str, fsdp: dict[str, Any]) -> str:
     if kind == "FSDP":
         return "fsdp2" if str(fsdp.get("fsdp_version", 1)) == "2" else "fsdp1"
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
         return {"DEEPSPEED": "deepspeed", "MEGATRON_LM": "megatron"}[kind]
-    return "ddp" if num_gpus > 1 else "single"
+    return "ddp"
 
 
 def _strategy(fsdp: dict[str, Any], where: str) -> Literal["full_shard", "shard_grad_op", "hybrid"] | None:

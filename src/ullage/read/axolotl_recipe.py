@@ -5,35 +5,20 @@ Source: axolotl@0.19.0:src/axolotl/utils/schemas/ for names and defaults, utils/
 
 from __future__ import annotations
 
-from typing import Any
-
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.axolotl_words import HARMLESS, NOT_FOLLOWED, PLUGINS, PREFIXES
+from ullage.read.fsdp_words import axolotl_fsdp
 from ullage.read.recipe_fields import Fields
-from ullage.read.recipe_words import ATTENTION, HARMLESS_PREFIXES, RecipeWords, optimizer_of, parse_targets
+from ullage.read.recipe_words import HARMLESS_PREFIXES, RecipeWords, attention_of, optimizer_of, parse_targets
 from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
 from ullage.read.rlhf_recipe import axolotl_rlhf
-from ullage.spec.training import Lora
+from ullage.spec.training import Evaluation, Lora
 
-_HARMLESS = (
-    "base_model", "base_model_config", "model_type", "tokenizer_type", "sequence_len", "pad_to_sequence_len", "strict",
-    "lora_fan_in_fan_out", "lora_model_dir", "group_by_length", "train_on_inputs", "lr_scheduler", "plugins", "tokens",
-    "datasets", "rl", "special_tokens", "sample_packing_eff_est", "eval_sample_packing", "revision_of_model",
-    "gradient_checkpointing_kwargs", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
-    "bnb_config_kwargs", "experimental_skip_move_to_device", "resize_token_embeddings_to_32x",
-    "shuffle_merged_datasets",
-    "cut_cross_entropy", "torch_dtype", "bfloat16", "float16", "fsdp_version", "xformers_attention", "type_of_model",
-    "tf32", "local_rank", "use_tensorboard", "roles_to_train", "unfrozen_parameters", "hf_use_auth_token",
-)  # fmt: skip
-_NOT_FOLLOWED = (
-    "unsloth_lora_qkv", "unsloth_lora_mlp", "unsloth_lora_o", "unsloth_cross_entropy_loss", "lisa_n_layers", "relora",
-    "qat", "fp8", "process_reward_model", "llmcompressor", "layer_offloading", "gptq", "s2_attention",
-    "unfrozen_parameters",
-)  # fmt: skip
-_SIZES = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "dp_shard_size")
+_SIZES = ("tensor_parallel_size", "expert_parallel_size")
 
 
-def axolotl_recipe(fields: Fields) -> RecipeWords:
+def axolotl_recipe(fields: Fields, version: str = "") -> RecipeWords:
     """Read a configuration of ``axolotl train``.
 
     Raises:
@@ -49,35 +34,51 @@ def axolotl_recipe(fields: Fields) -> RecipeWords:
     micro = fields.count("micro_batch_size") or 1
     total = fields.count("batch_size")
     accumulated = fields.count("gradient_accumulation_steps") or (max(1, total // micro) if total else 1)
+    context = fields.count("context_parallel_size") or fields.count("sequence_parallel_degree") or 1
     checkpointing = fields.raw("gradient_checkpointing")
-    fsdp, config = fields.raw("fsdp"), fields.raw("fsdp_config")
+    offloaded = fields.raw("activation_offloading") not in (None, False, "false")
+    loss, kernels = _loss(fields)
+    attention, like = _attention(fields)
+    base = _quantization(fields)
+    lora = (_llama_adapter(fields) if adapter == "llama-adapter" else _lora(fields)) if adapter else None
+    mixed = fields.raw("bf16") != "full"
     return RecipeWords(
+        program="axolotl",
         micro_batch_size=micro,
         grad_accum=accumulated,
         seq_len=length,
         optimizer=optimizer,
         optimizer_impl=impl,
         recompute=checkpointing not in (None, False, "false"),
-        activation_offload=checkpointing == "offload" or fields.flag("activation_offloading"),
-        attention=_attention(fields),
-        loss=_loss(fields),
-        compile=fields.raw("torch_compile") is True,
+        activation_offload=str(checkpointing).startswith("offload") or offloaded,
+        attention=attention,
+        loss=loss,
+        compile=str(fields.raw("torch_compile")).lower() in ("true", "auto"),
         packing=fields.flag("sample_packing"),
         precision=precision,
         compute=compute,
-        lora=(_llama_adapter(fields) if adapter == "llama-adapter" else _lora(fields)) if adapter else None,
+        lora=lora,
         rlhf=rlhf,
-        base_quantization=_quantization(fields),
+        base_quantization=base,
         deepspeed=fields.raw("deepspeed") or None,
-        fsdp=bool(fsdp or config),
-        fsdp_offload=_offloads(config),
-        said=(_("sequences of the full length, {length:,} tokens").format(length=length),),
-        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), HARMLESS_PREFIXES),
+        fsdp=axolotl_fsdp(fields, mixed=mixed),
+        evaluation=_evaluation(fields, micro),
+        context=context,
+        flags=_flags(fields, kernels, quantised=base is not None),
+        said=(
+            _("sequences of the full length, {length:,} tokens").format(length=length),
+            *like,
+            *_said(fields, adapter, context),
+        ),
+        unknown=fields.not_asked(
+            (*HARMLESS, *RLHF_HARMLESS),
+            (*HARMLESS_PREFIXES, *PREFIXES, *(() if adapter else ("lora_", "peft_"))),
+        ),
     )
 
 
 def _refuse(fields: Fields) -> None:
-    for key in _NOT_FOLLOWED:
+    for key in NOT_FOLLOWED:
         if fields.raw(key) not in (None, False, 0, [], {}):
             raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
     for key in _SIZES:
@@ -86,6 +87,68 @@ def _refuse(fields: Fields) -> None:
     adapter = fields.word("adapter")
     if adapter not in (None, "lora", "qlora", "llama-adapter"):
         raise fields.wrong("adapter", "lora, qlora, llama-adapter")
+    plugins = fields.raw("plugins")
+    for name in plugins if isinstance(plugins, list) else []:
+        if not any(known in str(name).lower() for known in PLUGINS):
+            raise InputError(
+                _("the plugin {name} is not followed").format(name=str(name)[:80]),
+                where=fields.where,
+                remedy=_("known are {known}").format(known=", ".join(PLUGINS)),
+            )
+
+
+def _said(fields: Fields, adapter: str | None, context: int) -> tuple[str, ...]:
+    """Return what is taken for granted of settings that are followed in part."""
+    found = []
+    kernels = [fields.raw(f"lora_{part}_kernel") for part in ("mlp", "qkv", "o", "embedding")]
+    by_itself = all(one is None for one in kernels) and not fields.raw("rl") and not fields.flag("load_in_8bit")
+    by_itself = by_itself and not fields.flag("trust_remote_code")
+    if adapter in ("lora", "qlora") and (any(kernels) or by_itself):
+        # axolotl@0.19.0:axolotl/utils/schemas/config.py:check_auto_enable_lora_kernels
+        found.append(_("axolotl's LoRA kernels are counted as PEFT's own layers, which keep more"))
+    less = [key for key in ("tiled_mlp", "flash_attn_fuse_mlp") if fields.flag(key)]
+    found += [_("{key}: counted as without it, which keeps more").format(key=key) for key in less]
+    ways = ("use_scattermoe", "use_sonicmoe", "use_kernels", "experts_implementation")
+    other = [key for key in ways if fields.raw(key) not in (None, False)]
+    found += [_("{key}: experts are counted as transformers runs them").format(key=key) for key in other]
+    if (fields.count("chunked_cross_entropy_num_chunks") or 8) != 8:
+        found.append(_("the loss in 8 chunks"))
+    if context > 1:
+        found.append(
+            _("a ring of {count} ranks: keys and values of one more part are not counted").format(count=context)
+        )
+    return tuple(found)
+
+
+def _evaluation(fields: Fields, micro: int) -> Evaluation | None:
+    """Return the evaluation between steps, as many sequences at a time as in training unless told; none without data.
+
+    Source: axolotl@0.19.0:axolotl/utils/schemas/training.py (eval_batch_size), utils/config/__init__.py:
+        normalize_config; integrations/cut_cross_entropy/ (no logits here either).
+    """
+    batch, length = fields.count("eval_batch_size") or micro, fields.count("eval_sequence_len")
+    split = fields.raw("val_set_size") in (None, 0, 0.0, "0", "0.0")
+    if (split and not fields.raw("test_datasets")) or fields.word("eval_strategy") == "no":
+        return None
+    cut = fields.flag("cut_cross_entropy", any("cut_cross_entropy" in name for name in fields.words("plugins")))
+    return Evaluation(batch_size=batch, seq_len=length, spares_logits=cut)
+
+
+def _flags(fields: Fields, kernels: str | None, *, quantised: bool) -> tuple[tuple[str, str], ...]:
+    """Return what the job's rules take as flags: how checkpoints work, fused kernels, and how experts are stored.
+
+    Source: axolotl@0.19.0:axolotl/utils/config/__init__.py:normalize_config (use_reentrant), utils/schemas/config.py
+        (quantize_moe_experts, llama4_linearized_experts).
+    """
+    details = fields.raw("gradient_checkpointing_kwargs")
+    reentrant = fields.raw("rl") is None
+    if isinstance(details, dict):
+        reentrant = details.get("use_reentrant") is True
+    found = [("use_reentrant", str(reentrant).lower())]
+    linear, narrow = fields.flag("llama4_linearized_experts"), fields.flag("quantize_moe_experts")
+    if quantised:
+        found.append(("experts", "linear" if linear else "quantised" if narrow else "wide"))
+    return tuple([*found, ("fused_kernels", kernels)] if kernels is not None else found)
 
 
 def _precision(fields: Fields) -> tuple[str, str]:
@@ -95,30 +158,52 @@ def _precision(fields: Fields) -> tuple[str, str]:
     """
     value = fields.raw("bf16")
     if value in (True, "auto", "full", "true") or fields.raw("bfloat16") is True:
+        fields.raw("fp16"), fields.raw("float16")
         return "bf16", "bfloat16"
+    if fields.flag("load_in_8bit"):
+        return "bf16", "float16"
     if fields.flag("fp16") or fields.raw("float16") is True:
         return "amp", "float16"
     return "fp32", "float32"
 
 
-def _attention(fields: Fields) -> Any:
-    """Return which kernel runs: named as in transformers, or by one of axolotl's switches."""
-    named = fields.choice("attn_implementation", ATTENTION)
-    switches = (("flash_attention", "flash"), ("sdp_attention", "sdpa"), ("eager_attention", "eager"))
-    on = [kernel for key, kernel in switches if fields.flag(key)]
-    return named or (on[0] if on else None)
+def _attention(fields: Fields) -> tuple[str | None, tuple[str, ...]]:
+    """Return which kernel runs, and what is taken for granted: named as in transformers, or by one of the old switches.
 
-
-def _loss(fields: Fields) -> str | None:
-    """Return the loss that a plugin brings: Liger's, or Apple's cut cross entropy.
-
-    Source: axolotl@0.19.0:src/axolotl/integrations/liger/, integrations/cut_cross_entropy/.
+    Source: axolotl@0.19.0:axolotl/utils/schemas/enums.py:LEGACY_ATTN_FLAG_TO_IMPL, in this order.
     """
-    if fields.flag("liger_fused_linear_cross_entropy") or fields.flag("cut_cross_entropy"):
-        return "liger"
-    if any("cut_cross_entropy" in name for name in fields.words("plugins")):
-        return "liger"
-    return "chunked" if fields.flag("chunked_cross_entropy") else None
+    switches = {
+        "xformers_attention": "xformers",
+        "sage_attention": "sage",
+        "flex_attention": "flex_attention",
+        "flash_attention": "flash_attention_2",
+        "sdp_attention": "sdpa",
+        "eager_attention": "eager",
+    }
+    on = [kernel for key, kernel in switches.items() if fields.flag(key)]
+    if fields.raw("attn_implementation") is None and on:
+        return attention_of(Fields({"attn_implementation": on[0]}, fields.where))
+    return attention_of(fields)
+
+
+def _loss(fields: Fields) -> tuple[str | None, str | None]:
+    """Return the loss that a plugin brings, and the kernels that are fused, each by a switch of its own.
+
+    Source: axolotl@0.19.0:axolotl/integrations/liger/plugin.py:LigerPlugin.pre_model_load, integrations/
+        cut_cross_entropy/, monkeypatch/loss/chunked.py.
+    """
+    liger = {
+        "rms_norm": fields.flag("liger_rms_norm"),
+        "rope": fields.flag("liger_rope"),
+        "swiglu": fields.flag("liger_glu_activation") or fields.flag("liger_swiglu"),
+    }
+    kernels = ",".join(name for name, on in liger.items() if on)
+    cut = fields.flag("cut_cross_entropy", any("cut_cross_entropy" in name for name in fields.words("plugins")))
+    if fields.flag("liger_fused_linear_cross_entropy") or cut:
+        return "liger", kernels
+    if fields.flag("liger_cross_entropy") or fields.flag("flash_attn_cross_entropy"):
+        return "fused", kernels or None
+    return ("chunked" if fields.flag("chunked_cross_entropy") else None), kernels or None
 
 
 def _llama_adapter(fields: Fields) -> Lora:
@@ -152,10 +237,6 @@ def _lora(fields: Fields) -> Lora:
 
 def _quantization(fields: Fields) -> str | None:
     four, eight = fields.flag("load_in_4bit"), fields.flag("load_in_8bit")
+    if fields.flag("gptq"):
+        return "gptq"
     return "nf4" if four else "int8" if eight else None
-
-
-def _offloads(config: Any) -> bool:
-    """Return whether FSDP keeps parameters on the host (``offload_params``, with the old prefix or without)."""
-    section = config if isinstance(config, dict) else {}
-    return any(section.get(key) is True for key in ("offload_params", "fsdp_offload_params"))

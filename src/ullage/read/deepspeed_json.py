@@ -15,7 +15,8 @@ from ullage.read.jsonfile import read_json_object
 HARMLESS = frozenset(
     ("scheduler", "steps_per_print", "wall_clock_breakdown", "dump_state", "tensorboard", "wandb", "csv_monitor",
      "comms_logger", "flops_profiler", "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
-     "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "checkpoint",
+     "comms_config", "seq_parallel_communication_data_type", "sparse_gradients",
+     "gradient_allreduce_bucket", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed", "checkpoint",
      "gradient_clipping", "data_types", "memory_breakdown", "disable_allgather", "elasticity", "autotuning", "aio",
      "train_batch_size", "compile", "monitor_config", "communication_data_type", "hybrid_engine", "data_efficiency",
      "activation_checkpointing", "torch_autocast", "amp", "sequence_parallel_size", "load_universal_checkpoint")
@@ -43,14 +44,52 @@ _ZERO_KEYS: dict[str, tuple[str, type]] = {
 #: More elements than any machine holds; "unlimited" is written so.
 MAX_COUNT = 10**18
 _ZERO_HARMLESS = frozenset(
-    ("allgather_partitions", "reduce_scatter", "round_robin_gradients", "load_from_fp32_weights", "elastic_checkpoint",
-     "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-     "ignore_unused_parameters", "legacy_stage1", "mics_shard_size", "memory_efficient_linear",
-     "use_multi_rank_bucket_allreduce",
-     "stage3_module_granularity_threshold", "pipeline_loading_checkpoint", "override_module_apply",
-     "stage3_model_persistence_threshold", "log_trace_cache_warnings", "offload_optimizer", "offload_param",
-     "cpu_offload", "cpu_offload_params", "zeropp_loco_param", "zero_quantized_nontrainable_weights")
-)  # fmt: skip
+    (
+        "allgather_partitions",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "load_from_fp32_weights",
+        "elastic_checkpoint",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "mics_shard_size",
+        "memory_efficient_linear",
+        "use_multi_rank_bucket_allreduce",
+        "stage3_module_granularity_threshold",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "stage3_model_persistence_threshold",
+        "log_trace_cache_warnings",
+        "offload_optimizer",
+        "offload_param",
+        "cpu_offload",
+        "cpu_offload_params",
+        "cpu_offload_param",
+        "zeropp_loco_param",
+        "zero_quantized_nontrainable_weights",
+        "gather_16bit_weights_on_model_save",
+        "module_granularity_threshold",
+        "model_persistence_threshold",
+        "use_all_reduce_for_fetch_params",
+        "stage3_use_all_reduce_for_fetch_params",
+        "cpu_offload_use_pin_memory",
+        "mics_hierarchical_params_gather",
+    )
+)
+#: Names that stage 3's settings have without their prefix.
+#: Source: deepspeed@0.17.0:runtime/zero/config.py:DeepSpeedZeroConfig (fields with an alias), runtime/config_utils.py:
+#: DeepSpeedConfigModel (populate_by_name).
+_SHORT = {
+    key.removeprefix("stage3_"): key
+    for key in (
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +125,10 @@ def read_deepspeed(path: Path) -> DeepspeedConfig:
 
 def parse_deepspeed(config: dict[str, Any], *, where: str) -> DeepspeedConfig:
     """Parse a configuration; unknown keys are named, not refused."""
-    section = _section(config, "zero_optimization", where)
+    section = {_SHORT.get(key, key): value for key, value in _section(config, "zero_optimization", where).items()}
     auto = [key for key, value in config.items() if value == "auto"]
     auto += [f"zero_optimization.{key}" for key, value in section.items() if value == "auto"]
-    unknown = [key for key in config if key not in _TOP and key not in HARMLESS]
+    unknown = [key for key in config if key not in _TOP and key not in HARMLESS and not key.startswith("_")]
     unknown += [f"zero_optimization.{key}" for key in section if key not in _ZERO_KEYS and key not in _ZERO_HARMLESS]
     optimizer = _section(config, "optimizer", where).get("type")
     return DeepspeedConfig(
@@ -101,6 +140,43 @@ def parse_deepspeed(config: dict[str, Any], *, where: str) -> DeepspeedConfig:
         auto=tuple(auto),
         unknown=tuple(unknown),
     )
+
+
+def refuse_deepspeed(config: dict[str, Any], *, where: str) -> None:
+    """Refuse settings that change the memory in ways that no rule here follows.
+
+    Source: deepspeed@0.17.0:module_inject/layers.py (autotp_size), runtime/zero/mics.py (mics_shard_size), runtime/
+        config.py (grad_accum_dtype, graph_harvesting), runtime/hybrid_engine.py, compile/ (deepcompile); 0.18's
+        runtime/precision_config.py (states in the format of the parameters).
+
+    Raises:
+        InputError: one of them is on.
+    """
+    zero = _section(config, "zero_optimization", where)
+    found = {
+        "tensor_parallel: autotp_size above 1": _above_one(_section(config, "tensor_parallel", where), "autotp_size"),
+        "zero_optimization: mics_shard_size": _above_one(zero, "mics_shard_size"),
+        "zero_optimization: zero_quantized_nontrainable_weights": zero.get("zero_quantized_nontrainable_weights")
+        is True,
+        "data_types: grad_accum_dtype": _section(config, "data_types", where).get("grad_accum_dtype") is not None,
+        "sequence_parallel_size above 1": _above_one(config, "sequence_parallel_size"),
+        "hybrid_engine": _section(config, "hybrid_engine", where).get("enabled") is True,
+        "amp": _section(config, "amp", where).get("enabled") is True,
+        "torch_autocast": _section(config, "torch_autocast", where).get("enabled") is True,
+        "compile: deepcompile": _section(config, "compile", where).get("deepcompile") is True,
+    }
+    narrow = ("master_weights_and_grads", "optimizer_states")
+    for key in ("bf16", "bfloat16", "fp16"):
+        for name, value in _section(config, key, where).items():
+            found[f"{key}: {name}"] = value is True and name.endswith(narrow)
+    for name, stated in found.items():
+        if stated:
+            raise InputError(_("{key} is not followed").format(key=name), where=where)
+
+
+def _above_one(section: dict[str, Any], key: str) -> bool:
+    value = section.get(key)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
 def _zero(section: dict[str, Any], where: str) -> ZeroSettings:
@@ -119,7 +195,7 @@ def _zero(section: dict[str, Any], where: str) -> ZeroSettings:
         ("offload_param", "cpu_offload_params", "offload_params"),
     ):
         device = _section(section, key, where).get("device")
-        if section.get(old) is True:
+        if section.get(old) is True or section.get(old.removesuffix("s")) is True:
             device = "cpu"
         if isinstance(device, str) and device not in ("none", "auto"):
             found[name] = device

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.fsdp_words import trainer_fsdp
 from ullage.read.recipe_fields import Fields
-from ullage.read.recipe_words import HARMLESS_PREFIXES, RecipeWords, optimizer_of, parse_targets
+from ullage.read.recipe_line import accelerate_of
+from ullage.read.recipe_words import HARMLESS_PREFIXES, RecipeWords, evaluation, optimizer_of, parse_targets
 from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
 from ullage.read.rlhf_recipe import llamafactory_rlhf
 from ullage.spec.training import Lora
@@ -16,20 +18,99 @@ from ullage.spec.training import Lora
 #: Source: llamafactory@0.9.5:extras/constants.py:AttentionFunction; "auto" is the model's own default.
 _ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash", "fa3": "flash"}
 _HARMLESS = (
-    "stage", "finetuning_type", "cache_dir", "adapter_name_or_path", "max_samples", "trust_remote_code", "template",
-    "plot_loss", "print_param_status", "rope_scaling", "double_quantization", "low_cpu_mem_usage", "infer_backend",
-    "resize_vocab", "flash_attn", "create_new_adapter", "loraplus_lr_ratio", "mask_history", "enable_thinking",
-    "use_reentrant_gc", "model_name_or_path",
+    "stage",
+    "finetuning_type",
+    "cache_dir",
+    "adapter_name_or_path",
+    "max_samples",
+    "trust_remote_code",
+    "template",
+    "plot_loss",
+    "print_param_status",
+    "rope_scaling",
+    "double_quantization",
+    "low_cpu_mem_usage",
+    "infer_backend",
+    "resize_vocab",
+    "flash_attn",
+    "create_new_adapter",
+    "loraplus_lr_ratio",
+    "mask_history",
+    "enable_thinking",
+    "model_name_or_path",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "num_train_epochs",
+    "buffer_size",
+    "interleave_probs",
+    "packing",
+    "use_fast_tokenizer",
+    "train_from_scratch",
+    "moe_aux_loss_coef",
+    "use_swanlab",
+    "use_rslora",
+    "use_kv_cache",
+    "offload_folder",
+    "ignore_pad_token_for_loss",
+    "tool_format",
+    "default_system",
+    "preserve_thinking",
+    "compute_accuracy",
+    "disable_shuffling",
+    "quantization_device_map",
+    "block_diag_attn",
+    "fsdp_transformer_layer_cls_to_wrap",
+    "ray_num_workers",
+    "do_sample",
+    "max_new_tokens",
+    "model_revision",
+    "fp8_backend",
+    "fp8_enable_fsdp_float8_all_gather",
+    "use_dft_loss",
+    "use_eaft_loss",
+    "freeze_vision_tower",
+    "freeze_multi_modal_projector",
+    "freeze_language_model",
+    "use_audio_in_video",
+    "crop_to_patches",
+    "ref_model",
+)
+#: Settings of parts that are off, or that say nothing of memory, by how they begin.
+_PREFIXES = (
+    "image_", "video_", "audio_", "export_", "vllm_", "sglang_", "infer_", "hf_hub", "ms_hub", "om_hub", "kt_",
+    "badam_", "galore_", "apollo_", "ppo_", "profile", "add_", "new_special", "init_special", "split_special",
+    "pissa_", "loraplus_", "oft_", "lora_", "freeze_trainable", "freeze_extra", "eaft_", "asft_", "include_effective",
+    "enable_torch_profiler", "reward_model", "ray_",
 )  # fmt: skip
 #: Settings that change the memory in ways that are not followed: better refused than left out.
 _NOT_FOLLOWED = (
-    "use_unsloth", "use_unsloth_gc", "use_galore", "use_apollo", "use_badam", "use_llama_pro", "shift_attn", "use_kt",
-    "mixture_of_depths", "use_adam_mini", "use_ray", "upcast_lmhead_output", "use_v1_kernels",
-)  # fmt: skip
+    "use_unsloth",
+    "use_unsloth_gc",
+    "use_galore",
+    "use_apollo",
+    "use_badam",
+    "use_llama_pro",
+    "shift_attn",
+    "use_kt",
+    "mixture_of_depths",
+    "use_adam_mini",
+    "use_ray",
+    "upcast_lmhead_output",
+    "upcast_layernorm",
+    "fp8",
+    "use_asft_loss",
+    "use_mca",
+    "use_hyper_parallel",
+    "create_new_adapter_model",
+    "label_smoothing_factor",
+)
+#: Settings that only a configuration of its newer trainers has.
+#: Source: llamafactory@0.9.5:v1/config/{model_args,data_args,training_args}.py.
+_OF_V1 = ("dist_config", "train_dataset", "kernel_config", "peft_config", "quant_config", "sample_backend")  # fmt: skip
 _DEFAULT_LENGTH, _DEFAULT_RANK = 2048, 8
 
 
-def llamafactory_recipe(fields: Fields) -> RecipeWords:
+def llamafactory_recipe(fields: Fields, version: str = "") -> RecipeWords:
     """Read a configuration of ``llamafactory-cli train``.
 
     Gradient checkpointing is on unless it is switched off, and trained parameters are made fp32 unless ``pure_bf16``
@@ -41,13 +122,18 @@ def llamafactory_recipe(fields: Fields) -> RecipeWords:
     for key in _NOT_FOLLOWED:
         if fields.raw(key) not in (None, False, "false"):
             raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
+    _refuse_v1(fields)
     _refuse_layers(fields)
     optimizer, impl = optimizer_of(fields, "optim", "adamw_torch_fused")
+    if fields.flag("use_muon"):  # llamafactory@0.9.5:train/trainer_utils.py:_create_muon_optimizer
+        optimizer, impl = "muon", None
     lora = _lora(fields)
     precision, compute = _precision(fields, adapted=lora is not None)
     packing = fields.flag("packing", fields.word("stage") == "pt") or fields.flag("neat_packing")
     length = fields.count("cutoff_len") or _DEFAULT_LENGTH
+    mixed = not fields.flag("pure_bf16")
     return RecipeWords(
+        program="llamafactory",
         micro_batch_size=fields.count("per_device_train_batch_size") or 8,
         grad_accum=fields.count("gradient_accumulation_steps") or 1,
         seq_len=length,
@@ -64,10 +150,35 @@ def llamafactory_recipe(fields: Fields) -> RecipeWords:
         rlhf=llamafactory_rlhf(fields, adapted=lora is not None),
         base_quantization=_quantization(fields),
         deepspeed=fields.raw("deepspeed") or None,
-        fsdp=fields.raw("fsdp") not in (None, "", False),
-        said=(_("sequences of the cut-off length, {length:,} tokens").format(length=length),),
-        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), HARMLESS_PREFIXES),
+        accelerate=accelerate_of(fields),
+        fsdp=trainer_fsdp(fields, version=2, mixed=mixed),
+        evaluation=evaluation(fields),
+        flags=(("use_reentrant", str(fields.flag("use_reentrant_gc", True)).lower()),),
+        said=(_("sequences of the cut-off length, {length:,} tokens").format(length=length), *_said(fields)),
+        unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), (*HARMLESS_PREFIXES, *_PREFIXES)),
     )
+
+
+def _said(fields: Fields) -> tuple[str, ...]:
+    """Return what is taken for granted of settings that are followed in part."""
+    found = []
+    # llamafactory@0.9.5:train/trainer_utils.py:dft_loss_func, eaft_loss_func
+    losses = [key for key in ("use_dft_loss", "use_eaft_loss") if fields.flag(key)]
+    found += [_("{key}: counted as the plain cross entropy").format(key=key) for key in losses]
+    if fields.raw("use_v1_kernels") not in (None, False, "false"):
+        # llamafactory@0.9.5:v1/plugins/model_plugins/kernels/ops/mlp/cuda_fused_moe.py, the only one on NVIDIA's cards
+        found.append(_("use_v1_kernels: experts are counted as transformers runs them"))
+    return tuple(found)
+
+
+def _refuse_v1(fields: Fields) -> None:
+    """Refuse a configuration of the newer trainers, whose settings have other names and defaults."""
+    if fields.raw("model_name_or_path") is None and any(key in fields.values for key in _OF_V1):
+        raise InputError(
+            _("is a configuration of LLaMA-Factory's v1 trainers (USE_V1), which is not read"),
+            where=fields.where,
+            remedy=_("write it as trainer: settings, or with the options of ullage fit train"),
+        )
 
 
 def _refuse_layers(fields: Fields) -> None:
@@ -98,6 +209,8 @@ def _lora(fields: Fields) -> Lora | None:
     rank, dropout = fields.count("lora_rank") or _DEFAULT_RANK, fields.fraction("lora_dropout")
     targets = parse_targets(fields.words("lora_target"))
     dora, modules = fields.flag("use_dora"), fields.words("additional_target")
+    if fields.flag("resize_vocab") and not modules:  # llamafactory@0.9.5:model/adapter.py:_setup_lora_tuning
+        modules = ("embed_tokens", "lm_head")
     kind = fields.word("finetuning_type") or "lora"
     if kind == "oft":
         return _oft(fields, modules)

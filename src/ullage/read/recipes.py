@@ -11,12 +11,14 @@ from ullage.read.axolotl_recipe import axolotl_recipe
 from ullage.read.jsonfile import is_file
 from ullage.read.llamafactory_recipe import llamafactory_recipe
 from ullage.read.recipe_fields import Fields
+from ullage.read.recipe_line import fields_of_line
 from ullage.read.recipe_words import RecipeWords, lay_over
-from ullage.read.trainer_recipe import fields_of_line, trainer_recipe, trl_recipe
+from ullage.read.trainer_recipe import trainer_recipe, trl_recipe
 from ullage.read.yamlfile import read_yaml
 from ullage.spec.training import TrainingJob
 
-READERS: dict[str, Callable[[Fields], RecipeWords]] = {
+#: The settings and the program's version → what they say.
+READERS: dict[str, Callable[..., RecipeWords]] = {
     "trainer": trainer_recipe,
     "trl": trl_recipe,
     "llamafactory": llamafactory_recipe,
@@ -54,4 +56,4 @@ def with_recipe(kind: str, fields: Fields, job: TrainingJob) -> TrainingJob:
     Raises:
         InputError: a setting with a value that it cannot have, or one that is not followed.
     """
-    return lay_over(job, READERS[kind](fields), Path(fields.where))
+    return lay_over(job, READERS[kind](fields, job.engine_version), Path(fields.where))

@@ -28,23 +28,44 @@ HARMLESS = (
     "vllm_server_base_url", "vllm_group_port", "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "shuffle_dataset", "generation_kwargs",
     "chat_template_kwargs", "max_prompt_length", "dpo_use_weighting", "precompute_ref_batch_size", "ref_model",
-    "ref_model_adapters", "max_completion_length",
+    "ref_model_adapters", "max_completion_length", "loss_type_weights", "tools", "system_prompt", "label_smoothing",
+    "missing_eos_penalty", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "response_length",
+    "total_episodes", "num_ppo_epochs", "kl_coef", "cliprange", "vf_coef", "stop_token", "generation_batch_size",
+    "cosine_", "overlong_filter", "token_entropy_percentile_threshold", "f_alpha_divergence_coef", "use_weighting",
 )  # fmt: skip
-_SCRIPTS = {"reward_modeling": "rm", "reward": "rm"}
+#: TRL's scripts by the word that they begin with.
+_SCRIPTS: dict[str, RlhfKind | None] = {
+    "sft": None, "dpo": "dpo", "kto": "kto", "reward": "rm", "grpo": "grpo", "gspo": "grpo", "rloo": "rloo",
+    "orpo": "orpo", "cpo": "cpo", "ppo": "ppo",
+}  # fmt: skip
+#: Those that hold further models, or make completions, in ways that are not followed.
+#: Source: trl@1.16.0:experimental/{gkd,gold,minillm,sdft,sdpo,ssd,nash_md,online_dpo,xpo,prm,bco,tpo,async_grpo}/,
+#: trainer/distillation_trainer.py.
+_NOT_FOLLOWED = frozenset((
+    "gkd", "gold", "distillation", "minillm", "sdft", "sdpo", "ssd", "nash", "online", "xpo", "prm", "bco", "tpo",
+    "async", "mpo", "server", "iw", "diffusion", "continuous",
+))  # fmt: skip
 
 
 def trl_kind(fields: Fields) -> RlhfKind | None:
-    """Return what TRL's script trains: named on the command line, or seen from settings that only one has."""
-    script = fields.word("script")
-    if script is not None and script != "sft":
-        return kind_of(_SCRIPTS.get(script, script), fields.where)
-    if script is None and any(
-        fields.values.get(key) is not None for key in ("num_generations", "max_completion_length")
-    ):
+    """Return what TRL's script trains: named on the command line, or seen from settings that only one has.
+
+    Raises:
+        InputError: a script of TRL that is not followed.
+    """
+    script = (fields.word("script") or "").removeprefix("run_")
+    if not _NOT_FOLLOWED.isdisjoint(script.split("_")) or fields.raw("teacher_model_name_or_path") is not None:
+        raise InputError(
+            _("TRL's {script} is not followed").format(script=(script or "teacher_model_name_or_path")[:40]),
+            where=fields.where,
+            remedy=_("known are {known}").format(known=", ".join(_SCRIPTS)),
+        )
+    named = script.split("_")[0]
+    if named in _SCRIPTS:
+        return _SCRIPTS[named]
+    if any(fields.values.get(key) is not None for key in ("num_generations", "max_completion_length")):
         return "grpo"
-    if script is None and fields.values.get("precompute_ref_log_probs") is not None:
-        return "dpo"
-    return None
+    return "dpo" if fields.values.get("precompute_ref_log_probs") is not None else None
 
 
 def trl_rlhf(fields: Fields) -> tuple[Rlhf | None, int | None]:
@@ -59,7 +80,7 @@ def trl_rlhf(fields: Fields) -> tuple[Rlhf | None, int | None]:
     found = Rlhf(kind=kind, reference=_trl_reference(fields, kind))
     if kind not in ON_POLICY:
         return found, None
-    completion = fields.count("max_completion_length") or 512
+    completion = fields.count("max_completion_length") or fields.count("response_length") or 512
     found = replace(found, completion_len=completion, steps_per_generation=fields.count("steps_per_generation"))
     prompt, whole = fields.count("max_prompt_length"), fields.count("vllm_max_model_length")
     return replace(found, rollout=_trl_rollout(fields)), prompt + completion if prompt else whole

@@ -7,93 +7,95 @@ trainer/model_config.py:ModelConfig for models, adapters and lengths.
 from __future__ import annotations
 
 import re
-import shlex
-from dataclasses import replace
+from typing import Any
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.fsdp_words import trainer_fsdp
 from ullage.read.recipe_fields import Fields
+from ullage.read.recipe_line import accelerate_of
 from ullage.read.recipe_words import (
-    ATTENTION,
     HARMLESS_PREFIXES,
     RecipeWords,
+    attention_of,
+    evaluation,
     optimizer_of,
     parse_targets,
 )
 from ullage.read.rlhf_recipe import HARMLESS as RLHF_HARMLESS
 from ullage.read.rlhf_recipe import trl_rlhf
-from ullage.spec.rlhf import ON_POLICY
+from ullage.spec.rlhf import ON_POLICY, Rlhf
 from ullage.spec.training import Lora
 
 _HARMLESS = (
-    "auto_find_batch_size", "model_revision", "dataset_name", "dataset_config", "gradient_checkpointing_kwargs",
-    "torch_empty_cache_steps", "dataloader_num_workers", "bf16_full_eval", "fp16_full_eval", "fsdp_config",
-    "torch_compile_backend", "torch_compile_mode", "liger_kernel_config", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+    "auto_find_batch_size", "model_revision", "dataset_name", "dataset_config", "torch_empty_cache_steps",
+    "dataloader_num_workers", "bf16_full_eval", "fp16_full_eval", "bnb_4bit_quant_type", "use_bnb_nested_quant",
     "lora_task_type", "bnb_4bit_quant_storage", "eos_token", "pad_token", "completion_only_loss", "assistant_only_loss",
     "fp16_opt_level", "half_precision_backend", "length_column_name", "ddp_find_unused_parameters", "use_cache",
+    "loss_type", "padding_free", "packing_strategy", "model_init_kwargs", "benchmarks", "callbacks", "hub_", "code_",
+    "parallelism_config", "use_mps_device", "do_eval", "liger_kernel_config", "no_remove_unused_columns",
+    "lazy_preprocess", "system_prompt", "task", "ignore_bias_buffers", "trackio_space_id", "router_aux_loss_coef",
+)  # fmt: skip
+#: Settings that change the memory in ways that are not followed: better refused than left out.
+_NOT_FOLLOWED = (
+    "lora_target_parameters", "use_kernels", "tp_size", "use_lora", "q_lora", "optim_target_modules", "mp_parameters",
+    "sharded_ddp", "deepcompile",
 )  # fmt: skip
 _TRL_LENGTH = 1024
-#: Which of TRL's scripts a line runs: ``trl dpo``, or a copy of its file.
-_SCRIPT = re.compile(
-    r"\btrl\s+(sft|dpo|kto|reward|grpo|rloo)\b|\b(sft|dpo|kto|reward_modeling|reward|grpo|rloo|ppo|orpo|cpo)\.py\b"
-)
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "bf16"}
+#: From here TRL's loss of next tokens makes no logits; before 1.15 in chunks of its own.
+#: Source: trl@1.16.0:trainer/sft_trainer.py:SFTTrainer.__init__ (add_fused_lm_head); @f2cd5771 (1.10.0.dev0):
+#: trainer/sft_config.py:SFTConfig (loss_type chunked_nll by default), against @v1.9.0.
+_TILED_SINCE, _TILES_SINCE = (1, 10), (1, 15)
 
 
-def fields_of_line(line: str, where: str) -> Fields:
-    """Return the ``--name value`` and ``--name=value`` pairs of a command line as settings; a bare flag is true."""
-    try:
-        words = shlex.split(line.replace("\\\n", " "), comments=True)
-    except ValueError as error:
-        raise InputError(_("is no command line ({reason})").format(reason=error), where=where) from None
-    values: dict[str, object] = {}
-    script = _SCRIPT.search(line)
-    if script:
-        values["script"] = script.group(1) or script.group(2)
-    name = None
-    for word in words:
-        flag = re.fullmatch(r"--([A-Za-z][\w-]*)(?:=(.*))?", word, re.DOTALL)
-        if flag:
-            name = flag.group(1).replace("-", "_")
-            values[name] = True if flag.group(2) is None else flag.group(2)
-        elif name is not None:
-            before = values[name]
-            values[name] = word if before is True else f"{before},{word}"
-    return Fields(values, where)
-
-
-def trainer_recipe(fields: Fields) -> RecipeWords:
+def trainer_recipe(fields: Fields, version: str = "") -> RecipeWords:
     """Read the Trainer's own arguments; which model and adapters a script makes of them, they do not say.
 
     Raises:
         InputError: a value that its argument cannot have.
     """
-    return _recipe(fields, checkpointing=False, length=None, precision=_precision(fields))
+    length = fields.count("model_max_length") or fields.count("block_size")
+    fsdp_version = 1 if re.match(r"[234]\.", version) else 2
+    loss = _liger(fields)
+    return _recipe(fields, "", length=length, precision=_precision(fields), loss=loss, fsdp_version=fsdp_version)
 
 
-def trl_recipe(fields: Fields) -> RecipeWords:
+def trl_recipe(fields: Fields, version: str = "") -> RecipeWords:
     """Read the arguments of TRL's scripts, whose defaults differ from the Trainer's.
 
     Raises:
         InputError: a value that its argument cannot have.
     """
+    _take_model_kwargs(fields)
     rlhf, length = trl_rlhf(fields)
     if rlhf is None or rlhf.kind not in ON_POLICY:
-        length = _TRL_LENGTH
-    words = _recipe(fields, checkpointing=True, length=length, precision=_trl_precision(fields))
-    return replace(words, rlhf=rlhf)
+        length = None if "max_length" in fields.values and fields.raw("max_length") is None else _TRL_LENGTH
+    loss = _liger(fields) if rlhf is not None else _trl_loss(fields, version)
+    return _recipe(fields, "trl", length=length, precision=_trl_precision(fields), loss=loss, rlhf=rlhf)
 
 
 def _recipe(
-    fields: Fields, *, checkpointing: bool, length: int | None, precision: tuple[str, str, tuple[str, ...]]
+    fields: Fields,
+    program: str,
+    *,
+    length: int | None,
+    precision: tuple[str, str, tuple[str, ...]],
+    loss: tuple[str | None, str | None, tuple[str, ...]],
+    rlhf: Rlhf | None = None,
+    fsdp_version: int = 2,
 ) -> RecipeWords:
+    _refuse(fields)
     optimizer, impl = optimizer_of(fields, "optim", "adamw_torch_fused")
     four, eight = fields.flag("load_in_4bit"), fields.flag("load_in_8bit")
-    liger = (fields.flag("use_liger_kernel"), fields.flag("use_liger"))
-    lora, said = _lora(fields)
-    recompute, every = _checkpointing(fields, checkpointing)
+    recompute, every = _checkpointing(fields, program == "trl")
+    attention, like = attention_of(fields)
     lengths = (fields.count("max_length"), fields.count("max_seq_length"))
+    compiled = [fields.flag("torch_compile")] + [
+        fields.raw(f"torch_compile_{what}") is not None for what in ("backend", "mode")
+    ]
     return RecipeWords(
+        program=program,
         micro_batch_size=fields.count("per_device_train_batch_size") or 8,
         grad_accum=fields.count("gradient_accumulation_steps") or 1,
         seq_len=lengths[0] or lengths[1] or length,
@@ -101,21 +103,90 @@ def _recipe(
         optimizer_impl=impl,
         recompute=recompute,
         recompute_every=every,
-        attention=fields.choice("attn_implementation", ATTENTION),
-        loss="liger" if any(liger) else None,
-        compile=fields.flag("torch_compile"),
+        attention=attention,
+        loss=loss[0],
+        compile=any(compiled),
         packing=fields.flag("packing"),
         precision=precision[0],
         compute=precision[1],
-        lora=lora,
+        lora=_lora(fields),
+        rlhf=rlhf,
         base_quantization="nf4" if four else "int8" if eight else None,
         deepspeed=fields.raw("deepspeed") or None,
-        fsdp=_fsdp(fields),
-        fsdp_offload="offload" in str(fields.raw("fsdp") or ""),
+        accelerate=accelerate_of(fields),
+        fsdp=trainer_fsdp(fields, version=fsdp_version, mixed=fields.flag("bf16", program == "trl") or _half(fields)),
         activation_offload=fields.flag("activation_offloading"),
-        said=(*precision[2], *said, *_evaluation(fields)),
+        evaluation=evaluation(fields, spares_logits=loss[0] == "tiled"),
+        flags=_flags(fields, loss[1]),
+        said=(*precision[2], *like, *loss[2]),
         unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS, "model_name_or_path"), HARMLESS_PREFIXES),
     )
+
+
+def _refuse(fields: Fields) -> None:
+    for key in _NOT_FOLLOWED:
+        if str(fields.raw(key)).lower() not in ("none", "false", "0", "1", "", "[]"):
+            raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
+    smoothing = fields.raw("label_smoothing_factor")
+    if smoothing not in (None, 0, 0.0, "0", "0.0"):  # transformers@5.23.0:trainer_pt_utils.py:LabelSmoother
+        raise InputError(_("{key} is not followed").format(key="label_smoothing_factor"), where=fields.where)
+
+
+def _half(fields: Fields) -> bool:
+    return fields.flag("fp16")
+
+
+def _take_model_kwargs(fields: Fields) -> None:
+    """Take what ``model_init_kwargs`` hands on to ``from_pretrained`` as if it stood beside the other settings."""
+    given = fields.raw("model_init_kwargs")
+    for key in ("dtype", "torch_dtype", "attn_implementation", "use_kernels"):
+        if isinstance(given, dict) and given.get(key) is not None:
+            fields.values.setdefault(key, given[key])
+
+
+def _flags(fields: Fields, kernels: str | None) -> tuple[tuple[str, str], ...]:
+    """Return what the job's rules take as flags: how checkpoints work, and which kernels are fused."""
+    details = fields.raw("gradient_checkpointing_kwargs")
+    reentrant = details.get("use_reentrant") if isinstance(details, dict) else None
+    found = [("use_reentrant", str(reentrant).lower())] if isinstance(reentrant, bool) else []
+    return tuple([*found, ("fused_kernels", kernels)] if kernels is not None else found)
+
+
+def _liger(fields: Fields) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the loss, the kernels that are fused where the loss does not say it, and what is taken for granted.
+
+    Source: transformers@5.23.0:integrations/liger.py:apply_liger_kernel (liger_kernel_config);
+        liger-kernel@0.6.3:transformers/monkey_patch.py:apply_liger_kernel_to_llama.
+    """
+    liger = (fields.flag("use_liger_kernel"), fields.flag("use_liger"))
+    if not any(liger):
+        return None, None, ()
+    config = fields.raw("liger_kernel_config")
+    parts: dict[str, Any] = config if isinstance(config, dict) else {}
+    kernels = [name for name in ("rms_norm", "rope", "swiglu") if parts.get(name, True)]
+    fused = bool(parts.get("fused_linear_cross_entropy", True))
+    return "liger" if fused else None, None if fused and len(kernels) == 3 else ",".join(kernels), ()
+
+
+def _trl_loss(fields: Fields, version: str) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the same of TRL's next-token loss, which makes no logits of all tokens.
+
+    Source: trl@1.16.0:trainer/sft_trainer.py:SFTTrainer.__init__ (add_fused_lm_head; of Liger the layers' kernels
+        alone), compute_loss; trainer/utils.py:add_fused_lm_head.
+    """
+    found = re.match(r"(\d{1,3})\.(\d{1,3})", version)
+    stated = (int(found.group(1)), int(found.group(2))) if found else None
+    if stated is not None and stated < _TILED_SINCE and fields.word("loss_type") != "chunked_nll":
+        return _liger(fields)
+    liger, kernels, _said = _liger(fields)
+    said: tuple[str, ...] = ()
+    if stated is None:
+        said = (_("the loss of TRL {version}: no logits of all tokens").format(version="1.16"),)
+    elif stated < _TILES_SINCE:
+        if liger is not None:
+            return liger, kernels, ()
+        said = (_("chunks of the logits as in TRL {version}").format(version="1.16"),)
+    return "tiled", "rms_norm,rope,swiglu" if liger is not None and kernels is None else kernels, said
 
 
 def _checkpointing(fields: Fields, default: bool) -> tuple[bool, int]:
@@ -127,13 +198,6 @@ def _checkpointing(fields: Fields, default: bool) -> tuple[bool, int]:
     details = fields.raw("activation_checkpointing_kwargs")
     every = Fields(details, fields.where).count("every_n_layers") if isinstance(details, dict) else None
     return on, every or 1
-
-
-def _evaluation(fields: Fields) -> tuple[str, ...]:
-    batch, when = fields.count("per_device_eval_batch_size"), fields.word("eval_strategy")
-    if batch is None or when in (None, "no"):
-        return ()
-    return (_("evaluation, {count} sequences at a time, is not counted").format(count=batch),)
 
 
 def _precision(fields: Fields) -> tuple[str, str, tuple[str, ...]]:
@@ -172,28 +236,13 @@ def _mixed(dtype: str, bf16: bool, half: bool) -> str:
     return "bf16"
 
 
-def _fsdp(fields: Fields) -> bool:
-    """Return whether FSDP shards; a text such as ``full_shard auto_wrap``, a list, or a switch."""
-    value = fields.raw("fsdp")
-    if value in (None, "", False, []):
-        return False
-    text = " ".join(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else str(value)
-    if text.lower() != "true" and "full_shard" not in text:
-        raise fields.wrong("fsdp", _("full_shard: no other way of sharding is followed under the Trainer"))
-    return True
-
-
-def _lora(fields: Fields) -> tuple[Lora | None, tuple[str, ...]]:
-    """Return the adapters; without targets PEFT takes those of the model's kind, for most the queries and values.
-
-    Source: peft@0.21.2:utils/constants.py:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.
-    """
+def _lora(fields: Fields) -> Lora | None:
+    """Return the adapters; without targets PEFT takes those of the model's kind."""
     rank, dropout = fields.count("lora_r") or 16, fields.fraction("lora_dropout", 0.05)
     targets, dora, modules = (
         fields.words("lora_target_modules"), fields.flag("use_dora"), fields.words("lora_modules_to_save"),
     )  # fmt: skip
     if not fields.flag("use_peft"):
-        return None, ()
-    said = () if targets else (_("LoRA on q_proj and v_proj, PEFT's choice for most models"),)
-    found = parse_targets(targets) if targets else ("q_proj", "v_proj")
-    return Lora(rank=rank, targets=found, dropout=dropout, dora=dora, trained_modules=modules), said
+        return None
+    found = parse_targets(targets) if targets else ()
+    return Lora(rank=rank, targets=found, dropout=dropout, dora=dora, trained_modules=modules)

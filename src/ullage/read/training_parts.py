@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ullage.errors import InputError, LayoutError
+from ullage.errors import LayoutError
 from ullage.i18n import _
-from ullage.spec.training import Precision, Recompute, TrainingJob
+from ullage.spec.training import Precision, TrainingJob
 
 #: Options of the command line that each file states itself.
 STATED = {
@@ -35,13 +35,16 @@ def with_deepspeed_values(job: TrainingJob, values: dict[str, Any], *, where: st
     """Lay the values of a DeepSpeed configuration over a job."""
     import json
 
-    from ullage.read.deepspeed_json import parse_deepspeed
+    from ullage.read.deepspeed_json import HARMLESS, parse_deepspeed, refuse_deepspeed
     from ullage.read.training_words import parse_precision
 
+    refuse_deepspeed(values, where=where)
+    values, filled = _with_hidden_size(values, job)
     config = parse_deepspeed(values, where=where)
     stated = not _leaves_precision(values)
     usual = parse_precision(None, "deepspeed")[1] if stated else ()
-    said = [_('{key} is "auto": as the flags say').format(key=key) for key in config.auto]
+    said = [_('{key} is "auto": as the flags say').format(key=key) for key in config.auto if key not in HARMLESS]
+    said += filled
     if config.unknown:
         said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(config.unknown)[:400]))
     zero = config.zero
@@ -49,8 +52,8 @@ def with_deepspeed_values(job: TrainingJob, values: dict[str, Any], *, where: st
     offload = {**dict(job.offload), **{what: where for what, where in kept if where}}
     return replace(
         job,
-        parallel=replace(job.parallel, zero_stage=zero.stage),
-        precision=_precision(config.compute) if stated else job.precision,
+        parallel=replace(job.parallel, zero_stage=zero.stage, fsdp=None),
+        precision=own_precision(config.compute) if stated else job.precision,
         optimizer=config.optimizer or job.optimizer,
         micro_batch_size=max(1, config.micro_batch_size or job.micro_batch_size),
         grad_accum=max(1, config.grad_accum or job.grad_accum),
@@ -60,13 +63,35 @@ def with_deepspeed_values(job: TrainingJob, values: dict[str, Any], *, where: st
     )
 
 
+def _with_hidden_size(values: dict[str, Any], job: TrainingJob) -> tuple[dict[str, Any], list[str]]:
+    """Return the values with the buckets that "auto" makes out of the hidden size h, and what to say of it.
+
+    Formula: reduce_bucket_size h*h; stage 3: stage3_prefetch_bucket_size 0.9*h*h, stage3_param_persistence_threshold
+        10*h. DeepSpeed alone knows no "auto": the Trainer or Accelerate fills it in.
+    Source: transformers@5.23.0:integrations/deepspeed.py:HfTrainerDeepSpeedConfig.trainer_config_finalize;
+        accelerate@1.15.0:accelerator.py:Accelerator._prepare_deepspeed.
+    """
+    section = values.get("zero_optimization")
+    if not isinstance(section, dict):
+        return values, []
+    hidden = job.model.hidden_size
+    sizes = {
+        "reduce_bucket_size": hidden**2,
+        "stage3_prefetch_bucket_size": 9 * hidden**2 // 10,
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    filled = {key: size for key, size in sizes.items() if section.get(key) == "auto"}
+    said = [_('{key} is "auto": {size:,} elements').format(key=key, size=size) for key, size in filled.items()]
+    return {**values, "zero_optimization": {**section, **filled}}, said
+
+
 def _leaves_precision(values: Mapping[str, Any]) -> bool:
     """Say whether a configuration leaves the number format to the flags: ``"auto"``."""
     sections = [values.get(key) for key in ("bf16", "bfloat16", "fp16")]
     return any(one == "auto" or (isinstance(one, dict) and one.get("enabled") == "auto") for one in sections)
 
 
-def _precision(compute: str) -> Precision:
+def own_precision(compute: str) -> Precision:
     """Return DeepSpeed's recipe: gradients as the model, an fp32 master copy beside 16-bit parameters.
 
     Source: deepspeed@0.17.0:deepspeed/runtime/engine.py:get_data_types.
@@ -112,65 +137,10 @@ def with_torchtitan(job: TrainingJob, path: Path) -> TrainingJob:
 
 
 def with_accelerate(job: TrainingJob, path: Path) -> TrainingJob:
-    """Lay an Accelerate configuration over a job: the framework, how it shards, mixed precision.
+    """Lay an Accelerate configuration over a job (:mod:`ullage.read.accelerate_parts`)."""
+    from ullage.read.accelerate_parts import with_accelerate as laid
 
-    Mixed precision keeps fp32 parameters under autocast (accelerate@1.10.0:accelerator.py:prepare_model).
-
-    Raises:
-        InputError: not such a configuration, or one for another number of GPUs.
-    """
-    from ullage.read.accelerate_yaml import read_accelerate
-
-    config = read_accelerate(path)
-    if config.num_gpus != job.machine.num_gpus:
-        raise InputError(
-            _("num_processes is {count} and the machine has {world} GPUs").format(
-                count=config.num_gpus, world=job.machine.num_gpus
-            ),
-            where=str(path),
-            remedy=_("give the machine of the file with --on"),
-        )
-    if config.compute.startswith("float8"):
-        raise InputError(_("mixed_precision fp8 is not followed"), where=str(path), remedy=_("write bf16"))
-    job = replace(job, engine=config.engine)
-    if config.unknown:
-        said = _("keys not known, taken as without memory: {keys}").format(keys=", ".join(config.unknown)[:400])
-        job = replace(job, assumed=(*job.assumed, said))
-    if config.engine == "megatron":
-        raise InputError(
-            _("Megatron-LM under Accelerate is not read"), where=str(path), remedy=_("write --from megatron:run.sh")
-        )
-    if config.engine == "deepspeed":
-        return _with_plugin(job, config.deepspeed, config.compute, path)
-    offload = (("params", "cpu"), ("optimizer", "cpu")) if config.offload_params else ()
-    return replace(
-        job,
-        parallel=replace(job.parallel, fsdp=config.fsdp, zero_stage=0),
-        precision=Precision(compute=config.compute, params="float32", grads="float32"),
-        recompute=Recompute(kind="full") if config.recompute else job.recompute,
-        offload=offload,
-    )
-
-
-def _with_plugin(job: TrainingJob, section: dict[str, Any], compute: str, path: Path) -> TrainingJob:
-    """Lay Accelerate's DeepSpeed section over a job: a file that it names, or its own few keys.
-
-    Source: accelerate@1.10.0:utils/dataclasses.py:DeepSpeedPlugin.
-    """
-    file = section.get("deepspeed_config_file")
-    if isinstance(file, str) and file:
-        return with_deepspeed(job, path.parent / file)
-    zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
-    for key in ("offload_optimizer", "offload_param"):
-        device = section.get(f"{key}_device")
-        if isinstance(device, str) and device != "none":
-            zero[key] = {"device": device}
-    values: dict[str, Any] = {"zero_optimization": zero}
-    if compute != "float32":
-        values["bf16" if compute == "bfloat16" else "fp16"] = {"enabled": True}
-    if section.get("gradient_accumulation_steps") is not None:
-        values["gradient_accumulation_steps"] = section["gradient_accumulation_steps"]
-    return with_deepspeed_values(job, values, where=f"{path}: deepspeed_config")
+    return laid(job, path)
 
 
 OVERLAYS: dict[str, Callable[[TrainingJob, Path], TrainingJob]] = {

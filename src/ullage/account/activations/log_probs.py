@@ -72,6 +72,27 @@ def log_probs_of(job: TrainingJob) -> LogProbPeak:
     )
 
 
+def tiled_peak(job: TrainingJob) -> LogProbPeak:
+    """Return what TRL's loss of next tokens takes: log-probabilities of the labels, in tiles of head and log-softmax.
+
+    Every token is scored that has a label; here all of them.
+    Source: trl@1.16.0:trainer/utils.py:add_fused_lm_head, trainer/sft_trainer.py:SFTTrainer.compute_loss.
+    """
+    lora = job.lora
+    return log_prob_peak(
+        LogProbs(
+            style="tiled",
+            num_rows=job.micro_batch_size,
+            num_tokens=job.micro_batch_size * job.seq_len,
+            vocab_size=job.model.vocab_size,
+            hidden_size=job.model.hidden_size,
+            width=int(dtype_bytes(job.precision.compute)),
+            weight_width=int(dtype_bytes(job.precision.params)) if lora is None else 2,
+            head_trained=lora is None or "lm_head" in lora.trained_modules,
+        )
+    )
+
+
 def scored_tokens(job: TrainingJob) -> int:
     """Return the tokens of a batch that are scored: of generated rows the completion alone (``logits_to_keep``).
 

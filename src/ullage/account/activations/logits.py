@@ -16,7 +16,8 @@ class LossRecipe(Frozen):
 
     Attributes:
         kind: plain (cross entropy of PyTorch), fused (a kernel that writes the gradient over its input), chunked (the
-            head is applied to a slice of the tokens at a time), liger (fused linear cross entropy).
+            head is applied to a slice of the tokens at a time), liger (fused linear cross entropy), tiled (as
+            :mod:`ullage.account.activations.log_probs` counts it).
         upcast: where logits become fp32: in the model's forward, in the loss function (the 16-bit logits stay), never.
         shift_copies: the shifted logits are a copy of their own.
         num_chunks: of a chunked loss.
@@ -24,7 +25,7 @@ class LossRecipe(Frozen):
         compiled: torch.compile fuses cast, shift and log-softmax: logits and their gradient in the compute dtype.
     """
 
-    kind: Literal["plain", "fused", "chunked", "liger"] = "plain"
+    kind: Literal["plain", "fused", "chunked", "liger", "tiled"] = "plain"
     upcast: Upcast = "loss"
     shift_copies: bool = True
     num_chunks: int = 8

@@ -10,6 +10,7 @@ from ullage.account.activations.blocks import Style, Training
 from ullage.account.activations.decoder import Slice, decoder_graph
 from ullage.account.activations.graph import Checkpoint
 from ullage.account.fsdp import Group
+from ullage.account.optimizer import shard_state_bytes
 from ullage.account.parameters import Parameter
 from ullage.account.zero import ZeroSettings
 from ullage.engines.fsdp.plan import Rules, hf_loss, lora_of
@@ -111,14 +112,17 @@ def _states(
 ) -> tuple[tuple[str, int], ...]:
     """Parameters, master copy, moments, and the flat partition of gradients that stage 3 keeps.
 
-    DeepSpeed makes the moments before the first step (``initialize_optimizer_states``).
+    DeepSpeed makes the moments before the first step (``initialize_optimizer_states``): an optimizer of the Trainer's
+    sees one flat tensor, its rank's partition (deepspeed@0.17.0:runtime/zero/stage_1_and_2.py, ``param_group["params"]
+    = [single_partition_of_fp32_groups]``).
     """
     master = int(dtype_bytes(job.precision.master)) if job.precision.master else 0
-    moments = 2 * int(dtype_bytes(job.precision.moments)) if job.optimizer != "sgd" else 0
+    partition = cdiv(trained, ranks if settings.stage else 1)
+    moments = 0 if settings.offload_optimizer else shard_state_bytes(job.optimizer, partition, job.precision.moments)
     found = [
         ("weights", zero.parameter_bytes(total, element, ranks, settings)),
         ("master_weights", zero.master_bytes(trained, master, ranks, settings)),
-        ("optimizer_states", zero.master_bytes(trained, moments, ranks, settings)),
+        ("optimizer_states", moments),
     ]
     if settings.stage == 3:
         grads = int(dtype_bytes(job.precision.grads))

@@ -256,7 +256,7 @@ def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, sl
     head = Builder(style=plain, training=training, num_tokens=tokens)
     rows = 1 if is_headless(job) else model.vocab_size
     head.linear("logits", "x", model.hidden_size, rows, names=("lm_head",))
-    kinds: dict[str | None, LossKind] = {"chunked": "chunked", "fused": "fused", "liger": "fused"}
+    kinds: dict[str | None, LossKind] = {"chunked": "chunked", "fused": "fused", "liger": "fused", "tiled": "tiled"}
     never = rules.upcast_logits and model.architecture in NEVER_UPCAST
     found = LossPlan(
         kind=kinds.get(job.loss, "native" if never else "plain"),

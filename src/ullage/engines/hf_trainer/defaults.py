@@ -203,7 +203,7 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         implementation=_implementation(job, version, fused, prepared),
         loss=_loss(job, version),
         adapters=replace(precision_of(job), uncast=_uncast(job, prepared), fused="adapters" in fused),
-        reentrant=version < NOT_REENTRANT,
+        reentrant=_reentrant(job, version),
         norms_fp32=prepared,
         autocast_casts=autocast,
         keeps_gradients=job.engine == "single",
@@ -212,6 +212,12 @@ def _recipe(job: TrainingJob, version: Version) -> Recipe:
         impl_assumed=False,
         version=version,
     )
+
+
+def _reentrant(job: TrainingJob, version: Version) -> bool:
+    """Return whether checkpoints are reentrant: as the flag ``use_reentrant`` says, else as the version does."""
+    stated = dict(job.flags).get("use_reentrant")
+    return version < NOT_REENTRANT if stated is None else stated == "true"
 
 
 def precision_of(job: TrainingJob) -> AdapterPrecision:

@@ -21,17 +21,21 @@ def are_stacked(job: TrainingJob) -> bool:
     """
     if job.base_quantization not in BITSANDBYTES:
         return False
+    if dict(job.flags).get("experts") == "linear":  # axolotl's llama4_linearized_experts
+        return False
     version = transformers_version(job.engine_version) or NEWEST
     return version >= GROUPED_EXPERTS and any(_routed(layer) for layer in job.model.layers)
 
 
 def stay_wide(job: TrainingJob) -> bool:
-    """Return whether stacked experts stay as they were loaded; Axolotl quantises them while it loads.
+    """Return whether stacked experts stay as they were loaded; Axolotl quantises them while it loads, where asked to.
 
     Source: axolotl@067b021c:src/axolotl/monkeypatch/moe_quant.py:patch_moe_quantization_on_load
         (quantize_moe_experts), loaders/model.py:_prepare_model_for_quantization.
     """
-    return are_stacked(job) and "axolotl" not in job.engine_version.lower()
+    stated = dict(job.flags).get("experts")
+    quantised = "axolotl" in job.engine_version.lower() if stated is None else stated == "quantised"
+    return are_stacked(job) and not quantised
 
 
 def said(job: TrainingJob) -> tuple[str, ...]:

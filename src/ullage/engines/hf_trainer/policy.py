@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ullage.account.activations.log_probs import log_probs_of
+from ullage.account.activations.log_probs import log_probs_of, tiled_peak
 from ullage.account.activations.logits import LossPeak, loss_peak
 from ullage.engines.hf_trainer.defaults import Recipe
 from ullage.engines.hf_trainer.layers import micro_batch
@@ -15,6 +15,8 @@ def loss_of(job: TrainingJob, recipe: Recipe) -> LossPeak:
     """Return the peak of a job's loss."""
     if job.rlhf is not None:
         return log_probs_of(job).loss
+    if recipe.loss.kind == "tiled":
+        return tiled_peak(job).loss
     return loss_peak(
         recipe.loss,
         num_tokens=micro_batch(job).num_tokens,

@@ -123,7 +123,7 @@ def _last_outputs(walk: Walk, *, mean: bool = False) -> tuple[Term, ...]:
     heads are repeated.
     Source: peft@0.19.1:method_comparison/MetaMathQA/run.py:train (``outputs = model(...)``).
     """
-    if not walk.recipe.keeps_gradients or walk.job.loss == "liger":
+    if not walk.recipe.keeps_gradients or walk.job.loss in ("liger", "tiled"):
         return ()
     width = 4 if walk.recipe.loss.upcast == "head" else dtype_bytes(walk.job.precision.compute)
     per_token = int(walk.job.micro_batch_size * walk.job.model.vocab_size * width)
@@ -269,7 +269,7 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     accumulates = weight if walk.job.grad_accum > 1 else 0
     laid = walk.one_pass.stream_bytes + sorting + accumulates
     tied = model.tied_embeddings and not is_headless(walk.job)
-    view = walk.job.loss != "liger"  # Liger's gradient of the head is a tensor of its own, and is added to
+    view = walk.job.loss not in ("liger", "tiled")  # their gradient of the head is a tensor of its own, and added to
     more = max(laid + weight, (2 if view else 1) * weight + accumulates) if tied else laid
     return (
         walk.states.gradients,
