@@ -70,6 +70,10 @@ OPTIONS = {
     "parameter offload": lambda job: replace(job, offload=(("params", "cpu"),)),
     "activation offload": lambda job: replace(job, offload=(("activations", "cpu"),)),
     "compile": lambda job: replace(job, compile=True),
+    "fp8": lambda job: replace(job, precision=replace(job.precision, fp8_recipe="blockwise")),
+    "fp8 by tensor": lambda job: replace(job, precision=replace(job.precision, fp8_recipe="tensorwise")),
+    "mxfp8": lambda job: replace(job, precision=replace(job.precision, fp8_recipe="mxfp8")),
+    "nvfp4": lambda job: replace(job, precision=replace(job.precision, fp8_recipe="nvfp4")),
     "evaluation": lambda job: replace(job, evaluation=Evaluation(batch_size=8)),
 }
 #: What a setting is the same as, by (engine or "", option).

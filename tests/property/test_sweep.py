@@ -200,7 +200,7 @@ def walked(**case):
 def test_loads_are_the_fullest_moments_of_the_walk(seed):
     rng = random.Random(seed)
     for _case in range(150):
-        schedule = rng.choice(("1f1b", "interleaved", "gpipe", "dualpipe", "dualpipev"))
+        schedule = rng.choice(("1f1b", "interleaved", "gpipe", "zero_bubble", "dualpipe", "dualpipev"))
         pipeline = rng.randrange(1, 13)
         case = {
             "schedule": schedule,

@@ -236,6 +236,13 @@ def test_interleaved(rank, expected):
 
 
 @pytest.mark.parametrize("rank", range(4))
+def test_zero_bubble_fills_every_rank_as_full_as_the_first(rank):
+    settings = {"schedule": "zero_bubble", "pipeline": 4, "virtual": 1, "rank": rank, "group": 4}
+    assert peak_in_flight(num_micro_batches=16, **settings) == 4
+    assert {sum(load.live) for load in schedule.loads(num_micro_batches=16, **settings)} == {4}
+
+
+@pytest.mark.parametrize("rank", range(4))
 def test_dualpipe_holds_one_more_than_the_pipeline(rank):
     found = peak_in_flight(schedule="dualpipe", pipeline=4, virtual=2, rank=rank, num_micro_batches=20, group=4)
     assert found == 5

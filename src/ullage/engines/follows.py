@@ -31,6 +31,7 @@ class Follows(Frozen):
         attention, losses: kernels; flash and sdpa keep the same.
         adapters, offload, compile: as in the job; methods: of PEFT other than LoRA and DoRA.
         base_quantizations: of a frozen base, None: all that the rules' own reading knows.
+        fp8: recipes of products in 8 or 4 bits.
         evaluation: with a batch of its own.
     """
 
@@ -46,6 +47,7 @@ class Follows(Frozen):
     base_quantizations: frozenset[str] | None = frozenset()
     offload: frozenset[str] = frozenset()
     compile: bool = True
+    fp8: frozenset[str] = frozenset()
     evaluation: bool = False
 
 
@@ -84,6 +86,7 @@ FOLLOWS = {
         losses=frozenset({"plain", "fused"}),
         offload=frozenset({"optimizer"}),
         compile=False,
+        fp8=frozenset({"blockwise", "delayed", "tensorwise", "mxfp8", "nvfp4"}),
     ),
     "hf_trainer": _HF,
     "single": _HF,
@@ -111,6 +114,7 @@ FOLLOWS = {
         losses=frozenset({"plain", "chunked"}),
         adapters=False,
         offload=frozenset({"params"}),
+        fp8=frozenset({"tensorwise", "mxfp8"}),
     ),
     "litgpt": Follows(
         fsdp=frozenset({"full_shard"}),
@@ -188,12 +192,18 @@ def _passed_over(job: TrainingJob, own: Follows) -> Iterator[tuple[str, type[Inp
     for what, where in job.offload:
         if what not in own.offload:
             yield _("{what} on {where}").format(what=what, where=where), InputError
+    if job.precision.fp8_recipe is not None and job.precision.fp8_recipe not in own.fp8:
+        yield _("products in {recipe}").format(recipe=_recipe(job.precision.fp8_recipe)), InputError
     if job.compile and not own.compile:
         yield "torch.compile", InputError
     if job.routing_sigma is not None and not ("expert" in own.splits and job.parallel.expert_parallel_size > 1):
         yield _("uneven routing without expert parallelism"), InputError
     if job.evaluation is not None and (not own.evaluation or job.rlhf is not None):
         yield _("an evaluation of {kind}").format(kind=job.rlhf.kind if job.rlhf else job.engine), InputError
+
+
+def _recipe(name: str) -> str:
+    return name if name in ("mxfp8", "nvfp4") else f"fp8 ({name})"
 
 
 def _own_method(job: TrainingJob) -> str:

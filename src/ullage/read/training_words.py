@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.i18n import _
@@ -13,20 +14,31 @@ from ullage.spec.training import Lora, Precision, Recompute, TrainingParallel
 #: and master weights); amp: fp32 parameters under autocast or an FSDP policy; bf16: all in bf16; fp8: as bf16-mixed,
 #: products in fp8; bf16-master: ZeRO's, gradients in the model's dtype
 #: (deepspeed@0.17.0:deepspeed/runtime/engine.py:get_data_types); fp8-deepseek: bf16 moments too
-#: (arXiv:2412.19437 sec. 3.3.3).
+#: (arXiv:2412.19437 sec. 3.3.3); tf32: fp32 in memory, rounded inside products.
 RECIPES = {
     "bf16-mixed": Precision(grads="float32", master="float32"),
     "amp": Precision(params="float32", grads="float32"),
     "bf16-master": Precision(master="float32"),
     "bf16": Precision(moments="bfloat16"),
     "fp16-mixed": Precision(compute="float16", params="float16", grads="float16", master="float32"),
+    "fp16": Precision(compute="float16", params="float16", grads="float16", moments="float16"),
     "fp32": Precision(compute="float32", params="float32", grads="float32"),
+    "tf32": Precision(compute="float32", params="float32", grads="float32"),
+    "fp64": Precision(compute="float64", params="float64", grads="float64", moments="float64"),
     "fp8": Precision(grads="float32", master="float32", fp8_recipe="blockwise"),
     "fp8-deepseek": Precision(grads="float32", master="float32", moments="bfloat16", fp8_recipe="blockwise"),
+    "mxfp8": Precision(grads="float32", master="float32", fp8_recipe="mxfp8"),
+    "nvfp4": Precision(grads="float32", master="float32", fp8_recipe="nvfp4"),
+}
+#: The same words where a framework means something else: torchtitan keeps fp32 parameters, and scales by tensor.
+OWN_RECIPES = {
+    ("torchtitan", "fp8"): replace(RECIPES["amp"], fp8_recipe="tensorwise"),
+    ("torchtitan", "mxfp8"): replace(RECIPES["amp"], fp8_recipe="mxfp8"),
 }
 #: What a framework's users run when they say nothing.
 DEFAULT_RECIPES = {
     "megatron": "bf16-mixed", "deepspeed": "bf16-master", "hf_trainer": "bf16", "single": "bf16", "unsloth": "bf16",
+    "torchtune": "bf16", "litgpt": "bf16",
 }  # fmt: skip
 
 
@@ -41,7 +53,7 @@ def parse_precision(text: str | None, engine: str) -> tuple[Precision, tuple[str
             where="--precision",
             remedy=_("known are {known}").format(known=", ".join(RECIPES)),
         )
-    return RECIPES[text], ()
+    return OWN_RECIPES.get((engine, text), RECIPES[text]), ()
 
 
 def parse_recompute(text: str | None) -> Recompute:

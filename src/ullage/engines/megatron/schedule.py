@@ -1,7 +1,8 @@
 """Forward and backward passes of one pipeline rank in the order in which they run.
 
 Source: Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py: get_schedule_table, get_pp_rank_microbatches,
-forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/DualPipe).
+forward_backward_pipelining_without_interleaving; DualPipe README (deepseek-ai/DualPipe); zero bubble: Qi et al. 2024,
+arXiv:2401.10241, sec. 2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ SETTLED = 3
 def passes(
     *, schedule: str, pipeline: int, virtual: int, rank: int, num_micro_batches: int, group: int, ahead: int = 0
 ) -> list[Pass]:
-    """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached."""
+    """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached.
+
+    Zero bubble (ZB-H1): rank p holds P - p micro-batches and p more whose weight gradients wait, each counted whole (they
+    need 32/34 of it); with several chunks a rank it is walked as interleaved.
+    """
     limit = SETTLED * max(2 * pipeline, group) * 2
     number = min(num_micro_batches, limit)
     if schedule == "gpipe":
@@ -38,7 +43,7 @@ def passes(
         return _dual(pipeline * (2 if schedule == "dualpipev" else 1), rank, number)
     if virtual > 1:
         return _interleaved(pipeline, virtual, rank, number, group, ahead)
-    warmup = min(pipeline - rank - 1, number)
+    warmup = min(pipeline - 1 if schedule == "zero_bubble" else pipeline - rank - 1, number)
     return _one_forward_one_backward([0] * number, [0] * number, warmup)
 
 
@@ -69,7 +74,8 @@ def loads(
         ahead=ahead,
     )
     if schedule == "gpipe" or (virtual == 1 and not both_ways(schedule)):
-        most = least if schedule == "gpipe" else min(pipeline - rank, least)
+        ahead_of_it = 0 if schedule == "zero_bubble" else rank
+        most = least if schedule == "gpipe" else min(pipeline - ahead_of_it, least)
         live = (most, *[0] * (virtual - 1))
         return Load(True, 0, live), Load(False, 0, live)
     if both_ways(schedule):

@@ -46,7 +46,7 @@ def every_matmul(op: Op, count: int) -> bool:
 
 def style_of(job: TrainingJob, rules: Rules) -> Style:
     """The implementation of a block."""
-    fp8 = job.precision.compute.startswith("float8")
+    fp8 = job.precision.compute.startswith("float8") or job.precision.fp8_recipe is not None
     return Style(
         norm="fused" if rules.fused_norm or job.compile else "native",
         rope="fused" if job.compile else "complex",
