@@ -13,6 +13,7 @@ from typing import Any
 
 from ullage.errors import InputError, UnknownArchitectureError
 from ullage.i18n import _
+from ullage.read.hf_config.defaults import fill_in
 from ullage.read.hf_config.families import FAMILIES
 from ullage.read.hf_config.keys import Keys
 from ullage.read.hf_config.quantization import read_sidecar, sidecar_of
@@ -44,6 +45,7 @@ def read_config_object(values: dict[str, Any], *, where: str, name: str, assume:
     keys = Keys(values, where)
     model_type = keys.text("model_type", "")
     reader = FAMILIES.get(model_type) or _by_evidence(keys, model_type, assume=assume)
+    fill_in(keys, model_type)
     module, function = reader.split(":")
     model: Model = getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)(keys)
     ignored = keys.finish(model_type or module, assume=assume)

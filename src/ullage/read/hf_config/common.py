@@ -74,17 +74,18 @@ def gqa(
 ) -> Attention:
     """Read multi-head or grouped-query attention.
 
-    ``heads``, ``kv_heads`` and ``head_dim`` are the names of the keys. KV heads default to all heads, head_dim to
-    hidden / heads: the defaults of nearly every family, others are given. ``settings`` go to :class:`Attention`.
+    ``heads``, ``kv_heads`` and ``head_dim`` are the names of the keys. KV heads default to all heads (so does null),
+    head_dim to hidden / heads: the defaults of nearly every family, others are given. ``settings`` go to
+    :class:`Attention`.
     """
     num_heads = keys.integer(heads) if heads_default is None else keys.integer(heads, heads_default)
-    num_kv_heads = keys.integer(kv_heads, kv_default or num_heads)
+    num_kv_heads = keys.nullable_integer(kv_heads, kv_default or num_heads) or num_heads
     if num_heads % num_kv_heads:
         raise InputError(
             _("{kv} KV heads do not divide {heads} attention heads").format(kv=num_kv_heads, heads=num_heads),
             where=keys.at(kv_heads),
         )
-    dim = keys.integer(head_dim, head_dim_default)
+    dim = keys.nullable_integer(head_dim, head_dim_default)
     if dim is None:
         if hidden % num_heads:
             raise InputError(

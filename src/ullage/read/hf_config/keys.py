@@ -99,8 +99,8 @@ class Keys:
         return self
 
     def flag(self, key: str, default: Any = _MISSING) -> Any:
-        """Take a boolean."""
-        value = self._need(key, default)
+        """Take a boolean. Null is false, as the classes read it; only a missing key means ``default``."""
+        value = False if key in self.values and self.raw(key) is None else self._need(key, default)
         if value is not default and not isinstance(value, bool):
             raise InputError(_("{value} is not true or false").format(value=repr(value)[:60]), where=self.at(key))
         return value

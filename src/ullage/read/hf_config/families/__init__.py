@@ -99,6 +99,7 @@ FAMILIES: dict[str, str] = {
     "minimax_m2": "mixture:read_minimax_m2",
     "minimax_m3": "minimax:read_m3",
     "minimax_m3_vl": "vision_misc:read_minimax_m3",
+    "minimax_m3_vl_text": "minimax:read_m3",
     "ministral": "llama_kin:read_ministral",
     "ministral3": "vision_misc:read_ministral3",
     "mistral": "llama:read_mistral",

@@ -74,6 +74,9 @@ _M3_WITHOUT_EFFECT = (
     "rotary_dim",
     "routed_scaling_factor",
     "scoring_func",
+    "index_block_size",
+    "index_local_blocks",
+    "index_topk_blocks",
     "shared_intermediate_size",
     "swiglu_alpha",
     "swiglu_beta",
@@ -94,8 +97,10 @@ def read_m3(keys: Keys) -> Model:
         raise InputError(_("an output gate is not understood here"), where=keys.at("attention_output_gate"))
     attention = _m3_attention(keys)
     sparse, sparse_layers = _m3_sparse(keys, attention, count)
-    blocks = DenseFFN(intermediate_size=keys.integer("dense_intermediate_size")), _m3_experts(keys)
-    routed = _zeros_and_ones(keys, "moe_layer_freq", count)
+    blocks = DenseFFN(intermediate_size=keys.integer("dense_intermediate_size", 12288)), _m3_experts(keys)
+    named = common.layer_types(keys, count, ("dense", "sparse"), lambda _index: "sparse", key="mlp_layer_types")
+    routed = [int(kind == "sparse") for kind in named]
+    routed = _zeros_and_ones(keys, "moe_layer_freq", count) if "moe_layer_freq" in keys else routed
     keys.skip("first_k_dense_replace")
     layers = common.by_kind(
         zip(sparse_layers, routed, strict=True),
@@ -112,7 +117,7 @@ def _m3_attention(keys: Keys) -> Attention:
         raise InputError(
             _("{value} is not understood").format(value=repr(norm_type)[:60]), where=keys.at("qk_norm_type")
         )
-    return common.gqa(keys, keys.integer("hidden_size"), qk_norm="head" if keys.flag("use_qk_norm", False) else None)
+    return common.gqa(keys, keys.integer("hidden_size"), qk_norm="head" if keys.flag("use_qk_norm", True) else None)
 
 
 def _m3_sparse(keys: Keys, attention: Attention, count: int) -> tuple[Attention, list[int]]:
@@ -122,7 +127,11 @@ def _m3_sparse(keys: Keys, attention: Attention, count: int) -> tuple[Attention,
     """
     part = keys.part("sparse_attention_config")
     if part is None:
-        return attention, [0] * count
+        kinds = ("full_attention", "minimax_m3_sparse")
+        named = common.layer_types(keys, count, kinds, lambda _index: kinds[0])
+        sizes = keys.integer("index_n_heads", 4), keys.integer("index_head_dim", 128)
+        return _indexed(keys, attention, *sizes), [int(kind == kinds[1]) for kind in named]
+    keys.skip("layer_types")
     part.skip(*(f"sparse_{name}" for name in ("block_size", "init_block", "local_block", "score_type", "topk_blocks")))
     layers = _zeros_and_ones(part, "sparse_attention_freq", count)
     if not part.flag("use_sparse_attention", True):
@@ -130,7 +139,12 @@ def _m3_sparse(keys: Keys, attention: Attention, count: int) -> tuple[Attention,
     without_value = _zeros_and_ones(part, "sparse_disable_index_value", count)
     if any(is_sparse and not disabled for is_sparse, disabled in zip(layers, without_value, strict=True)):
         raise InputError(_("index values are not understood"), where=part.at("sparse_disable_index_value"))
-    heads, size = part.integer("sparse_num_index_heads"), part.integer("sparse_index_dim")
+    sizes = part.integer("sparse_num_index_heads"), part.integer("sparse_index_dim")
+    return _indexed(keys, attention, *sizes), layers
+
+
+def _indexed(keys: Keys, attention: Attention, heads: int, size: int) -> Attention:
+    """Return attention with the tensors of the index branch."""
     hidden = keys.integer("hidden_size")
     extras = (
         ExtraTensor(name="index_q_proj.weight", shape=(heads * size, hidden), split="out"),
@@ -138,7 +152,14 @@ def _m3_sparse(keys: Keys, attention: Attention, count: int) -> tuple[Attention,
         ExtraTensor(name="index_q_norm.weight", shape=(size,)),
         ExtraTensor(name="index_k_norm.weight", shape=(size,)),
     )
-    return replace(attention, index_key_dim=size, extras=extras), layers
+    return replace(attention, index_key_dim=size, extras=extras)
+
+
+def _m3_shared(keys: Keys, size: int) -> int:
+    """Return the width of the shared experts: their number in the published file, their width in newer ones."""
+    if "n_shared_experts" in keys:
+        return size * int(keys.integer("n_shared_experts", low=0))
+    return int(keys.integer("shared_intermediate_size", 3072, low=0))
 
 
 def _m3_experts(keys: Keys) -> MoEFFN:
@@ -149,7 +170,7 @@ def _m3_experts(keys: Keys) -> MoEFFN:
     return common.moe(
         keys,
         size="intermediate_size",
-        shared_intermediate_size=size * keys.integer("n_shared_experts", 0, low=0),
-        correction_bias=keys.flag("use_routing_bias", False),
+        shared_intermediate_size=_m3_shared(keys, size),
+        correction_bias=keys.flag("use_routing_bias", True),
         prefix="block_sparse_moe",
     )

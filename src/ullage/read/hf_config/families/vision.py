@@ -15,6 +15,7 @@ from ullage.errors import InputError, UnknownArchitectureError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.hf_config.common import read_architecture
+from ullage.read.hf_config.defaults import fill_in
 from ullage.read.hf_config.keys import Keys
 from ullage.spec.model import ExtraTensor, Model, Tower
 
@@ -193,6 +194,7 @@ def read_as(model_type: str, keys: Keys) -> Model:
             where=keys.where,
             keys=["model_type"],
         )
+    fill_in(keys, str(keys.values.get("model_type") or model_type))
     module, function = FAMILIES[model_type].split(":")
     model: Model = getattr(import_module(f"ullage.read.hf_config.families.{module}"), function)(keys)
     return model

@@ -139,7 +139,7 @@ def _two_layers(keys: Keys, at: str, hidden: int, out: int, bias: bool) -> Tenso
 
 def _pixtral(part: Keys, at: str) -> Tensors:
     hidden, patch = part.integer("hidden_size"), part.integer("patch_size")
-    part.skip("dtype", "torch_dtype", "image_size", "head_dim")
+    part.skip("dtype", "torch_dtype", "image_size", "head_dim", "vocab_size")
     vision.head_size(part, hidden, "num_attention_heads")
     tensors = conv(at + "patch_conv", hidden, part.integer("num_channels", 3), patch, patch)
     tensors += norm(at + "ln_pre", hidden)
@@ -216,7 +216,10 @@ def read_minimax_m3(keys: Keys) -> Model:
         at + "encoder.layers", vision.num_layers(part), hidden, part.integer("intermediate_size")
     )
     out = text.hidden_size
-    for name, columns in (("multi_modal_projector", hidden), ("patch_merge_mlp", out * merge * merge)):
+    for name, columns in (
+        ("multi_modal_projector", hidden),
+        ("patch_merge_mlp", keys.integer("merged_hidden_size", out * merge * merge)),
+    ):
         tensors += linear(f"{name}.linear_1", inner, columns, bias=True, split="out")
         tensors += linear(f"{name}.linear_2", out, inner, bias=True, split="in")
     return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
