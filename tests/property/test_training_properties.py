@@ -20,7 +20,7 @@ from ullage.engines.training import TrainingStep, step
 from ullage.errors import InputError, UllageError
 from ullage.ledger import Ledger, Term
 from ullage.read.machine import parse_machine
-from ullage.read.training_words import RECIPES
+from ullage.read.training_words import RECIPES, parse_precision
 from ullage.report.train_json import training_json
 from ullage.spec.model import Model
 from ullage.spec.training import Precision, Recompute, TrainingJob, TrainingParallel
@@ -247,7 +247,7 @@ def test_recompute_keeps_less(engine: str, name: str, attention: Any) -> None:
             machine=parse_machine(f"{num_gpus}xH100"),
             engine=engine,
             parallel=layout(engine, num_gpus),
-            precision=RECIPES["bf16-mixed" if engine == "megatron" else "amp"],
+            precision=parse_precision(None, engine)[0],
             seq_len=2048,
             recompute=Recompute(kind=kind),  # type: ignore[arg-type]
             attention=attention,
@@ -277,7 +277,7 @@ def test_recompute_is_followed_or_refused(engine: str, recompute: Recompute) -> 
         machine=parse_machine(f"{num_gpus}xH100"),
         engine=engine,
         parallel=layout(engine, num_gpus),
-        precision=RECIPES["bf16-mixed" if engine == "megatron" else "amp"],
+        precision=parse_precision(None, engine)[0],
         seq_len=2048,
         recompute=recompute,
     )
@@ -297,7 +297,7 @@ def test_more_ranks_of_full_sharding_hold_less(engine: str) -> None:
             machine=parse_machine(f"{num_gpus}xH100"),
             engine=engine,
             parallel=parallel,
-            precision=RECIPES["amp"],
+            precision=parse_precision(None, engine)[0],
             seq_len=256,
         )
         found = answer(job)

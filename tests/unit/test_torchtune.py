@@ -11,6 +11,8 @@ from ullage.engines.torchtune.defaults import rules_of
 from ullage.engines.training import step
 from ullage.errors import InputError
 from ullage.read.machine import parse_machine
+from ullage.read.model_source import load_model
+from ullage.read.training_words import RECIPES
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob, TrainingParallel
 from ullage.units import GiB
 
@@ -162,3 +164,19 @@ def test_a_compiled_loss_frees_the_logits_of_each_chunk() -> None:
     logits = 4096 * 128_256 * 2
     chunked, plain = (allocated(job(compile=True, loss=loss)) for loss in (None, "plain"))
     assert logits < plain - chunked < 6 * logits
+
+
+@pytest.mark.parametrize(("engine", "recipe"), [
+    ("torchtune", "amp"), ("torchtune", "fp32"), ("litgpt", "amp"), ("litgpt", "bf16-master"), ("torchtitan", "fp32"),
+])  # fmt: skip
+def test_formats_that_the_walk_does_not_follow_are_refused(engine, recipe):
+    job = TrainingJob(
+        model=load_model("llama-3.2-1b"),
+        machine=parse_machine("1xH100"),
+        engine=engine,
+        parallel=TrainingParallel(),
+        precision=RECIPES[recipe],
+        seq_len=1024,
+    )
+    with pytest.raises(InputError, match=r"do not follow (activations in fp32|parameters wider)"):
+        step(job)

@@ -86,7 +86,8 @@ def _vocabulary(args: Arguments, assumed: list[str]) -> int:
     if "vocab-size" in args:
         size = args.size("vocab-size") + (1 if tokenizer == "NullTokenizer" else 0)
     else:
-        size = _known_vocabulary(args.get("vocab-file"), tokenizer, args.get("tokenizer-model"))
+        model = args.get("tokenizer-model") or args.environment.get("TOKENIZER_MODEL", "")  # of a script
+        size = _known_vocabulary(args.get("vocab-file"), tokenizer, model)
         assumed.append(_("vocabulary: {size} entries, as its tokenizer is known to have").format(size=size))
     if args.on("no-pad-vocab-size") or args.on("disable-pad-vocab-size"):
         return size

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp2, Replicated
 from ullage.engines.litgpt.plan import plan_of, rules_of
-from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.known import check_formats, check_recompute
 from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import Walk
@@ -21,6 +21,7 @@ SOURCE = "litgpt@26857050:litgpt/finetune/{script}.py"
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a litgpt job."""
     check_recompute(job, "none", "full", every=False)
+    check_formats(job, mixed=False)
     assumed = notes_of(job)
     rules = rules_of(job.engine_version)
     ranks = job.parallel.data_parallel_size

@@ -25,3 +25,28 @@ def check_recompute(job: TrainingJob, *kinds: str, every: bool = True) -> None:
             where="recompute",
             remedy=_("write {known}").format(known=", ".join(kinds)),
         )
+
+
+def check_formats(job: TrainingJob, *, mixed: bool) -> None:
+    """Refuse number formats that the walk does not follow: activations are in 16 bits.
+
+    Args:
+        job: the job.
+        mixed: parameters may be wider than activations (autocast, or an FSDP policy).
+
+    Raises:
+        InputError: fp32 activations, or wider parameters or a master copy where the framework has none.
+    """
+    precision = job.precision
+    apart = not mixed and (precision.params != precision.compute or precision.master is not None)
+    if precision.compute == "float32" or apart:
+        raise InputError(
+            _("ullage's rules of {engine} do not follow {formats}").format(
+                engine=job.engine,
+                formats=_("activations in fp32")
+                if precision.compute == "float32"
+                else _("parameters wider than activations"),
+            ),
+            where="precision",
+            remedy=_("write {known}").format(known="amp" if mixed else "bf16"),
+        )

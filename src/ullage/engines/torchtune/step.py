@@ -12,7 +12,7 @@ from ullage.account.parameters import count
 from ullage.account.pools import Unpooled
 from ullage.account.timeline import Buffer, Timeline
 from ullage.engines.fsdp import plan as fsdp
-from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.known import check_formats, check_recompute
 from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
@@ -44,6 +44,7 @@ class InBackward(Replicated):
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtune job; recompute that is not given widens the range to both."""
     check_recompute(job, "none", "full")
+    check_formats(job, mixed=False)
     rules = rules_of(job.engine_version)
     if job.parallel.fsdp is None and job.parallel.data_parallel_size > 1:
         job = replace(job, parallel=replace(job.parallel, fsdp="full_shard"))
