@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ullage.account.fsdp import Fsdp2
 from ullage.account.timeline import Timeline
-from ullage.engines.sharded.known import check_recompute
+from ullage.engines.sharded.known import check_formats, check_recompute
 from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
@@ -27,6 +27,7 @@ MAX_IN_FLIGHT = 256
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a torchtitan job; a version that is not given widens the range to all that are known."""
     check_recompute(job, "none", "full", "selective")
+    check_formats(job, mixed=True)
     assumed = notes_of(job)
     date = date_of(job.engine_version)
     known = date is not None
