@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.jsonfile import MAX_CONFIG_BYTES, is_file
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
+from ullage.read.shell_line import is_unset
 from ullage.request import check_layout, parse_engine, requantised
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 from ullage.spec.serving import ServingJob
+
+if TYPE_CHECKING:
+    from ullage.read.llamacpp_args import LlamaCommand
 
 #: Finds the model that a line names, or the one that was named beside it.
 Loader = Callable[[str], Model]
@@ -50,11 +55,27 @@ def read_launch_line(
     line = line_of(line.strip())
 
     def load(name: str) -> Model:
-        return load_model(model or name, assume=assume, network=True)
+        if not name or is_unset(name):
+            raise _unnamed(name)
+        return load_model(name, assume=assume, network=True)
 
     reader = _READERS.get(engine, _llamacpp)
-    job = reader(version, line, parse_machine(machine), load)
+    job = reader(version, line, parse_machine(machine), load, model or "")
     return check_layout(requantised(replace(job, engine=engine, native=line)))
+
+
+def _unnamed(name: str) -> InputError:
+    """Return the error for a line that does not say which model it starts."""
+    what = _("the line names its model by {word}").format(word=name[:60]) if name else _("the line names no model")
+    return InputError(what, remedy=_("name the model before the line, as in ullage fit serve deepseek-v3 --from …"))
+
+
+def _seen(machine: Machine, visible: int | None) -> tuple[Machine, tuple[str, ...]]:
+    """Return the machine with the GPUs of each node that the line lets the engine see."""
+    if visible is None or not visible < machine.gpus_per_node:
+        return machine, ()
+    said = _("the line leaves {visible} of {count} GPUs visible")
+    return replace(machine, gpus_per_node=visible), (said.format(visible=visible, count=machine.gpus_per_node),)
 
 
 def line_of(text: str) -> str:
@@ -69,29 +90,64 @@ def line_of(text: str) -> str:
         raise InputError(_("cannot be read ({reason})").format(reason=error.strerror), where=text) from None
 
 
-def _llamacpp(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
-    from ullage.read.llamacpp_args import parse_command
+def _llamacpp(version: str, line: str, machine: Machine, load: Loader, named: str) -> ServingJob:
+    from ullage.read.llamacpp_args import not_counted, parse_command
 
     command = parse_command(line)
-    name = command.last("model_path") or command.last("hf_repo") or ""
-    return ServingJob(model=load(name), machine=machine, engine="llamacpp", engine_version=version, flags=command.flags)
+    machine, seen = _seen(machine, command.visible_gpus)
+    model, quantization, said = _gguf(command, load, named)
+    return ServingJob(
+        model=model,
+        machine=machine,
+        engine="llamacpp",
+        engine_version=version,
+        quantization=quantization,
+        flags=command.flags,
+        assumed=(*seen, *said, *not_counted(command.flags)),
+    )
 
 
-def _vllm(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
+def _gguf(command: LlamaCommand, load: Loader, named: str) -> tuple[Model, str | None, tuple[str, ...]]:
+    """Return the model of the file or repository that a line of llama.cpp names, its type, and what was assumed."""
+    from ullage.read.gguf_name import named_gguf, not_here
+
+    path = command.last("model_path") or command.last("model_url")
+    name = path or command.last("hf_repo") or ""
+    if named.lower().endswith(".gguf") or not name or (path and is_file(Path(path).expanduser())):
+        return load(named or name), None, ()
+    found, file = named_gguf(name), command.last("hf_file")
+    kind = (named_gguf(file) if file else None) or found
+    file_type = kind.file_type if kind is not None else ""
+    if not named and found is None:
+        raise _unnamed(name) if is_unset(name) else not_here(name)
+    model = load(named or (found.model if found is not None else ""))
+    said = [_("{name} is not read: taken as {model} by its name").format(name=name[-80:], model=model.name)]
+    if model.towers and path is None and command.last("no_mmproj") is None:
+        said.append(_("the file of the vision tower that -hf loads beside the model is not counted"))
+    return model, f"gguf:{file_type}" if file_type else None, tuple(said)
+
+
+def _vllm(version: str, line: str, machine: Machine, load: Loader, named: str) -> ServingJob:
     from ullage.read.vllm_args import parse_command, serving_job
 
     command = parse_command(line)
-    return serving_job(command, model=load(command.model), machine=machine, engine_version=version)
+    machine, seen = _seen(machine, command.visible_gpus)
+    model = load(named or command.model)
+    job = serving_job(command, model=model, machine=machine, engine_version=version, load=load)
+    return replace(job, assumed=(*seen, *job.assumed))
 
 
-def _sglang(version: str, line: str, machine: Machine, load: Loader) -> ServingJob:
-    from ullage.read.sglang_args import parse_sglang_args
+def _sglang(version: str, line: str, machine: Machine, load: Loader, named: str) -> ServingJob:
+    from ullage.read.sglang_args import after_program, parse_sglang_args
+    from ullage.read.shell_line import split_command
 
-    return parse_sglang_args(line, machine=machine, load_model=load, engine_version=version)
+    machine, seen = _seen(machine, split_command(line, after_program).visible_gpus)
+    job = parse_sglang_args(line, machine=machine, load_model=load, engine_version=version, model=named)
+    return replace(job, assumed=(*seen, *job.assumed))
 
 
 #: The others speak llama.cpp's words.
-_READERS: dict[str, Callable[[str, str, Machine, Loader], ServingJob]] = {
+_READERS: dict[str, Callable[[str, str, Machine, Loader, str], ServingJob]] = {
     "vllm": _vllm,
     "sglang": _sglang,
 }

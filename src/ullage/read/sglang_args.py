@@ -10,7 +10,6 @@ Source: sglang@0.5.23:srt/arg_groups/fields, srt/server_args.py:prepare_server_a
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,15 +17,17 @@ from functools import lru_cache
 from ullage.catalog import load, nearest
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.model_overrides import overridden, parse_overrides
+from ullage.read.shell_line import is_unset, split_command, unset_variable
+from ullage.read.vllm_parts import draft_model
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 from ullage.spec.serving import ServingJob, ServingParallel
 from ullage.units import GiB, parse_count
 
 _CATALOG = "engines/sglang.json"
-_MAX_WORDS = 10_000
 _MAX_SIZE = 2**20
-_ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+_MODULES = ("sglang.launch_server", "sglang.bench_one_batch", "sglang.bench_offline_throughput")
 
 #: Other spellings → the name used here.
 _ALIASES = {
@@ -41,6 +42,7 @@ _ALIASES = {
     "ep": "ep-size",
     "expert-parallel-size": "ep-size",
     "decode-context-parallel-size": "dcp-size",
+    "attention-context-parallel-size": "attn-cp-size",
     "cuda-graph-max-bs-decode": "cuda-graph-max-bs",
     "cuda-graph-bs-decode": "cuda-graph-bs",
     "speculative-draft-model": "speculative-draft-model-path",
@@ -57,6 +59,18 @@ _NOT_COUNTED = (
     "enable-symm-mem",
     "enable-two-batch-overlap",
     "enable-unified-memory",
+    "enable-double-sparsity",
+    "enable-pdmux",
+    "hybrid-kvcache-ratio",
+    "lora-paths",
+    "modelopt-quant",
+    "moe-data-parallel-size",
+    "moe-dp-size",
+    "dllm-algorithm",
+    "disaggregation-decode-extra-slots",
+    "speculative-draft-model-quantization",
+    "torchao-config",
+    "uno-lora-path",
     "offload-group-size",
     "paged-experts-num-resident",
     "ple-offload-embedding",
@@ -87,6 +101,8 @@ class _Line:
         text = self.text(name)
         if text is None or text.lower() in ("none", "null", "auto"):
             return default
+        if "$" in text or is_unset(text):
+            raise unset_variable(text, f"--{name}")
         value = -parse_count(text[1:]) if text.startswith("-") else parse_count(text)
         if value < least:
             raise InputError(
@@ -114,7 +130,7 @@ class _Line:
 
 
 def parse_sglang_args(
-    line: str, *, machine: Machine, load_model: Callable[[str], Model], engine_version: str = ""
+    line: str, *, machine: Machine, load_model: Callable[[str], Model], engine_version: str = "", model: str = ""
 ) -> ServingJob:
     """Read an SGLang command line.
 
@@ -123,16 +139,24 @@ def parse_sglang_args(
         machine: the machine it is meant for.
         load_model: finds the model that the line names.
         engine_version: the release; empty: the newest known.
+        model: wins over the model that the line names.
 
     Raises:
         InputError: a flag that is not known, a missing or unusable value, or no model.
     """
-    parsed = _parse(_split(line))
-    name = parsed.text("model-path")
+    command = split_command(line, after_program)
+    parsed = _parse(list(command.words))
+    name = model or parsed.text("model-path")
     if not name:
         raise InputError(_("no model is named"), where="--model-path", remedy=_("write --model-path MODEL"))
+    draft, said = draft_model(_speculative(parsed) or "none", _draft(parsed), name, load_model)
+    found = load_model(name)
+    overrides = parsed.text("json-model-override-args")
+    if overrides:
+        flag = "--json-model-override-args"
+        found = overridden(found, parse_overrides(overrides, flag), flag)
     job = ServingJob(
-        model=load_model(name),
+        model=found,
         machine=machine,
         engine="sglang",
         engine_version=engine_version,
@@ -141,10 +165,10 @@ def parse_sglang_args(
         weights_dtype=_word(parsed, "dtype"),
         kv_cache_dtype=parsed.text("kv-cache-dtype"),
         speculative=_speculative(parsed),
-        draft_model=_draft(parsed, name, load_model),
-        flags=_flags(parsed),
+        draft_model=draft,
+        flags=(*_flags(parsed), *command.environment),
         native=line,
-        assumed=_not_counted(parsed),
+        assumed=(*_not_counted(parsed), *said),
     )
     return _with_numbers(job, parsed)
 
@@ -167,24 +191,14 @@ def _with_numbers(job: ServingJob, parsed: _Line) -> ServingJob:
     )
 
 
-def _split(line: str) -> list[str]:
-    """Return the words after the program's name."""
-    text = line.replace("\\\r\n", " ").replace("\\\n", " ")
-    try:
-        words = shlex.split(text, comments=True)
-    except ValueError as error:
-        raise InputError(_("the line cannot be split into words: {error}").format(error=error)) from None
-    if len(words) > _MAX_WORDS:
-        raise InputError(_("the line has more than {limit} words").format(limit=_MAX_WORDS))
+def after_program(words: list[str]) -> int | None:
+    """Return where the flags begin: after the module of the server, or after ``sglang serve``."""
     for index, word in enumerate(words):
-        if word in ("sglang.launch_server", "sglang.bench_one_batch", "sglang.bench_offline_throughput"):
-            return words[index + 1 :]
+        if word in _MODULES:
+            return index + 1
         if word == "serve" and index and words[index - 1].rsplit("/", 1)[-1] == "sglang":
-            return words[index + 1 :]
-    start = 0
-    while start < len(words) and _ENVIRONMENT.fullmatch(words[start]) and not words[start].startswith("-"):
-        start += 1
-    return words[start:]
+            return index + 1
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -223,12 +237,12 @@ def _parse(words: list[str]) -> _Line:
     while index < len(words):
         word = words[index]
         index += 1
-        if word in ("&", "2>&1", "&&", ";", "|") or word.startswith((">", "1>", "2>")):
-            break
         if not word.startswith("--"):
             if not line.values and not word.startswith("-"):
                 line.values["model-path"] = [word]
                 continue
+            if is_unset(word):
+                raise unset_variable(word)
             raise InputError(_("{word!r} stands where a flag should").format(word=word[:80]))
         name, equals, value = word[2:].partition("=")
         flag = _resolve(name)
@@ -294,10 +308,9 @@ def _speculative(line: _Line) -> str | None:
     return {"NEXTN": "mtp", "EAGLE": "eagle", "STANDALONE": "draft"}.get(algorithm.upper(), algorithm.lower())
 
 
-def _draft(line: _Line, model: str, load_model: Callable[[str], Model]) -> Model | None:
-    """Return the draft model where it is another than the target (whose own MTP layers serve otherwise)."""
-    name = line.text("speculative-draft-model-path")
-    return load_model(name) if name and name != model and _speculative(line) else None
+def _draft(line: _Line) -> str:
+    """Return the name of the draft model, empty where nothing is drafted."""
+    return (line.text("speculative-draft-model-path") or "") if _speculative(line) else ""
 
 
 def _flags(line: _Line) -> tuple[tuple[str, str], ...]:

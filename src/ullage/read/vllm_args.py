@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -21,15 +20,16 @@ from ullage.catalog import load, nearest
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
+from ullage.read.flag_values import count_of_bytes, fraction, gib, length, whole
+from ullage.read.shell_line import image_end, is_unset, split_command, unset_variable
+from ullage.read.vllm_parts import draft_model, file_flags, optimization, transfer_assumed, with_overrides
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 from ullage.spec.serving import ServingJob, ServingParallel
-from ullage.units import GiB, parse_count, parse_size
 
-MAX_LINE = 100_000
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _NUMBER = re.compile(r"-?\d")
 _MODULE = "vllm.entrypoints."
+_OTHER_COMMANDS = ("bench", "chat", "complete", "collect-env")
 
 #: Flags that take memory and are not counted.
 NOT_COUNTED = (
@@ -40,8 +40,6 @@ NOT_COUNTED = (
     "mm_ipc_gpu_memory_gb",
     "enable_dbo",
     "kv_sharing_fast_prefill",
-    "hf_overrides",
-    "config",
     "additional_config",
     "diffusion_config",
     "engram_config",
@@ -55,6 +53,7 @@ class VllmCommand(Frozen):
     flags: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...] = ()
     line: str = ""
+    visible_gpus: int | None = None
 
     def get(self, name: str) -> str | None:
         """Return the value of the last flag called ``name``: a later flag wins."""
@@ -80,14 +79,8 @@ def parse_command(line: str) -> VllmCommand:
     Raises:
         InputError: quotes that do not close, a flag that is not known, a value that is missing.
     """
-    if len(line) > MAX_LINE:
-        raise InputError(_("the command line is longer than {limit} characters").format(limit=MAX_LINE))
-    try:
-        words = shlex.split(line.replace("\\\n", " "), comments=True)
-    except ValueError as error:
-        raise InputError(_("the command line cannot be split: {error}").format(error=error)) from error
-    environment, words = _environment(words)
-    words = _after_program(words)
+    command = split_command(line, after_program)
+    words = list(command.words)
     flags: list[tuple[str, str]] = []
     model, at = "", 0
     while at < len(words):
@@ -96,37 +89,51 @@ def parse_command(line: str) -> VllmCommand:
         elif not model:
             model, at = words[at], at + 1
         else:
-            raise InputError(_("{word!r} belongs to no flag").format(word=words[at][:80]))
-    named = next((value for name, value in reversed(flags) if name == "model"), model)
-    return VllmCommand(model=named, flags=tuple(flags), environment=environment, line=line.strip())
+            raise _stray(words[at])
+    said = next((value for name, value in reversed(flags) if name == "config"), None)
+    flags = [*(file_flags(said) or () if said else ()), *flags]  # what is typed wins over the file
+    named = model or next((value for name, value in reversed(flags) if name == "model"), "")
+    return VllmCommand(
+        model=named,
+        flags=tuple(flags),
+        environment=command.environment,
+        line=line.strip(),
+        visible_gpus=command.visible_gpus,
+    )
 
 
-def _environment(words: list[str]) -> tuple[tuple[tuple[str, str], ...], list[str]]:
-    """Take ``env`` and assignments off the front."""
-    found: list[tuple[str, str]] = []
-    at = 0
-    while at < len(words):
-        match = _ASSIGNMENT.fullmatch(words[at])
-        if match is not None:
-            found.append((match.group(1), match.group(2)))
-        elif words[at] not in ("env", "export", "$", "&&", ";", "nohup"):
-            break
-        at += 1
-    return tuple(found), words[at:]
+def _stray(word: str) -> InputError:
+    if is_unset(word):
+        return unset_variable(word)
+    return InputError(_("{word!r} belongs to no flag").format(word=word[:80]))
 
 
-def _after_program(words: list[str]) -> list[str]:
-    """Take the program off: ``vllm serve``, ``python -m vllm.entrypoints.openai.api_server``, or nothing."""
-    for index, word in enumerate(words[:8]):
+def after_program(words: list[str]) -> int | None:
+    """Return where the flags begin: after ``vllm serve``, the module of the server, or the image of a container.
+
+    Raises:
+        InputError: another command of vLLM, which starts no server.
+    """
+    for index, word in enumerate(words):
         if word.startswith(_MODULE):
-            return words[index + 1 :]
-        if word == "serve" and index and words[index - 1].endswith("vllm"):
-            return words[index + 1 :]
-    return words
+            return index + 1
+        name = word.rsplit("/", 1)[-1]
+        if name not in ("vllm", "lmcache_vllm") or index + 1 == len(words):
+            continue
+        if words[index + 1] == "serve":
+            return index + 2
+        if words[index + 1] in _OTHER_COMMANDS:
+            raise InputError(
+                _("vllm {command} starts no server").format(command=words[index + 1]),
+                remedy=_("write the line that starts it: vllm serve MODEL …"),
+            )
+    return image_end(words)
 
 
 def _one_flag(words: list[str], at: int, flags: list[tuple[str, str]]) -> int:
     """Read the flag at ``at`` into ``flags`` and return where the next word stands."""
+    if words[at].startswith("-O"):
+        return optimization(words, at, flags)
     word, _equals, value = words[at].partition("=")
     given = bool(_equals)
     name, negated = _canonical(word)
@@ -169,6 +176,10 @@ _LISTS = frozenset(
         "kv_cache_dtype_skip_layers",
         "collect_detailed_traces",
         "disable_access_log_for_endpoints",
+        "lora_target_modules",
+        "numa_bind_nodes",
+        "numa_bind_cpus",
+        "sleep_preserve_parameter_names",
         "logits_processors",
     )
 )
@@ -194,6 +205,13 @@ def _canonical(word: str) -> tuple[str, bool]:
         positive = stead + base.removeprefix(prefix)
         if base.startswith(prefix) and _known().get(positive) is False:
             return positive, True
+    begins = [known for known in _known() if len(base) > 5 and known.startswith(base)]
+    if len(begins) == 1:  # argparse takes an abbreviation that is the only one
+        return begins[0] + name.removeprefix(base), False
+    if base == "omni":
+        raise InputError(
+            _("--omni starts vLLM-Omni, whose models make pictures, sound or video: ullage does not know its memory")
+        )
     similar = ", ".join("--" + known.replace("_", "-") for known in nearest(name or word, list(_known()), limit=3))
     raise InputError(
         _("the vLLM flag {flag} is not known").format(flag=word[:80]),
@@ -201,54 +219,16 @@ def _canonical(word: str) -> tuple[str, bool]:
     )
 
 
-def _whole(text: str, flag: str) -> int:
-    try:
-        return parse_count(text)
-    except InputError as error:
-        raise InputError(_("{text!r} is not a whole number").format(text=text[:40]), where=flag) from error
-
-
-def _length(text: str, flag: str) -> int:
-    return -1 if text in ("-1", "auto") else _whole(text, flag)
-
-
-def _fraction(text: str, flag: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise InputError(_("{text!r} is not a fraction in (0, 1]").format(text=text[:40]), where=flag)
-    return value
-
-
-def _gib(text: str, flag: str) -> int:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1 << 30:
-        raise InputError(_("{text!r} is not a size in GiB").format(text=text[:40]), where=flag)
-    return int(value * GiB)
-
-
-def _bytes(text: str, flag: str) -> int:
-    try:
-        return parse_count(text)
-    except InputError:
-        return parse_size(text)
-
-
 #: flag → (field of the job, reader)
 _FIELDS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-    "max_model_len": ("max_model_len", _length),
-    "max_num_seqs": ("max_num_seqs", _whole),
-    "max_num_batched_tokens": ("max_num_batched_tokens", _whole),
-    "gpu_memory_utilization": ("memory_fraction", _fraction),
-    "kv_cache_memory_bytes": ("kv_cache_memory_bytes", _bytes),
-    "block_size": ("block_size", _whole),
-    "cpu_offload_gb": ("cpu_offload_bytes", _gib),
-    "max_cudagraph_capture_size": ("cuda_graph_max_batch_size", _whole),
+    "max_model_len": ("max_model_len", length),
+    "max_num_seqs": ("max_num_seqs", whole),
+    "max_num_batched_tokens": ("max_num_batched_tokens", whole),
+    "gpu_memory_utilization": ("memory_fraction", fraction),
+    "kv_cache_memory_bytes": ("kv_cache_memory_bytes", count_of_bytes),
+    "block_size": ("block_size", whole),
+    "cpu_offload_gb": ("cpu_offload_bytes", gib),
+    "max_cudagraph_capture_size": ("cuda_graph_max_batch_size", whole),
 }
 
 
@@ -286,14 +266,14 @@ def _graphs(command: VllmCommand, compilation: dict[str, Any]) -> dict[str, Any]
         found["cuda_graph_sizes"] = sizes
     largest = compilation.get("max_cudagraph_capture_size")
     if largest is not None:
-        found["cuda_graph_max_batch_size"] = _whole(str(largest), "--compilation-config")
+        found["cuda_graph_max_batch_size"] = whole(str(largest), "--compilation-config")
     return found
 
 
 def _parallel(command: VllmCommand) -> ServingParallel:
     def size(name: str) -> int:
         text = command.get(name)
-        value = 1 if text is None else _whole(text, _flag(name))
+        value = 1 if text is None else whole(text, _flag(name))
         if value < 1:
             raise InputError(_("{value} is not a size").format(value=value), where=_flag(name))
         return value
@@ -312,17 +292,14 @@ def _parallel(command: VllmCommand) -> ServingParallel:
     )
 
 
-def _speculative(command: VllmCommand) -> dict[str, Any]:
+def _speculative(command: VllmCommand) -> tuple[str, str, int | None]:
+    """Return the method of speculation (empty: none), the model named for it, and the tokens drafted."""
     config = _json(command, "speculative_config")
     method = config.get("method") or command.get("spec_method")
     draft = config.get("model") or command.get("spec_model") or command.get("speculative_model")
     tokens = config.get("num_speculative_tokens") or command.get("spec_tokens") or command.get("num_speculative_tokens")
-    found: dict[str, Any] = {}
-    if method or draft:
-        found["speculative"] = str(method or "draft")
-    if tokens:
-        found["num_speculative_tokens"] = _whole(str(tokens), "--speculative-config")
-    return found
+    name = str(method or ("draft" if draft else ""))
+    return name, str(draft or ""), whole(str(tokens), "--speculative-config") if tokens else None
 
 
 def settings(command: VllmCommand) -> dict[str, Any]:
@@ -346,20 +323,44 @@ def settings(command: VllmCommand) -> dict[str, Any]:
     if command.truth("enforce_eager") is not None:
         found["enforce_eager"] = command.truth("enforce_eager")
     found.update(_graphs(command, _json(command, "compilation_config")))
-    found.update(_speculative(command))
+    method, _draft, tokens = _speculative(command)
+    found.update({"speculative": method} if method else {})
+    found.update({} if tokens is None else {"num_speculative_tokens": tokens})
     redundant = _json(command, "eplb_config").get("num_redundant_experts")
     if redundant is not None:
-        found["redundant_experts"] = _whole(str(redundant), "--eplb-config")
+        found["redundant_experts"] = whole(str(redundant), "--eplb-config")
     found["flags"] = (*command.flags, *command.environment)
     skipped = [flag for flag in NOT_COUNTED if command.get(flag) not in (None, "false", "0")]
-    found["assumed"] = tuple(_("{flag} takes memory that is not counted").format(flag=_flag(flag)) for flag in skipped)
+    said = [_("{flag} takes memory that is not counted").format(flag=_flag(flag)) for flag in skipped]
+    if command.get("config") and file_flags(command.get("config") or "") is None:
+        missing = _("--config: the file {name} is not here, what it sets is not counted")
+        said.append(missing.format(name=(command.get("config") or "")[:80]))
+    found["assumed"] = (*said, *transfer_assumed(_json(command, "kv_transfer_config")))
     return found
 
 
-def serving_job(command: VllmCommand, *, model: Model, machine: Machine, engine_version: str) -> ServingJob:
-    """Return the job of a line on a machine.
+def serving_job(
+    command: VllmCommand,
+    *,
+    model: Model,
+    machine: Machine,
+    engine_version: str,
+    load: Callable[[str], Model] | None = None,
+) -> ServingJob:
+    """Return the job of a line on a machine; ``load`` finds the model that drafts.
 
     Raises:
         InputError: a value that cannot be read.
     """
-    return ServingJob(model=model, machine=machine, engine="vllm", engine_version=engine_version, **settings(command))
+    found = settings(command)
+    method, name, _tokens = _speculative(command)
+    draft, said = draft_model(method.lower(), name, command.model, load)
+    found["assumed"] = (*found["assumed"], *said)
+    return ServingJob(
+        model=with_overrides(model, command.flags),
+        machine=machine,
+        engine="vllm",
+        engine_version=engine_version,
+        draft_model=draft,
+        **found,
+    )

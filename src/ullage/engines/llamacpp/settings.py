@@ -352,8 +352,9 @@ def _overrides(flags: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
             found.append((_checked(pattern), buffer.strip()))
     if "cpu_moe" in flags:
         found.append((r"\.ffn_(up|down|gate)_(ch|)exps", "CPU"))
-    num_host = min(_integer("n_cpu_moe", flags.get("n_cpu_moe", ["0"])[-1]), 10_000)
-    found += [(rf"blk\.{layer}\.ffn_(up|down|gate)_(ch|)exps", "CPU") for layer in range(num_host)]
+    for name, tensors in (("n_cpu_moe", "_(ch|)exps"), ("n_cpu_ffn", r"\.weight")):
+        num_host = min(_integer(name, flags.get(name, ["0"])[-1]), 10_000)
+        found += [(rf"blk\.{layer}\.ffn_(up|down|gate){tensors}", "CPU") for layer in range(num_host)]
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ullage.engines.vllm.backend import whole_graphs_of_drafts, workspace
 from ullage.engines.vllm.defaults import Setup
+from ullage.engines.vllm.graph_mode import FULL, FULL_AND_PIECEWISE, NONE, PIECEWISE, graph_mode
 from ullage.engines.vllm.layout import Stage
 from ullage.engines.vllm.runner import second_runner
 from ullage.ledger import Term, exact, ranged
@@ -26,7 +27,7 @@ def sizes(setup: Setup) -> tuple[int, ...]:
         eights to 512); vllm@0.6.4:vllm/worker/model_runner.py (eights to max_num_seqs, 256 at most).
     """
     job, rule = setup.job, str(setup.version.setting("graph_sizes"))
-    if job.enforce_eager:
+    if graph_mode(setup) == NONE:
         return ()
     if job.cuda_graph_sizes:
         return tuple(sorted(size for size in job.cuda_graph_sizes if size <= setup.tokens))
@@ -53,13 +54,13 @@ def _largest(setup: Setup, rule: str, seqs: int, query: int) -> int:
 
 def num_full(setup: Setup, captured: tuple[int, ...]) -> int:
     """Return how many sizes are also captured as one whole graph (decode batches)."""
-    mode = str(setup.version.setting("graph_mode"))
-    if setup.version.engine == "V0" or mode == "full":
+    mode = graph_mode(setup)
+    if mode == FULL:
         return len(captured)
     query = 1 + (setup.job.num_speculative_tokens or 0)
     if query > 1 and not whole_graphs_of_drafts(setup):
         return 0
-    return sum(size <= (setup.job.max_num_seqs or 1) * query for size in captured) if mode != "piecewise" else 0
+    return sum(size <= (setup.job.max_num_seqs or 1) * query for size in captured) if mode != PIECEWISE else 0
 
 
 def cuda_graphs(setup: Setup, stage: Stage) -> Term:
@@ -72,9 +73,9 @@ def cuda_graphs(setup: Setup, stage: Stage) -> Term:
     """
     captured = sizes(setup)
     if not captured:
-        return exact("cuda_graphs", 0, formula="nothing captured (enforce_eager)")
+        return exact("cuda_graphs", 0, formula="nothing captured")
     layers = stage.share.layers[1] - stage.share.layers[0]
-    piecewise = setup.version.engine == "V1"
+    piecewise = graph_mode(setup) in (PIECEWISE, FULL_AND_PIECEWISE)
     full = num_full(setup, captured)
     graphs = (layers + 1) * len(captured) if piecewise else 0
     expected = graphs * PIECE_BYTES + full * (layers * PIECE_BYTES // 4 if not piecewise else MiB)
@@ -113,7 +114,8 @@ def estimate(setup: Setup, stage: Stage) -> Term:
     buffer = attention if full else 0
     layers = stage.share.layers[1] - stage.share.layers[0]
     whole = max(MiB, layers * PIECE_BYTES // (4 if second else 2))
-    descriptors = full if second else len(captured) + full
+    pieces_too = graph_mode(setup) in (PIECEWISE, FULL_AND_PIECEWISE)
+    descriptors = full + (len(captured) if pieces_too and not second else 0)
     host = 4 * GiB if setup.job.machine.gpu.unified else 0
     pieces = cuda_graphs(setup, stage) if second else exact("pieces", 0, formula="two of each mode are captured")
     return ranged(
