@@ -154,9 +154,7 @@ def next_command(result: FitResult, words: str = "") -> str:
         return launch_line(result)
     if result.advice and result.advice[0].flags and result.advice[0].verdict != "does_not_fit":
         return merge_flags(words or fit_line(result), result.advice[0].flags)
-    job = result.job
-    where = f"--on {machine_text(job.machine)} --engine {job.engine}@{shell(job.engine_version)}"
-    return f"ullage explain {_largest(result)} {model_word(job.model)} {where}"
+    return f"ullage explain {_largest(result)} {(words or fit_line(result)).removeprefix('ullage ')}"
 
 
 def _largest(result: FitResult) -> str:

@@ -105,8 +105,7 @@ def test_a_model_that_was_read_from_a_folder_is_named_by_it(capsys, tmp_path):
 def test_where_nothing_mends_it_the_explanation_is_of_this_machine(capsys):
     lost = of(capsys, ["fit", "serve", "llama-3.1-405b", "--on", "T4"])
     told = lost["next_command"]
-    assert told.startswith("ullage explain weights ")
-    assert "--on 1xT4-16GB" in told and "--engine vllm@" in told
+    assert told == "ullage explain weights fit serve llama-3.1-405b --on T4"
     assert main(shlex.split(told)[1:]) == 0
     assert f"{lost['serving']['weights_bytes'] / 2**30:,.2f} GiB" in capsys.readouterr().out
 

@@ -110,8 +110,11 @@ def _dispatch(argv: list[str]) -> int:
             prog=f"ullage {name}", description=COMMANDS[command][1], formatter_class=Formatter, allow_abbrev=False
         )
         module.add_arguments(parser)
-        arguments = parser.parse_args(words)
+        whole = words.index("fit") if command == "explain" and "fit" in words[1:] else len(words)
+        arguments = parser.parse_args(words[:whole])
         arguments.words = words
+        if whole < len(words):
+            arguments.fit = words[whole + 1 :]
         code: int = module.run(arguments)
         return code
     parser = _top_parser()

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="line",
         metavar="ENGINE:FILE",
-        help=_("megatron, deepspeed, torchtitan, accelerate, trainer, trl, llamafactory or axolotl"),
+        help=_("megatron, deepspeed, torchtitan, accelerate, trainer, trl, llamafactory, axolotl or swift"),
     )
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
@@ -79,7 +79,7 @@ def _add_step(group: Any) -> None:
     group.add_argument("--seq", type=COUNT, metavar="TOKENS", help=_("length of a sequence"))
     group.add_argument("--grad-accum", type=COUNT, metavar="N", help=_("passes per optimizer step"))
     group.add_argument(
-        "--precision", metavar="RECIPE", help=_("bf16-mixed, bf16-master, amp, bf16, fp32, fp8, fp8-deepseek")
+        "--precision", metavar="RECIPE", help=_("bf16-mixed, bf16-master, amp, bf16, fp32, fp8, mxfp8, nvfp4 ...")
     )
     group.add_argument("--optimizer", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon ..."))
     impls = ("fused", "foreach", "for_loop")
@@ -139,15 +139,17 @@ def _next(result: TrainingFit, arguments: argparse.Namespace) -> str:
     from ullage.cli.fit import typed_again
 
     largest = max(result.ledger.terms(), key=lambda term: term.bytes)
-    explain = f"ullage explain {largest.name}"
-    if arguments.line or getattr(arguments, "what", None):
+    what = getattr(arguments, "what", None)
+    again = typed_again(arguments, "fit" if what else "fit train")
+    explain = f"ullage explain {largest.name} {again.removeprefix('ullage ')}"
+    if arguments.line or what:
         return explain  # the file says what would be changed
     flags = ""
     if result.verdict != "fits":
         flags = result.advice[0].flags if result.advice and result.advice[0].verdict != "does_not_fit" else ""
     elif result.largest and (result.largest.micro_batch_size or 0) > result.job.micro_batch_size:
         flags = f"--micro-batch {result.largest.micro_batch_size}"
-    return merge_flags(typed_again(arguments, "fit train"), flags) if flags else explain
+    return merge_flags(again, flags) if flags else explain
 
 
 def job_of(arguments: argparse.Namespace) -> TrainingJob:
