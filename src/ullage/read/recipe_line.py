@@ -12,13 +12,18 @@ from ullage.i18n import _
 from ullage.read.recipe_fields import Fields
 
 #: Which of TRL's scripts a line runs: ``trl dpo``, or a copy of its file.
-_SCRIPT = re.compile(r"\btrl\s+([a-z]+)\b(?!/)|(?:^|[\s/])([a-z][\w]*)\.py\b", re.MULTILINE)
+_SCRIPT = re.compile(r"\b(?:trl|swift)\s+([a-z]+)\b(?!/)|(?:^|[\s/])([a-z][\w]*)\.py\b", re.MULTILINE)
 #: What starts a job: the last such command of a script is the one that is read.
 _LAUNCHER = re.compile(
-    r"(?:^|[\s;&(])(?:accelerate\s+launch|torchrun|deepspeed|trl\s+[a-z]+|llamafactory-cli\s+train|python3?(?:\.\d+)?)\s"
+    r"(?:^|[\s;&(])(?:accelerate\s+launch|torchrun|deepspeed|trl\s+[a-z]+|swift\s+(?:sft|pt|rlhf)|"
+    r"llamafactory-cli\s+train|python3?(?:\.\d+)?)\s"
 )
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)", re.MULTILINE)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}|\$([A-Za-z_]\w*)")
+_SUM = re.compile(
+    r"\$\(\s*expr\s+(\d{1,9})\s*(/|\\?\*|\+|-)\s*(\d{1,9})\s*\)|"
+    r"\$\(\(\s*(\d{1,9})\s*(/|\*|\+|-)\s*(\d{1,9})\s*\)\)"
+)
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 #: Flags of torchrun, ``accelerate launch`` and ``deepspeed`` that say where processes run.
 LAUNCH = (
@@ -78,11 +83,21 @@ def _command(text: str) -> str:
 
 def _filled(text: str, known: dict[str, str]) -> str:
     """Return the text with variables replaced, also where their values name others; unknown ones stay."""
+    text = text.rstrip().rstrip("\\")
     for _round in range(4):
         text = _VARIABLE.sub(
             lambda one: known.get(one.group(1) or one.group(3), one.group(2) or one.group(0))[:4000], text
         )[:_MAX_SCRIPT]
+        text = _SUM.sub(_counted, text)
     return text
+
+
+def _counted(one: re.Match[str]) -> str:
+    """Return what ``$(expr 16 / 8)`` or ``$((16 / 8))`` comes to; what cannot be divided stays."""
+    first, sign, second = int(one.group(1) or one.group(4)), one.group(2) or one.group(5), one.group(3) or one.group(6)
+    if sign == "/":
+        return str(first // int(second)) if int(second) else one.group(0)
+    return str(first * int(second) if "*" in sign else first + int(second) if sign == "+" else first - int(second))
 
 
 def _config(values: dict[str, Any], where: str) -> dict[str, Any]:

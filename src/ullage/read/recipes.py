@@ -13,6 +13,7 @@ from ullage.read.llamafactory_recipe import llamafactory_recipe
 from ullage.read.recipe_fields import Fields
 from ullage.read.recipe_line import fields_of_line
 from ullage.read.recipe_words import RecipeWords, lay_over
+from ullage.read.swift_recipe import swift_recipe
 from ullage.read.trainer_recipe import trainer_recipe, trl_recipe
 from ullage.read.yamlfile import read_yaml
 from ullage.spec.training import TrainingJob
@@ -23,6 +24,7 @@ READERS: dict[str, Callable[..., RecipeWords]] = {
     "trl": trl_recipe,
     "llamafactory": llamafactory_recipe,
     "axolotl": axolotl_recipe,
+    "swift": swift_recipe,
 }
 #: Options of the command line that a recipe states itself; a Trainer without a length leaves ``seq`` to the flags.
 STATED = (
@@ -47,7 +49,7 @@ def read_fields(rest: str) -> Fields:
 
 def model_of(fields: Fields) -> str | None:
     """Return the model that a recipe names."""
-    return fields.word("model_name_or_path") or fields.word("base_model")
+    return fields.word("model_name_or_path") or fields.word("base_model") or fields.word("model")
 
 
 def with_recipe(kind: str, fields: Fields, job: TrainingJob) -> TrainingJob:

@@ -17,7 +17,17 @@ from ullage.i18n import _
 from ullage.spec.training import TrainingJob
 
 #: Framework -> what its file is. Others have no reader.
-LAUNCH_FILES = ("megatron", "deepspeed", "torchtitan", "accelerate", "trainer", "trl", "llamafactory", "axolotl")
+LAUNCH_FILES = (
+    "megatron",
+    "deepspeed",
+    "torchtitan",
+    "accelerate",
+    "trainer",
+    "trl",
+    "llamafactory",
+    "axolotl",
+    "swift",
+)
 #: Sizes that multiply to the number of GPUs.
 _SIZES = ("tp", "pp", "cp")
 
