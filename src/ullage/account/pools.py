@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ullage.allocator.events import DEFAULT_POOL, Place
+from ullage.allocator.request import Request
 from ullage.allocator.settings import AllocatorSettings
-from ullage.allocator.simulate import Allocator, Request
+from ullage.allocator.simulate import Allocator
 from ullage.allocator.state import IN_USE, Block, FreeSet, Pool
 
 __all__ = ["Block", "Pools", "Unpooled"]

@@ -24,9 +24,10 @@ from ullage.allocator.events import (
     Workload,
 )
 from ullage.allocator.metrics import layout_of
+from ullage.allocator.request import Request
 from ullage.allocator.run import Outcome, Runner, check_backend
 from ullage.allocator.settings import AllocatorSettings
-from ullage.allocator.simulate import Allocator, Request
+from ullage.allocator.simulate import Allocator
 from ullage.allocator.stacks import NO_STACK
 from ullage.allocator.state import AWAITING, FREE, IN_USE, Block, FreeSet
 

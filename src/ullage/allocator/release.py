@@ -13,7 +13,8 @@ from ullage.allocator.events import DEFAULT_POOL, SEGMENT_FREE
 from ullage.allocator.state import Block, Pool
 
 if TYPE_CHECKING:
-    from ullage.allocator.simulate import Allocator, Request
+    from ullage.allocator.request import Request
+    from ullage.allocator.simulate import Allocator
 
 
 def release_block(allocator: Allocator, block: Block) -> None:

@@ -29,9 +29,10 @@ from ullage.allocator.events import (
     WorkloadBuilder,
 )
 from ullage.allocator.release import release_block
+from ullage.allocator.request import Request
 from ullage.allocator.rounding import round_size
 from ullage.allocator.settings import AllocatorSettings
-from ullage.allocator.simulate import Allocator, Request
+from ullage.allocator.simulate import Allocator
 from ullage.allocator.state import FREE, IN_USE, Block, FreeSet
 from ullage.i18n import _
 

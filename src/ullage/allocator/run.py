@@ -13,8 +13,9 @@ from ullage.allocator.events import (
     SegmentLayout,
     Workload,
 )
+from ullage.allocator.request import Request
 from ullage.allocator.settings import AllocatorSettings
-from ullage.allocator.simulate import Allocator, Counters, Request
+from ullage.allocator.simulate import Allocator, Counters
 from ullage.allocator.state import AWAITING, IN_USE, Block
 from ullage.errors import InputError
 from ullage.i18n import _

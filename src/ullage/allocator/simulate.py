@@ -7,14 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ullage.allocator import expandable, release
-from ullage.allocator.constants import (
-    MIN_BLOCK_BYTES,
-    ROUND_LARGE_BYTES,
-    SMALL_BYTES,
-    UNLIMITED_BYTES,
-)
+from ullage.allocator.constants import ROUND_LARGE_BYTES
 from ullage.allocator.events import SEGMENT_ALLOC, Place, SegmentLayout
-from ullage.allocator.rounding import is_small, round_size, segment_bytes
+from ullage.allocator.request import Request
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.state import ADDRESS_BITS, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
 from ullage.units import round_up
@@ -39,41 +34,6 @@ class Counters:
     def num_driver_calls(self) -> int:
         """Return the calls that stop the GPU or the host: allocate, free, map, unmap."""
         return self.num_segments_allocated + self.num_segments_freed + self.num_maps + self.num_unmaps
-
-
-class Request:
-    """All that is known of a request before it is served: one per (bytes, place), made once."""
-
-    __slots__ = (
-        "blocks",
-        "bound",
-        "free_set",
-        "keys",
-        "limit",
-        "min_rest",
-        "pool",
-        "requested",
-        "rounded",
-        "segment",
-        "spare",
-    )
-
-    def __init__(self, requested: int, free_set_of: Callable[[bool], FreeSet], settings: AllocatorSettings) -> None:
-        self.requested = requested
-        self.rounded = rounded = round_size(requested + settings.padding_bytes, settings.divisions)
-        self.segment = segment_bytes(rounded, settings.large_segment_size_bytes)
-        free_set = self.free_set = free_set_of(is_small(rounded))
-        self.keys, self.blocks, self.spare = free_set.keys, free_set.blocks, free_set.spare
-        self.pool = free_set.pool
-        self.bound = rounded << ADDRESS_BITS
-        # get_free_block: blocks from this size on are not for this request
-        most = settings.max_split_size_bytes
-        self.limit = (most if rounded < most else rounded + settings.max_non_split_rounding_bytes) << ADDRESS_BITS
-        # should_split: what must be left over for the block to be split
-        if free_set.small or settings.expandable_segments:
-            self.min_rest = MIN_BLOCK_BYTES
-        else:
-            self.min_rest = SMALL_BYTES + 1 if rounded < settings.max_split_size_bytes else UNLIMITED_BYTES
 
 
 class Allocator:
@@ -200,7 +160,10 @@ class Allocator:
         keys, blocks, size = request.keys, request.blocks, request.rounded
         index = bisect_left(keys, request.bound)
         if self._choosy:
-            index = self._search(request, index)
+            if self.gc_threshold:
+                request.pool.num_calls += 1
+            if self._has_expandable and index < len(keys):
+                index = self._search(request, index)
         if index < len(keys) and keys[index] < request.limit:
             block = blocks[index]
         else:
@@ -263,18 +226,14 @@ class Allocator:
         return aligned
 
     def _search(self, request: Request, index: int) -> int:
-        """Return the index of the block to use, from the first fit on; past the end for none.
+        """Return the index of the block to use, from the first fit on, where blocks are expandable; past the end: none.
 
-        Only called under settings that restrict the choice (source: get_free_block, as :meth:`malloc`).
+        Source: as :meth:`malloc`, get_free_block.
         """
-        blocks = request.blocks
-        if self.gc_threshold:
-            request.free_set.pool.num_calls += 1
-        if index < len(blocks) and self._has_expandable:
-            growing = self.settings.expandable_segments
-            following = blocks[index].next
-            if not growing or (following is not None and following.state == UNMAPPED):
-                index = expandable.best_fit(request.free_set, index, growing=growing)
+        growing = self.settings.expandable_segments
+        following = request.blocks[index].next
+        if not growing or (following is not None and following.state == UNMAPPED):
+            return expandable.best_fit(request.free_set, index, growing=growing)
         return index
 
     def _acquire(self, request: Request) -> Block | None:
