@@ -50,7 +50,7 @@ def axolotl_recipe(fields: Fields, version: str = "") -> RecipeWords:
         optimizer=optimizer,
         optimizer_impl=impl,
         recompute=checkpointing not in (None, False, "false"),
-        activation_offload=str(checkpointing).startswith("offload") or offloaded,
+        activation_offload=str(checkpointing).startswith(("offload", "unsloth")) or offloaded,
         attention=attention,
         loss=loss,
         compile=str(fields.raw("torch_compile")).lower() in ("true", "auto"),
@@ -144,7 +144,11 @@ def _flags(fields: Fields, kernels: str | None, *, quantised: bool) -> tuple[tup
     reentrant = fields.raw("rl") is None
     if isinstance(details, dict):
         reentrant = details.get("use_reentrant") is True
-    found = [("use_reentrant", str(reentrant).lower())]
+    # axolotl@0.19.0:axolotl/loaders/patch_manager.py (hf_grad_checkpoint_offload_wrapper), "unsloth" by its older name
+    if fields.raw("activation_offloading") == "legacy" or fields.raw("gradient_checkpointing") == "unsloth":
+        found = [("use_reentrant", "true"), ("offload_under_way", "0")]
+    else:
+        found = [("use_reentrant", str(reentrant).lower())]
     linear, narrow = fields.flag("llama4_linearized_experts"), fields.flag("quantize_moe_experts")
     if quantised:
         found.append(("experts", "linear" if linear else "quantised" if narrow else "wide"))

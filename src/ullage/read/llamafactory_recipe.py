@@ -84,8 +84,6 @@ _PREFIXES = (
 )  # fmt: skip
 #: Settings that change the memory in ways that are not followed: better refused than left out.
 _NOT_FOLLOWED = (
-    "use_unsloth",
-    "use_unsloth_gc",
     "use_galore",
     "use_apollo",
     "use_badam",
@@ -132,14 +130,17 @@ def llamafactory_recipe(fields: Fields, version: str = "") -> RecipeWords:
     packing = fields.flag("packing", fields.word("stage") == "pt") or fields.flag("neat_packing")
     length = fields.count("cutoff_len") or _DEFAULT_LENGTH
     mixed = not fields.flag("pure_bf16")
+    unsloth = fields.flag("use_unsloth")
+    on_host = fields.flag("use_unsloth_gc") and not fields.flag("disable_gradient_checkpointing")
     return RecipeWords(
-        program="llamafactory",
+        program="llamafactory with unsloth" if unsloth else "llamafactory",
         micro_batch_size=fields.count("per_device_train_batch_size") or 8,
         grad_accum=fields.count("gradient_accumulation_steps") or 1,
         seq_len=length,
         optimizer=optimizer,
         optimizer_impl=impl,
-        recompute=not fields.flag("disable_gradient_checkpointing"),
+        recompute=not fields.flag("disable_gradient_checkpointing") or unsloth,
+        activation_offload=unsloth or on_host,
         attention=fields.choice("flash_attn", _ATTENTION),
         loss="liger" if fields.flag("enable_liger_kernel") else None,
         compile=fields.flag("torch_compile"),
@@ -153,10 +154,23 @@ def llamafactory_recipe(fields: Fields, version: str = "") -> RecipeWords:
         accelerate=accelerate_of(fields),
         fsdp=trainer_fsdp(fields, version=2, mixed=mixed),
         evaluation=evaluation(fields),
-        flags=(("use_reentrant", str(fields.flag("use_reentrant_gc", True)).lower()),),
+        flags=_checkpoint_flags(fields, on_host=on_host),
         said=(_("sequences of the cut-off length, {length:,} tokens").format(length=length), *_said(fields)),
         unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS), (*HARMLESS_PREFIXES, *_PREFIXES)),
     )
+
+
+def _checkpoint_flags(fields: Fields, *, on_host: bool) -> tuple[tuple[str, str], ...]:
+    """Return how checkpoints work; those after Unsloth's (``use_unsloth_gc``) leave none on the GPU.
+
+    Unsloth itself (``use_unsloth``) is asked for checkpoints on the host whatever the file says.
+    Source: llamafactory@0.9.5:model/model_utils/checkpointing.py:get_unsloth_gradient_checkpointing_func,
+        model/model_utils/unsloth.py:get_unsloth_peft_model.
+    """
+    reentrant = fields.flag("use_reentrant_gc", True)
+    if on_host:
+        return (("use_reentrant", "true"), ("offload_under_way", "0"))
+    return (("use_reentrant", str(reentrant).lower()),)
 
 
 def _said(fields: Fields) -> tuple[str, ...]:

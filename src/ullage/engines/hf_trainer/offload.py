@@ -90,15 +90,20 @@ def without_host(job: TrainingJob, recipe: Recipe, one_pass: Pass) -> Pass:
 
     Formula: the last five kept tensors are still on the GPU (with recompute the last five layers' inputs); every other
         layer's come back when its backward begins: its input where it is recomputed, else five tensors at a time.
-    Source: trl@1.16.0:models/activation_offloading.py:OffloadActivations (pack_tensor, unpack_tensor_with_streams).
+        Functions after Unsloth's hold none back (flag ``offload_under_way`` 0).
+    Source: trl@1.16.0:models/activation_offloading.py:OffloadActivations (pack_tensor, unpack_tensor_with_streams);
+        llamafactory@0.9.5:model/model_utils/checkpointing.py:get_unsloth_gradient_checkpointing_func;
+        axolotl@0.19.0:axolotl/monkeypatch/gradient_checkpointing/offload_cpu.py:CPU_Offloaded_Gradient_Checkpointer.
     Known error: copies that are freed late stand in a pool of the second stream.
     """
     if "activations" not in dict(job.offload):
         return one_pass
     again = job.recompute.kind == "full"
+    stated = dict(job.flags).get("offload_under_way", "")
+    under_way = int(stated) if stated.isdigit() else UNDER_WAY
     num_layers, layers = len(one_pass.layers), []
     for index, memory in enumerate(one_pass.layers):
-        if again and index >= num_layers - UNDER_WAY:
+        if again and index >= num_layers - under_way:
             layers.append(memory)
             continue
         back = memory.kept_bytes if again else min(memory.kept_bytes, UNDER_WAY * _largest(job, recipe, index))

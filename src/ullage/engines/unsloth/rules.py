@@ -69,8 +69,8 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-#: Settings of :attr:`TrainingJob.flags` that are followed, or that Unsloth sets itself (checkpoints are reentrant).
-FLAGS = ("seq_len_at_most", "use_reentrant")
+#: Settings of :attr:`TrainingJob.flags` that are followed, or that Unsloth settles itself.
+FLAGS = ("seq_len_at_most", "use_reentrant", "offload_under_way")
 
 Loss = Literal["in_place", "cut", "chunked"]
 
