@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=_("name, folder, config.json or hub id"))
     parser.add_argument("--on", metavar="MACHINE", help=_("such as 8xH100, 256x8xH800 (256 nodes of 8)"))
-    parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, torchtitan, deepspeed, hf_trainer ..."))
+    parser.add_argument("--engine", metavar="NAME", help=_("megatron, fsdp2, deepspeed, hf_trainer, unsloth ..."))
     parser.add_argument(
         "--from",
         dest="line",
@@ -276,7 +276,7 @@ def _not_given(arguments: argparse.Namespace, engine: str, parallel: TrainingPar
         _("micro-batch 1"): arguments.micro_batch,
         _("sequences of {count:,} tokens").format(count=DEFAULT_SEQ_LEN): arguments.seq,
         _("optimizer adamw"): arguments.optimizer,
-        _("no recompute"): arguments.recompute,
+        _("no recompute"): arguments.recompute or (engine == "unsloth") or None,  # Unsloth has a default of its own
     }
     taken = ", ".join(word for word, given in words.items() if given is None)
     if taken:

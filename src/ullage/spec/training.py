@@ -110,7 +110,7 @@ class TrainingJob(Frozen):
     """What the user wants trained.
 
     Attributes:
-        engine: megatron, fsdp1, fsdp2, torchtitan, deepspeed, ddp, hf_trainer, litgpt, torchtune or single.
+        engine: megatron, fsdp1, fsdp2, torchtitan, deepspeed, ddp, hf_trainer, unsloth, litgpt, torchtune or single.
         optimizer: adamw, adam, sgd, adafactor, lion, muon, adamw_8bit, paged_adamw_8bit ...
         optimizer_impl: fused, foreach or for_loop.
         micro_batch_size: sequences per GPU and forward pass; grad_accum: passes per optimizer step.
