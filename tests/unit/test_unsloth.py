@@ -19,6 +19,7 @@ from ullage.read.machine import parse_machine
 from ullage.spec.model import Model
 from ullage.spec.rlhf import Rlhf
 from ullage.spec.training import Lora, Precision, Recompute, TrainingJob
+from ullage.training_fit import fit_training
 from ullage.units import GiB, MiB
 
 LLAMA, QWEN2, QWEN3 = "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B"
@@ -244,6 +245,13 @@ def test_a_program_that_names_no_release_may_keep_its_checkpoints_on_the_host() 
     assert said is not None
     assert unsaid.bytes == said.bytes
     assert unsaid.low_bytes == 0 < said.low_bytes
+
+
+def test_advice_for_a_full_card_is_in_unsloths_words() -> None:
+    asked = job(base_quantization=None, method="lora", optimizer="adamw", machine=parse_machine("1xRTX4060"))
+    found = {one.change: one for one in fit_training(asked).advice}
+    assert found["the frozen base in 4 bits"].typed == "load_in_4bit=True"
+    assert not any("torch.compile" in change or "Liger" in change for change in found)
 
 
 def test_what_is_refused_says_why() -> None:

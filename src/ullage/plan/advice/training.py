@@ -176,7 +176,7 @@ def _optimizers(job: TrainingJob) -> Iterator[Change]:
             typed="--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             apply=_short_moments,
         )
-    if _may_quantise(job) and job.engine in (*HUGGING_FACE, "litgpt"):
+    if _may_quantise(job) and job.engine in (*HUGGING_FACE, "unsloth", "litgpt"):
         yield Change(
             key="base_quantization",
             change=_("the frozen base in 4 bits"),

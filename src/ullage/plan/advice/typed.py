@@ -1,7 +1,8 @@
 """How a change of training is typed in the words of each framework.
 
 Sources: Megatron-LM@d98e8a6:megatron/training/arguments.py; torchtitan@v0.2:torchtitan/config/job_config.py;
-transformers@5.23:src/transformers/training_args.py; DeepSpeed's configuration page; torch@2.13:torch/distributed.
+transformers@5.23:src/transformers/training_args.py; unsloth@015bdef0:unsloth/models/llama.py; DeepSpeed's configuration
+page; torch@2.13:torch/distributed.
 """
 
 from __future__ import annotations
@@ -79,6 +80,14 @@ _WORDS: dict[str, dict[str, str]] = {
     "hf_trainer": _TRAINER,
     "single": {**_TRAINER, **_FSDP, "recompute.full": "model.gradient_checkpointing_enable()"},
     "ddp": {**_TRAINER, "recompute.full": "model.gradient_checkpointing_enable()"},
+    "unsloth": {
+        "micro_batch": _TRAINER["micro_batch"],
+        "optimizer": _TRAINER["optimizer"],
+        "optimizer_impl": _TRAINER["optimizer_impl"],
+        "recompute.full": "use_gradient_checkpointing=True",
+        "base_quantization": "load_in_4bit=True",
+        "seq_len": "max_seq_length={half}",
+    },
     "fsdp1": {**_FSDP, "fsdp": "ShardingStrategy.FULL_SHARD", "offload.params": "CPUOffload(offload_params=True)"},
     "fsdp2": _FSDP,
     "torchtune": {
