@@ -128,3 +128,49 @@ def test_what_adapters_keep() -> None:
     assert kept(Lora(rank=16, targets=("q_proj", "k_proj"))) == tokens * (2 * 2 * 4096 + products)
     shared = kept(Lora(rank=16, targets=("q_proj", "k_proj")), dtype="bfloat16")
     assert shared == tokens * (2 * 4096 + products)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "params", "measured"),
+    [
+        # states and projector of one step of galore-torch 1.0 and apollo-torch 1.0.3 with rank 16, their storages added up
+        ("galore_adamw", (256, 96), "float32", 69632),
+        ("galore_adamw", (96, 256), "float32", 69632),
+        ("galore_adamw", (128, 128), "float32", 81920),
+        ("galore_adamw", (256, 96), "bfloat16", 19456),
+        ("galore_adamw", (128, 128), "bfloat16", 12288),
+        ("apollo_adamw", (256, 96), "float32", 38912),
+        ("apollo_adamw", (96, 256), "bfloat16", 19456),
+        ("apollo_adamw", (128, 128), "float32", 24576),
+    ],
+)
+def test_projected_moments_are_those_that_the_packages_keep(
+    name: str, shape: tuple[int, int], params: str, measured: int
+) -> None:
+    trained = Trained(tensors=((shape, 1),), rank=16)
+    assert optimizer_terms(name, trained, moments="float32", params=params, master=None).bytes == measured
+
+
+def test_embeddings_are_not_projected_and_a_rank_cannot_pass_the_shorter_side() -> None:
+    framed = Trained(tensors=((MATRIX, 1),), frame=frozenset({MATRIX}))
+    assert (
+        optimizer_terms("galore_adamw", framed, moments="float32", params="float32", master=None).bytes == 8 * 4096**2
+    )
+    wide = [
+        optimizer_terms(
+            "apollo_adamw",
+            Trained(tensors=(((64, 32), 1),), rank=rank),
+            moments="float32",
+            params="float32",
+            master=None,
+        ).bytes
+        for rank in (32, 1000)
+    ]
+    assert wide[0] == wide[1]
+
+
+def test_solving_for_a_projector_takes_more_than_drawing_it() -> None:
+    solved, drawn = (
+        temporaries(name, TRAINED, impl=None, params="bfloat16") for name in ("galore_adamw", "apollo_adamw")
+    )
+    assert solved == 4 * 4 * 4096**2 and drawn == 2 * 2 * 4096**2

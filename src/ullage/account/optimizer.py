@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
+from ullage.account.projected import DEFAULT_RANK, PROJECTIONS, is_projected, projected_bytes, projected_work
 from ullage.errors import InputError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -74,6 +75,7 @@ RULES: dict[str, OptimizerRule] = {
     ),
     "lora_fa": OptimizerRule(num_moments=2, source="peft@0.21.2:optimizers/lorafa.py:LoraFAOptimizer", temporaries=0),
     "adamw_4bit": OptimizerRule(num_moments=2, quantised=4, source="torchao@0.14:optim/adam.py", temporaries=0),
+    **{name: OptimizerRule(num_moments=2, source=rule.source, temporaries=0) for name, rule in PROJECTIONS.items()},
 }
 ALIASES = {
     "adamw_torch": "adamw",
@@ -90,9 +92,14 @@ ALIASES = {
 
 
 class Trained(Frozen):
-    """The tensors that one rank's optimizer works on: (shape, how many equal ones)."""
+    """The tensors that one rank's optimizer works on: (shape, how many equal ones).
+
+    ``frame``: shapes of embeddings and head, whose gradients are not projected; ``rank``: of optimizers that project.
+    """
 
     tensors: tuple[tuple[tuple[int, ...], int], ...]
+    frame: frozenset[tuple[int, ...]] = frozenset()
+    rank: int = DEFAULT_RANK
 
     @property
     def num_elements(self) -> int:
@@ -137,7 +144,7 @@ def optimizer_terms(
     Known error: none for full-precision states; paged states may lie on the host.
     """
     rule = rule_of(name)
-    num_bytes = sum(_state_bytes(rule, shape, moments) * copies for shape, copies in trained.tensors)
+    num_bytes = sum(_kept(name, rule, trained, shape, moments, params) * copies for shape, copies in trained.tensors)
     size = -(-num_bytes // num_shards)
     children = [_maybe_paged(rule, int(size))] if size else []
     if master is not None and dtype_bytes(master) != dtype_bytes(params):
@@ -160,6 +167,10 @@ def temporaries(name: str, trained: Trained, *, impl: str | None, params: str, n
     """
     rule = rule_of(name)
     width = dtype_bytes(params)
+    projection = PROJECTIONS.get(rule_name(name))
+    if projection is not None:
+        matrices = [shape for shape, _copies in trained.tensors if is_projected(shape, trained.frame)]
+        return max((projected_work(projection, shape, width) for shape in matrices), default=0)
     if impl == "fused" or not rule.temporaries:
         return 0
     if impl == "for_loop":
@@ -171,6 +182,16 @@ def _maybe_paged(rule: OptimizerRule, size: int) -> Term:
     if not rule.paged:
         return exact("moments", size, formula=f"{rule.num_moments} moments", source=rule.source)
     return ranged("moments", size, low=0, high=size, formula="paged: may lie on the host", source=rule.source)
+
+
+def _kept(
+    name: str, rule: OptimizerRule, trained: Trained, shape: tuple[int, ...], moments: str, params: str
+) -> Fraction:
+    """Return the states of one tensor; of a projected matrix in the format of its gradient."""
+    projection = PROJECTIONS.get(rule_name(name))
+    if projection is not None and is_projected(shape, trained.frame):
+        return projected_bytes(projection, shape, trained.rank, Fraction(dtype_bytes(params)))
+    return _state_bytes(rule, shape, moments)
 
 
 def _state_bytes(rule: OptimizerRule, shape: tuple[int, ...], moments: str) -> Fraction:

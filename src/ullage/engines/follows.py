@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ullage.account.optimizer import rule_name
+from ullage.account.projected import PROJECTIONS
 from ullage.errors import InputError, LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -148,6 +150,7 @@ def check_followed(job: TrainingJob) -> None:
     _check_counts(job)
     _check_sizes(job.parallel)
     _check_experts(job)
+    _check_projected(job)
     own = FOLLOWS.get(job.engine)
     if own is None:
         return
@@ -162,6 +165,27 @@ def check_followed(job: TrainingJob) -> None:
             _("ullage's rules of {engine} do not follow {what}").format(engine=job.engine, what=what),
             remedy=_("those of {engines} do").format(engines=", ".join(others)) if others else "",
         )
+
+
+def _check_projected(job: TrainingJob) -> None:
+    """Refuse projected optimizers where they would see no matrices, or too many kinds of them.
+
+    Source: transformers@5.23.0:trainer_optimizer.py:_setup_low_rank_optimizer (weights of ``nn.Linear`` alone: stacked
+        experts and flat shards are none).
+    """
+    name = rule_name(job.optimizer)
+    if name not in PROJECTIONS:
+        if "optim_rank" in dict(job.flags):
+            raise InputError(_("{name} projects nothing, and has no rank").format(name=name[:40]))
+        return
+    sharded = job.parallel.fsdp is not None or job.parallel.zero_stage
+    experts = any(isinstance(block, MoEFFN) for layer in job.model.layers for block in layer.ffns)
+    where = _("adapters") if job.lora else _("sharded parameters") if sharded else _("stacked experts")
+    if job.lora is not None or (sharded and job.parallel.data_parallel_size > 1) or experts:
+        raise InputError(_("{name} is not followed on {what}").format(name=name, what=where))
+    rank = dict(job.flags).get("optim_rank", "1")
+    if not (rank.isascii() and rank.isdigit() and 0 < int(rank[:9]) < 10**6):
+        raise InputError(_("a rank is a number from 1 on, not {rank!r}").format(rank=rank[:20]), where="optim_rank")
 
 
 def _only(job: TrainingJob, follows: Follows, what: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from ullage.account.gradients import gradients_term
 from ullage.account.lora import adapter_parameters, copied_parameters
 from ullage.account.optimizer import Trained, optimizer_terms
 from ullage.account.parameters import Placed, Role, model_parameters
+from ullage.account.projected import DEFAULT_RANK
 from ullage.account.sharding import RankShare, whole
 from ullage.account.weights import weights_term
 from ullage.engines.hf_trainer import experts
@@ -65,7 +66,8 @@ def states(job: TrainingJob, recipe: Recipe) -> States:
     if lora is not None:
         trained, dtype, grads, moments = (adapter_parameters(job.model, lora), *(recipe.adapters.dtype,) * 3)
     else:
-        trained, dtype = full_parameters(job.model), job.precision.params
+        trained = replace(full_parameters(job.model), rank=int(dict(job.flags).get("optim_rank", DEFAULT_RANK)))
+        dtype = job.precision.params
         grads, moments = job.precision.grads, job.precision.moments
     base = job.precision.compute
     grad_terms = _both(
@@ -128,7 +130,7 @@ def full_parameters(model: spec.Model) -> Trained:
     for placed in decoder_parameters(model):
         shape = placed.parameter.shape
         tensors[shape] = tensors.get(shape, 0) + placed.parameter.copies
-    return Trained(tensors=tuple(tensors.items()))
+    return Trained(tensors=tuple(tensors.items()), frame=frozenset({(model.vocab_size, model.hidden_size)}))
 
 
 def decoder_parameters(model: spec.Model) -> list[Placed]:
