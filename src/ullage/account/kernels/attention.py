@@ -8,22 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ullage.account.kernels import ops
+from ullage.account.kernels.sorting import sort_scratch
 from ullage.account.kernels.tape import Tape, Tensor
-
-#: Longest rows that PyTorch sorts in place. Source: torch@2.7.0:aten/src/ATen/native/cuda/Sort.h:should_use_small_sort.
-_SMALL_SORT = 4096
 
 
 def sorted_rows(t: Tape, x: Tensor, row_size: int) -> tuple[Tensor, Tensor]:
     """Sorted values and their indices, which are kept.
 
-    Formula: values nw, indices 8n; long rows: the indices in order 8n and the sort's own keys and values n (w + 8).
-    Source: torch@2.7.0:aten/src/ATen/native/cuda/Sort.cpp:sort_cuda_kernel, SortStable.cu:segmented_sort_pairs;
-        cub's DeviceSegmentedRadixSort without double buffers.
+    Formula: values nw, indices 8n; for a moment what :func:`sort_scratch` says.
+    Source: torch@2.7.0:aten/src/ATen/native/cuda/Sort.cpp:sort_cuda_kernel.
     """
     values, indices = t.empty(x.num_elements, x.width), t.empty(x.num_elements, 8)
-    if row_size > _SMALL_SORT:
-        t.brief(int(x.num_elements * (8 + x.width + 8)))
+    t.brief(sum(sort_scratch(x.num_elements, row_size, x.width)))
     size, width = x.num_elements, x.width
 
     def backward(t: Tape, kept: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ullage.account.activations.embedding import embedding_gradient_tables
 from ullage.account.activations.logits import LossPeak
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
@@ -20,8 +21,6 @@ from ullage.ledger import Ledger, Term, exact, ranged, total
 from ullage.spec.training import TrainingJob, is_headless
 from ullage.units import MiB, dtype_bytes
 
-#: Up to here the gradient of an embedding is one kernel. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu.
-FEW_INDICES = 3072
 #: How far sums of activations were off against published peaks (docs/training.md).
 ACTIVATION_ERROR = 0.05
 
@@ -257,15 +256,14 @@ def _sharded_backward(walk: Walk) -> tuple[Term, ...]:
 def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     """Return the end of the backward: all gradients, and what the embedding's takes.
 
-    Formula: more than 3072 tokens: 6 tables of indices 8bs and fp32 rows 4bsh, + the gradient of the residual stream.
-        A tied head's gradient is a view, so that the sum with the embedding's is a tensor of its own: 2 x Vh more.
-        With earlier micro-batches the new gradient stands beside the sum: Vh more.
-    Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel;
-        torch/csrc/autograd/input_buffer.cpp:can_accumulate_inplace.
+    Formula: tables of indices and partial sums (:func:`embedding_gradient_tables`), + the gradient of the residual
+        stream. A tied head's gradient is a view, so that the sum with the embedding's is a tensor of its own: 2 x Vh
+        more. With earlier micro-batches the new gradient stands beside the sum: Vh more.
+    Source: torch@2.13.0:torch/csrc/autograd/input_buffer.cpp:can_accumulate_inplace.
     """
     model, tokens = walk.job.model, walk.job.micro_batch_size * walk.job.seq_len
     weight = int(model.vocab_size * model.hidden_size * dtype_bytes(walk.job.precision.grads))
-    sorting = tokens * (6 * 8 + 4 * model.hidden_size) if tokens > FEW_INDICES else 0
+    sorting = sum(embedding_gradient_tables(tokens, model.vocab_size, model.hidden_size))
     accumulates = weight if walk.job.grad_accum > 1 else 0
     laid = walk.one_pass.stream_bytes + sorting + accumulates
     tied = model.tied_embeddings and not is_headless(walk.job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ullage.account.activations.embedding import embedding_gradient_tables
 from ullage.account.gradients import accumulation_bytes, clipping_bytes
 from ullage.account.optimizer import temporaries
 from ullage.engines.hf_trainer import adapted
@@ -127,7 +128,7 @@ def _embedding_backward(walk: Walk) -> tuple[Term, ...]:
     Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel.
     """
     model, tokens = walk.job.model, walk.job.micro_batch_size * walk.job.seq_len
-    sorting = tokens * (6 * 8 + 4 * model.hidden_size)
+    sorting = sum(embedding_gradient_tables(tokens, model.vocab_size, model.hidden_size))
     more = int(model.vocab_size * model.hidden_size * dtype_bytes(walk.states.copies_dtype))
     laid = walk.one_pass.stream_bytes + sorting + (more if walk.job.grad_accum > 1 else 0)
     return (walk.states.gradients, _grown(walk, exact("embedding_backward", laid, formula="sorted indices, fp32 rows")))

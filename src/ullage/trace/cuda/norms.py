@@ -31,7 +31,7 @@ class FusedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         """Make the gradients of input and weight."""
         x, weight, _numbers = ctx.saved_tensors
-        _waited(grad).contiguous()
+        grad = _waited(grad).contiguous()  # a copy lives as long as the kernel
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         return of_x, None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None
 

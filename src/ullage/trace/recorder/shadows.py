@@ -16,15 +16,14 @@ from torch.utils._pytree import tree_map
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.trace.recorder.arguments import arguments_of
 
 #: Larger tensors are not followed.
 MAX_ELEMENTS = 1 << 24
 _WHOLE = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 aten = torch.ops.aten
-#: The last output is chosen by unknown values: indices.
-_CHOOSING = frozenset(
-    (aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argmax.default)
-)
+#: The last output is chosen by values, be they known or not: indices.
+_CHOOSING = frozenset((aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default))
 #: Values of the inputs do not matter.
 _BLIND = frozenset(
     (
@@ -105,7 +104,7 @@ class Shadows:
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Compute the values of an operator's output where those of its inputs are known."""
         if func in _CHOOSING:
-            self._choose(func, args, out)
+            self._choose(func, args, kwargs, out)
             return
         first = out[0] if isinstance(out, (tuple, list)) and out else out
         if not isinstance(first, torch.Tensor) or first.dtype not in _WHOLE or first.device.type != "meta":
@@ -132,19 +131,19 @@ class Shadows:
                 if meta.dtype in _WHOLE and meta.device.type == "meta":
                     self._store(meta, real)
 
-    def _choose(self, func: Any, args: Any, out: Any) -> None:
-        source, chosen = args[0], out[1] if isinstance(out, (tuple, list)) else out
+    def _choose(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        source, outs = args[0], out if isinstance(out, (tuple, list)) else (out,)
         value = self.of(source)
-        if value is not None and func is not aten.argmax.default:
-            real = func(value, *args[1:])
-            for meta, one in zip(out, real, strict=False):
+        if value is not None:
+            real = func(value, *args[1:], **kwargs)
+            for meta, one in zip(outs, real if isinstance(real, (tuple, list)) else (real,), strict=True):
                 self.give(meta, one)
             return
-        if chosen.numel() <= MAX_ELEMENTS and source.dim():
-            axis = args[2] if func is aten.topk.default and len(args) > 2 else -1
-            if axis in (-1, source.dim() - 1) and chosen.dim() == source.dim():
-                self.chose = self.chose or chosen.shape[-1] < source.shape[-1]
-                self.give(chosen, self.routing.choices(tuple(chosen.shape), source.shape[-1]))
+        chosen, axis = outs[-1], arguments_of(func, args, kwargs)["dim"]
+        last = source.dim() and chosen.dim() == source.dim() and axis in (-1, source.dim() - 1)
+        if last and chosen.numel() <= MAX_ELEMENTS:
+            self.chose = self.chose or chosen.shape[-1] < source.shape[-1]
+            self.give(chosen, self.routing.choices(tuple(chosen.shape), source.shape[-1]))
 
     def _replace(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         missing = False

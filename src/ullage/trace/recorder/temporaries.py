@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from ullage.account.activations.embedding import embedding_gradient_tables
+from ullage.account.kernels.sorting import sort_scratch
 from ullage.frozen import Frozen
+from ullage.trace.recorder.arguments import arguments_of
 from ullage.units import MiB, cdiv, round_up
 
 #: Bytes of a 64-bit index.
 INDEX = 8
 #: Elements per chunk of the foreach kernels. Source: torch@2.13.0:aten/src/ATen/native/cuda/MultiTensorApply.cuh.
 FOREACH_CHUNK = 65536
-#: Up to here one kernel without sorting. Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu:
-#: embedding_dense_backward_cuda.
-FEW_INDICES = 3072
 
 
 class Kernels(Frozen):
@@ -38,10 +38,10 @@ class Kernels(Frozen):
         return 32 * MiB if self.compute_capability >= (9, 0) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def hidden_temporaries(func: Any, args: Any, out: Any, kernels: Kernels) -> list[int]:
+def hidden_temporaries(func: Any, args: Any, kwargs: Any, out: Any) -> list[int]:
     """Return the bytes of each temporary of one operator's CUDA kernel."""
     rule = _RULES.get(func._schema.name)
-    return [] if rule is None else rule(args, out)
+    return [] if rule is None else rule([*arguments_of(func, args, kwargs).values()], out)
 
 
 def _flash_backward(args: Any, _out: Any) -> list[int]:
@@ -78,29 +78,23 @@ def _efficient_backward(args: Any, out: Any) -> list[int]:
 
 
 def _embedding_backward(args: Any, _out: Any) -> list[int]:
-    """Sorted indices, tables of segments, and one fp32 row per index.
-
-    Formula: indices n > 3072: sort 2 x 8n and as much scratch, 5 x 8n segments, 4 n d partial rows.
-    Source: torch@2.13.0:aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu:embedding_backward_cuda_kernel.
-    """
-    grad, indices = args[0], args[1]
-    count = indices.numel()
-    if count <= FEW_INDICES:
-        return []
-    return [INDEX * count] * 6 + [4 * count * grad.shape[-1]]
+    """Tables of indices, and partial sums in fp32; see :func:`embedding_gradient_tables`."""
+    grad, indices, num_rows = args[:3]
+    return list(embedding_gradient_tables(indices.numel(), num_rows, grad.shape[-1]))
 
 
 def _index_put(args: Any, _out: Any) -> list[int]:
-    """Linear and sorted indices where values are accumulated.
+    """Linear, sorted, original and counted indices where values are accumulated, and the scratch of their sort.
 
-    Formula: 3 x 8n (linear, sorted, original) and as much scratch of the sort.
-    Source: torch@2.13.0:aten/src/ATen/native/cuda/Indexing.cu:index_put_with_sort_kernel.
+    Formula: 4 x 8n, and keys and values once more 2 x 8n.
+    Source: torch@2.13.0:aten/src/ATen/native/cuda/Indexing.cu:index_put_with_sort_kernel; cub's DeviceRadixSort
+        without double buffers.
     """
     accumulates = len(args) > 3 and bool(args[3])
     if not accumulates:
         return []
     count = max((each.numel() for each in args[1] if each is not None), default=0)
-    return [INDEX * count] * 4
+    return [INDEX * count] * 6
 
 
 def _foreach_norm(args: Any, _out: Any) -> list[int]:
@@ -115,12 +109,10 @@ def _foreach_norm(args: Any, _out: Any) -> list[int]:
 
 
 def _sort(args: Any, _out: Any) -> list[int]:
-    """Scratch of a radix sort: keys and indices once more.
-
-    Source: torch@2.13.0:aten/src/ATen/native/cuda/Sort.cpp:sort_cuda_kernel.
-    """
-    source = args[0]
-    return [source.numel() * source.element_size(), source.numel() * INDEX]
+    """Scratch of a sort of long rows; see :func:`sort_scratch`."""
+    source, axis = args[0], args[-2]
+    row_size = source.shape[axis] if source.dim() else 1
+    return list(sort_scratch(source.numel(), row_size, source.element_size()))
 
 
 def _softmax_backward(args: Any, _out: Any) -> list[int]:

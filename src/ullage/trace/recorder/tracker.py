@@ -61,12 +61,12 @@ class Tracker(TorchDispatchMode):
         out = handler(self, func, args, kwargs) if handler is not None else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
-        self._record(func, args, out)
+        self._record(func, args, kwargs, out)
         if not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point:
             self.shadows.follow(func, args, kwargs, out)
         return out
 
-    def _record(self, func: Any, args: Any, out: Any) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
         self._workspace(name)
         category = names.COMMUNICATION if name.startswith(names.COLLECTIVE) else ""
@@ -78,7 +78,7 @@ class Tracker(TorchDispatchMode):
                 for one in tree_leaves(each):
                     if isinstance(one, torch.Tensor) and one.device.type == "meta":
                         self.note(one, name)
-        self.burst(name, hidden_temporaries(func, args, out, self.kernels))
+        self.burst(name, hidden_temporaries(func, args, kwargs, out))
 
     def burst(self, name: str, sizes: list[int]) -> None:
         """Write down temporaries that a kernel takes and gives back within itself."""

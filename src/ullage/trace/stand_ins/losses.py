@@ -45,7 +45,7 @@ class LigerLoss(torch.autograd.Function):
 class InPlaceLoss(torch.autograd.Function):
     """A cross entropy whose kernel writes the gradient over the fp32 logits; forward keeps them and one row sum.
 
-    Source: fms-acceleration@876e2ed6:plugins/fused-ops-and-kernels/src/fms_acceleration_foak/fused_ops/unsloth_lora/../
+    Source: fms-acceleration@876e2ed6:plugins/fused-ops-and-kernels/src/fms_acceleration_foak/
         kernels/unsloth/cross_entropy_loss.py:Fast_CrossEntropyLoss; unsloth@2024.1 likewise.
     """
 
