@@ -239,8 +239,27 @@ def judge(
         max_context=largest_context(engine, pool, per_replica),
         max_concurrency=concurrency_at(engine, pool, tokens),
         curve=_curve(engine, pool, tokens),
-        warnings=tuple(dict.fromkeys((*engine.warnings, *engine.ranks[at].ledger.warnings))),
+        warnings=tuple(dict.fromkeys((*engine.warnings, *engine.ranks[at].ledger.warnings, *_too_long(job, tokens)))),
     )
+
+
+def _too_long(job: ServingJob, tokens: int) -> tuple[str, ...]:
+    """Warn of requests that are longer than what the model was made for.
+
+    Source: vllm@0.33.0:vllm/config/model.py:_get_and_verify_max_len; sglang@0.5.23:srt/configs/model_config.py:
+    ModelConfig._derive_context_length (both refuse unless an environment variable allows it).
+    """
+    declared = job.model.max_position_embeddings
+    if not declared or tokens <= declared:
+        return ()
+    switch = {"vllm": "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1", "sglang": "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1"}
+    warning = _("{tokens:,} tokens are more than the {declared:,} that the model declares").format(
+        tokens=tokens, declared=declared
+    )
+    if job.engine in switch:
+        allowed = _("{engine} refuses them, unless its own limit is scaled or {switch} is set")
+        warning += "; " + allowed.format(engine=job.engine, switch=switch[job.engine])
+    return (warning,)
 
 
 def pool_for_requests(engine: EngineStart, need: Need, total: Amount) -> Amount:

@@ -104,6 +104,17 @@ def find(text: str) -> Found | None:
             if suffix:
                 return _copy_of(text, entries()[at], name, suffix, quantization)
             return Found(entry=entries()[at], name=text.strip(), assumed=(_dimensions_of(name),))
+    return _without_hyphens(short, keys)
+
+
+def _without_hyphens(short: str, keys: dict[str, tuple[int, str]]) -> Found | None:
+    """Find a name whose hyphens are set otherwise, such as ``deepseekv3`` or ``llama3-70b``, if it is one model's."""
+    for ending in ("", *RELEASES):
+        plain = (short + ending).replace("-", "")
+        found = {(place[0], place[1]) for key, place in keys.items() if key.replace("-", "") == plain}
+        if len({at for at, _name in found}) == 1:
+            at, name = min(found)
+            return Found(entry=entries()[at], name=name)
     return None
 
 

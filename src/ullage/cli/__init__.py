@@ -6,6 +6,7 @@ A command module offers ``add_arguments(parser)`` and ``run(arguments) -> exit c
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import os
 import sys
@@ -69,6 +70,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # bars and ticks where a terminal has only ASCII
     try:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -80,16 +84,27 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return _say(_("interrupted"), EXIT_INTERRUPTED)
-    except SystemExit as leave:  # argparse after --help
+    except SystemExit as leave:  # argparse after --help, and rich where a pipe was closed
+        if isinstance(leave.__context__, BrokenPipeError):
+            return EXIT_BROKEN_PIPE
         return leave.code if isinstance(leave.code, int) else EXIT_OK
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            return _bug(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _say(_("the answer could not be written ({reason})").format(reason=error.strerror), EXIT_INTERNAL)
     except Exception as error:
-        if os.environ.get("ULLAGE_DEBUG"):
-            raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return _say(
-            _("internal error: {what}; set ULLAGE_DEBUG=1 to see where, and please report it").format(what=what),
-            EXIT_INTERNAL,
-        )
+        return _bug(error)
+
+
+def _bug(error: Exception) -> int:
+    if os.environ.get("ULLAGE_DEBUG"):
+        raise error
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return _say(
+        _("internal error: {what}; set ULLAGE_DEBUG=1 to see where, and please report it").format(what=what),
+        EXIT_INTERNAL,
+    )
 
 
 def _say(sentence: str, code: int) -> int:

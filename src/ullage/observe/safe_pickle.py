@@ -41,6 +41,7 @@ from ullage.observe.pickle_opcodes import (
     from_line,
 )
 from ullage.observe.pickle_window import WINDOW_BYTES, Window
+from ullage.read.jsonfile import missing
 from ullage.units import format_bytes
 
 
@@ -387,7 +388,7 @@ def load(
     limits = limits or Limits()
     try:
         if not path.is_file():
-            raise InputError(_("no such file"), where=str(path))
+            raise missing(path)
         size = path.stat().st_size
         if size > limits.file_bytes:
             raise InputError(

@@ -20,6 +20,11 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def missing(path: Path) -> InputError:
+    """Return the error for a path that is no file: a folder is told apart from nothing."""
+    return InputError(_("is a folder, not a file") if path.is_dir() else _("no such file"), where=str(path))
+
+
 def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -28,7 +33,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[s
     """
     try:
         if not path.is_file():
-            raise InputError(_("no such file"), where=str(path))
+            raise missing(path)
         size = path.stat().st_size
         if size > max_bytes:
             raise InputError(

@@ -19,7 +19,10 @@ from ullage.spec.machine import Gpu, Machine
 from ullage.units import GB, GiB, parse_size
 
 MAX_GPUS = 100_000
-_TIMES = re.compile(r"\s*(\d{1,12})\s*[x×*]\s*", re.IGNORECASE)
+_TIMES = re.compile(r"\s*(\d{1,40})\s*[x×*]\s*", re.IGNORECASE)
+#: The count behind the card, as schedulers write it (``H200:8``, ``H200x8``), or before it without a sign (``8 H200``).
+_BEHIND = re.compile(r"(?P<card>.+?)\s*[:x×*]\s*(?P<count>\d{1,9})\s*", re.IGNORECASE)
+_BEFORE = re.compile(r"\s*(?P<count>\d{1,9})\s+(?P<card>\S.*)")
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d{1,4}(?:\.\d{1,3})?) ?-?(gib|gb|mib|g)(?![a-z0-9])")
 _STATED = re.compile(r"(\d{1,4}(?:\.\d{1,3})?) ?gib(?: usable)?\)?\s*$|\((\d{1,4}(?:\.\d{1,3})?)\)")
 _FORMS = {"sxm": "sxm", "pcie": "pcie", "nvl": "nvl", "laptop": "laptop", "mobile": "laptop", "oam": "", "hgx": "sxm"}
@@ -69,7 +72,7 @@ def parse_machine(text: str) -> Machine:
     Raises:
         InputError: not a machine, or a card that is not known (the nearest names are given).
     """
-    rest = text.strip()
+    rest = _sign_first(text.strip())
     counts: list[int] = []
     while len(counts) < 2 and (match := _TIMES.match(rest)):
         counts.append(int(match.group(1)))
@@ -90,6 +93,18 @@ def parse_machine(text: str) -> Machine:
     if product > gpu.gpus_per_node > 1 and product % gpu.gpus_per_node == 0:
         return Machine(gpu=gpu, num_nodes=product // gpu.gpus_per_node, gpus_per_node=gpu.gpus_per_node)
     return Machine(gpu=gpu, gpus_per_node=product)
+
+
+def _sign_first(text: str) -> str:
+    """Return ``8xH200`` for ``H200:8``, ``H200x8`` and ``8 H200``; a text that names a card as it stands is kept."""
+    if len(text) > 200 or _TIMES.match(text):
+        return text
+    try:
+        parse_gpu(text)
+    except InputError:
+        found = _BEFORE.fullmatch(text) or _BEHIND.fullmatch(text)
+        return f"{int(found['count'])}x{found['card']}" if found else text
+    return text
 
 
 def _product(counts: list[int]) -> int:

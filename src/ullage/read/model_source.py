@@ -6,7 +6,8 @@ A name in the catalog, a folder with ``config.json``, a ``config.json`` itself, 
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ from ullage.i18n import _
 from ullage.spec.model import Model
 
 SIDECAR = "hf_quant_config.json"
+HUB = "https://huggingface.co"
 
 
 def load_model(text: str, *, assume: bool = False, network: bool = False) -> Model:
@@ -47,7 +49,16 @@ def load_model(text: str, *, assume: bool = False, network: bool = False) -> Mod
         return catalog.load_entry(found)
     if name.count("/") == 1 and network and not name.startswith((".", "/", "~")):
         return _from_hub(name, assume=assume)
+    if _is_file(path):
+        raise InputError(_("is neither a config.json nor a .gguf file"), where=name[:200])
     raise InputError(_("the model {text!r} is not in the catalog").format(text=name[:80]), remedy=_remedy(name))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _is_dir(path: Path) -> bool:
@@ -75,7 +86,7 @@ def read_folder(folder: Path, *, config: Path | None = None, assume: bool = Fals
         files = sorted(folder.glob("*.gguf")) if _is_dir(folder) else []
         if files:
             return read_gguf_model(files[0])
-        if config.name == "config.json":
+        if config.name == "config.json" and _is_dir(folder):
             raise InputError(_("there is neither a config.json nor a .gguf file"), where=str(folder))
     sidecar = folder / SIDECAR
     if not is_file(sidecar) or config.name != "config.json":
@@ -108,6 +119,36 @@ def read_gguf_model(path: Path) -> Model:
     return model
 
 
+def _hub_is_out_of_reach() -> bool:
+    """Return whether the hub's name has no address, so that half a minute of retries would be in vain."""
+    import os
+    import socket
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False  # a proxy knows addresses that this machine does not
+    address = os.environ.get("HF_ENDPOINT", HUB).partition("://")[2] or HUB
+    host = address.partition("/")[0].rpartition("@")[2].partition(":")[0]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub's log of its retries off stderr: one sentence says how it ended."""
+    import logging
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _from_hub(name: str, *, assume: bool) -> Model:
     try:
         hub = import_module("huggingface_hub")
@@ -119,18 +160,22 @@ def _from_hub(name: str, *, assume: bool) -> Model:
             ),
             remedy=near.remedy,
         ) from None
+    near_only = _hub_is_out_of_reach()
     try:
-        path = Path(hub.hf_hub_download(name, "config.json"))
+        with _quiet():
+            path = Path(hub.hf_hub_download(name, "config.json", local_files_only=near_only))
     except Exception as error:  # the hub has many kinds of errors, and all mean: not fetched
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        if near_only and "LocalEntryNotFound" in type(error).__name__:
+            reason = _("its address is not found: no network?")
         raise InputError(
             _("the model {name!r} is not in the catalog and could not be fetched from the hub ({reason})").format(
                 name=name[:80], reason=reason
             ),
             remedy=_remedy(name),
         ) from None
-    with suppress(Exception):  # most models have none
-        hub.hf_hub_download(name, SIDECAR)
+    with suppress(Exception), _quiet():  # most models have none
+        hub.hf_hub_download(name, SIDECAR, local_files_only=near_only)
     try:
         return replace(read_folder(path.parent, assume=assume), name=name)
     except UnknownArchitectureError as error:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from ullage.errors import InputError
 from ullage.i18n import _
-from ullage.read.jsonfile import parse_json_object
+from ullage.read.jsonfile import missing, parse_json_object
 from ullage.records.schema import Record, read_record
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -40,7 +40,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         if not path.is_file():
-            raise InputError(_("no such file"), where=str(path))
+            raise missing(path)
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(_("the file is larger than {limit:,} bytes").format(limit=MAX_FILE_BYTES), where=str(path))
         with path.open("rb") as file:
