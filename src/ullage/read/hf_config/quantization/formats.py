@@ -107,6 +107,11 @@ def w4afp8() -> WeightFormat:
     return WeightFormat(name="w4afp8 group 128", dtype="int4", block=(1, 128), scale_dtype="bfloat16", tensor_scales=1)
 
 
+def ternary() -> WeightFormat:
+    """Weights of -1, 0 or 1, four to a byte, and one scale per tensor in the model's dtype (BitNet)."""
+    return WeightFormat(name="bitnet ternary", dtype="int2", scale_dtype="bfloat16", tensor_scales=1)
+
+
 def int8_per_row(scale_dtype: str = "bfloat16") -> WeightFormat:
     """int8 values, one scale per output row (compressed-tensors w8a8; bitsandbytes SCB is fp32)."""
     return WeightFormat(name="int8 per row", dtype="int8", block=(1, 0), scale_dtype=scale_dtype)

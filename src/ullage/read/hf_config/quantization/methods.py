@@ -67,6 +67,16 @@ def unknown(what: str, where: str) -> UnknownArchitectureError:
     )
 
 
+def table(part: Keys, key: str) -> dict[str, Any]:
+    """Take an object of free names; a missing one is empty."""
+    found = part.raw(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or len(found) > MAX_NAMES or not all(isinstance(name, str) for name in found):
+        raise InputError(_("{value} is not an object").format(value=repr(found)[:60]), where=part.at(key))
+    return found
+
+
 def keep(patterns: Iterable[str]) -> Rules:
     """Return rules that leave tensors in the model's dtype."""
     return tuple(QuantRule(pattern=pattern, format=None) for pattern in patterns)
@@ -156,7 +166,7 @@ def _gptq(part: Keys, context: Context) -> Rules:
     """GPTQ, with GPTQModel's ``dynamic``: ``-:pattern`` leaves modules out, ``+:pattern`` changes bits and group."""
     bits, group = _bits(part, "bits", default=4), _group(part, "group_size", default=128)
     special: list[QuantRule] = []
-    for name, change in (part.raw("dynamic") or {}).items():
+    for name, change in table(part, "dynamic").items():
         check_pattern("re:" + name, part.at("dynamic"))
         pattern = compile_checked(name.removeprefix("-:").removeprefix("+:"), part.at("dynamic"))
         if name.startswith("-:"):
@@ -204,7 +214,7 @@ def _auto_round(part: Keys, context: Context) -> Rules:
         return formats.awq(own_bits, own_group) if "awq" in packing else formats.gptq(own_bits, own_group)
 
     by_format: dict[WeightFormat | None, list[str]] = {}
-    for name, change in (part.raw("extra_config") or {}).items():
+    for name, change in table(part, "extra_config").items():
         check_pattern(name, part.at("extra_config"))
         own = Keys(change if isinstance(change, dict) else {}, part.at("extra_config"))
         own_bits = own.integer("bits", bits, high=32)
@@ -223,12 +233,30 @@ def _auto_round(part: Keys, context: Context) -> Rules:
     return (*special, *all_linear(packed(bits, group), skipped))
 
 
+_HQQ_KEYS = frozenset({"weight_quant_params", "scale_quant_params", "zero_quant_params", "offload_meta"})
+
+
+def _bitnet(part: Keys, context: Context) -> Rules:
+    """BitNet: four ternary weights to a byte and one scale per tensor; online, the file keeps plain weights.
+
+    Source: transformers@5.23.0:integrations/bitnet.py:BitLinear, AutoBitLinear, replace_with_bitnet_linear.
+    """
+    skipped = fold_modules(names(part, "modules_to_not_convert"), num_layers=context.num_layers)
+    mode = part.text("quantization_mode", "offline")
+    if mode == "online":
+        return all_linear(None, skipped)
+    if mode != "offline":
+        raise unknown(f"bitnet {mode}", part.where)
+    return all_linear(formats.ternary(), skipped)
+
+
 def _hqq(part: Keys, context: Context) -> Rules:
     """HQQ: packed integers, fp16 scale and zero point per group along the input axis."""
-    inner = part.raw("quant_config") or {}
-    weights = Keys(
-        (inner.get("weight_quant_params") if isinstance(inner, dict) else None) or {}, part.at("quant_config")
-    )
+    inner = Keys(table(part, "quant_config"), part.at("quant_config"))
+    by_layer = [name for name in inner.values if name not in _HQQ_KEYS]
+    if by_layer:  # settings of their own for some modules, by their tags
+        raise unknown(f"hqq {by_layer[0]}", part.at("quant_config"))
+    weights = Keys(table(inner, "weight_quant_params"), part.at("quant_config"))
     bits, group = _bits(weights, "nbits", default=4), _group(weights, "group_size", default=64)
     skipped = fold_modules(names(part, "skip_modules"), num_layers=context.num_layers)
     base = formats.awq(bits, group)
@@ -248,6 +276,7 @@ SIMPLE: dict[str, Callable[[Keys, Context], Rules]] = {
     "w4afp8": _w4afp8,
     "awq": _awq,
     "gptq": _gptq,
+    "bitnet": _bitnet,
     "bitsandbytes": _bitsandbytes,
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
