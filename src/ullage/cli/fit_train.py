@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="line",
         metavar="ENGINE:FILE",
-        help=_("megatron, deepspeed, torchtitan, accelerate, trainer, trl, llamafactory, axolotl or swift"),
+        help=_(
+            "megatron, torchtitan, torchtune, litgpt, deepspeed, accelerate, trainer, trl, llamafactory, axolotl, swift"
+        ),
     )
     _add_layout(parser.add_argument_group(_("layout")))
     _add_step(parser.add_argument_group(_("step")))
@@ -164,6 +166,7 @@ def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
 
     from ullage.read.training_file import megatron_job, split_line
     from ullage.read.training_parts import OVERLAYS, STATED
+    from ullage.read.tuner_recipes import TUNERS
 
     engine, version, rest = split_line(arguments.line)
     if arguments.on is None:
@@ -171,6 +174,8 @@ def _from_launch_file(arguments: argparse.Namespace) -> TrainingJob:
     if engine == "megatron":
         _refuse(arguments, arguments.line, except_for=("model",))
         return megatron_job(rest, version, machine=arguments.on, model=arguments.model, assume=arguments.assume)
+    if engine in TUNERS:
+        return _from_tuner(arguments, engine, version, rest)
     if engine not in OVERLAYS:
         return _from_recipe(arguments, engine, version, rest)
     _refuse(arguments, arguments.line, only=STATED[engine])
@@ -190,6 +195,21 @@ def _from_recipe(arguments: argparse.Namespace, kind: str, version: str, rest: s
         raise InputError(_("the file names no model"), where=fields.where, remedy=_("name one before --from"))
     arguments.engine = f"hf_trainer@{version}" if version else "hf_trainer"
     return with_recipe(kind, fields, _from_flags(arguments))
+
+
+def _from_tuner(arguments: argparse.Namespace, engine: str, version: str, rest: str) -> TrainingJob:
+    """Build the job of a recipe of torchtune or litgpt; MODEL wins over the one that it names."""
+    from ullage.read.machine import parse_machine
+    from ullage.read.tuner_recipes import STATED, read_tuner, with_tuner
+
+    _refuse(arguments, arguments.line, only=STATED)
+    words = read_tuner(engine, rest, parse_machine(arguments.on).num_gpus)
+    arguments.model = arguments.model or words.model
+    if arguments.model is None:
+        raise InputError(_("the file names no model"), where=rest[:80], remedy=_("name one before --from"))
+    arguments.engine = f"{engine}@{version}" if version else engine
+    arguments.precision = "bf16"  # the only one that a recipe of these may ask for
+    return with_tuner(_from_flags(arguments), words)
 
 
 def _refuse(

@@ -27,6 +27,8 @@ LAUNCH_FILES = (
     "llamafactory",
     "axolotl",
     "swift",
+    "torchtune",
+    "litgpt",
 )
 #: Sizes that multiply to the number of GPUs.
 _SIZES = ("tp", "pp", "cp")
