@@ -232,6 +232,14 @@ def test_rotations_are_those_of_the_whole_context() -> None:
     assert term(job(model=longer, release="2024.12"), "loss", "rotary_tables") == 32 * 32768 * 128 * 2 * 2
 
 
+def test_unsloth_sets_the_allocator_where_nobody_has() -> None:
+    assert resolve(job())[0].alloc_conf == "expandable_segments:True"
+    assert resolve(job(release="2024.2"))[0].alloc_conf == ""
+    assert resolve(job(alloc_conf="max_split_size_mb:128"))[0].alloc_conf == "max_split_size_mb:128"
+    apart = moment(job(alloc_conf="max_split_size_mb:128"), "backward")
+    assert moment(job(), "backward").reserved_overhead.bytes < apart.reserved_overhead.bytes
+
+
 def test_the_trainer_with_a_version_that_names_unsloth_gets_its_rules() -> None:
     named = job(engine="hf_trainer", engine_version="LLaMA-Factory with Unsloth 2025.3")
     assert step(named).job.engine == "unsloth"

@@ -21,6 +21,10 @@ Version = tuple[int, int]
 NEWEST: Version = (2026, 8)
 #: Adapters with dropout and biases run beside the fused ones. Source: unsloth@45fa4bf3 (2024-01):models/llama.py.
 OLDEST: Version = (2024, 1)
+#: Importing Unsloth sets the allocator, where the program has not (not on Windows, nor before torch 2.2).
+#: Source: unsloth@c599ae0f (2024-03):unsloth/__init__.py; unsloth-zoo@ce232d6c:unsloth_zoo/__init__.py.
+EXPANDABLE: Version = (2024, 3)
+ALLOC_CONF = "expandable_segments:True"
 #: Checkpoints on the host. Source: unsloth@920f0ae6 (2024-04):models/llama.py:LlamaModel_fast_forward.
 OFFLOADED: Version = (2024, 4)
 #: Trained embeddings and head beside adapters, the frozen ones on the disk; fp32 copies until 2024-10.
@@ -121,6 +125,9 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Rules]:
         said.append(_("Unsloth {version}, the newest whose rules are known").format(version="2026.8"))
     check(job, version)
     job = _with_checkpoints(adapted.as_run(job), version, said)
+    if not job.alloc_conf and version >= EXPANDABLE:
+        job = replace(job, alloc_conf=ALLOC_CONF)
+        said.append(_("{setting}, which Unsloth sets (not on Windows)").format(setting=ALLOC_CONF))
     if job.attention is None:
         said.append(_("attention: xformers, which Unsloth installs; FlashAttention where it is installed takes less"))
     checkpoints = _checkpoints(job, version)
