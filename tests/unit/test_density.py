@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ullage.account.density import count_pass, touched_share
+from ullage.account.density import count_backward, count_pass, count_step, touched_share
 from ullage.read.model_source import load_model
 
 
@@ -38,3 +38,23 @@ def test_prefill_is_denser_and_a_long_cache_makes_decoding_thinner():
     ]
     prefill = count_pass(model, num_tokens=8192, context=8192, kv_dtype="bfloat16", num_sequences=1).compute_density
     assert decode[1] < decode[0] < prefill
+
+
+def test_backward_computes_twice_what_forward_does():
+    model = load_model("llama-3.1-8b")
+    ahead = count_pass(model, num_tokens=4096, context=1, kv_dtype="bfloat16", num_sequences=1)
+    settings = {"num_tokens": 4096, "context": 1, "grad_dtype": "bfloat16"}
+    trained = count_backward(model, ahead, trained=True, recomputed=False, **settings)
+    frozen = count_backward(model, ahead, trained=False, recomputed=False, **settings)
+    again = count_backward(model, ahead, trained=True, recomputed=True, **settings)
+    assert trained.flops == pytest.approx(2 * ahead.flops, rel=0.001)
+    assert frozen.flops == pytest.approx(ahead.flops, rel=0.001)
+    assert again.flops == pytest.approx(3 * ahead.flops, rel=0.001)
+    # inputs and outputs of every product twice more, the weights once, their gradients in the same width
+    assert trained.bytes_moved == pytest.approx(2 * ahead.bytes_moved, rel=0.001)
+
+
+def test_an_optimizer_step_moves_more_than_it_computes():
+    found = count_step(10, params="bfloat16", grads="float32", master="float32", moments="float32", num_moments=2)
+    assert found.bytes_moved == 10 * (4 + 2 * (2 + 4) + 2 * 8)
+    assert found.compute_density == pytest.approx(14 / 32)

@@ -75,6 +75,68 @@ def count_pass(model: spec.Model, *, num_tokens: int, context: int, kv_dtype: st
     return Pass(flops=flops, bytes_moved=moved, used_parameters=used, parameters=parameters)
 
 
+#: Products of attention's backward over those of its forward: five matrix products against two.
+#: Source: Dao 2023, arXiv:2307.08691, sec. 4.1 (backward 2.5 times the FLOPs of the forward).
+ATTENTION_BACKWARD = 2.5
+#: FLOPs of AdamW for one parameter: decay 2, first moment 3, second 4, root, sum, quotient 3, update 2.
+#: Source: Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2.
+ADAMW_FLOPS = 14
+
+
+def count_backward(
+    model: spec.Model, forward: Pass, *, num_tokens: int, context: int, grad_dtype: str, trained: bool, recomputed: bool
+) -> Pass:
+    """Count the backward pass of a micro-batch of which ``forward`` is the forward pass.
+
+    Formula: gradients of inputs: FLOPs and bytes of the matrices' forward pass again; of trained weights: the same FLOPs,
+        T e (r + c) and the gradient written; attention 2.5 times its forward; recomputed layers: the forward pass again.
+    Source: the matrices are the inventory's; ATTENTION_BACKWARD.
+    Known error: as :func:`count_pass`; adapters are left out.
+    """
+    width, each = float(dtype_bytes(grad_dtype)), float(dtype_bytes(model.dtype))
+    flops, moved = (forward.flops, forward.bytes_moved) if recomputed else (0.0, 0.0)
+    kinds: dict[int, tuple[spec.Layer, int]] = {}
+    for layer in model.layers:
+        kinds[id(layer)] = (layer, kinds.get(id(layer), (layer, 0))[1] + 1)
+    for layer, times in kinds.values():
+        for parameter in layer_parameters(layer, model.hidden_size):
+            ahead, bytes_moved, used = _matrix(parameter, model, num_tokens, each)
+            flops, moved = flops + times * ahead, moved + times * bytes_moved
+            if trained and not parameter.buffer:
+                activations = bytes_moved - _weights_moved(parameter, model, num_tokens)
+                flops, moved = flops + times * ahead, moved + times * (activations + used * width)
+        attention = _attention(layer, num_tokens, context, model.dtype, 1)
+        flops += times * ATTENTION_BACKWARD * attention[0]
+    return Pass(flops=flops, bytes_moved=moved, used_parameters=forward.used_parameters, parameters=forward.parameters)
+
+
+def count_step(
+    num_elements: int, *, params: str, grads: str, master: str | None, moments: str, num_moments: int
+) -> Pass:
+    """Count a step of AdamW (or of another with moments): everything read once and written once.
+
+    Formula: FLOPs 14 a parameter; bytes: gradient read, parameters (master and 16-bit copy) and moments read and written.
+    Source: ADAMW_FLOPS. Known error: a foreach step reads and writes more.
+    """
+    own = float(dtype_bytes(params)) + (float(dtype_bytes(master)) if master else 0.0)
+    per_element = float(dtype_bytes(grads)) + 2 * own + 2 * num_moments * float(dtype_bytes(moments))
+    return Pass(
+        flops=float(ADAMW_FLOPS) * num_elements,
+        bytes_moved=per_element * num_elements,
+        used_parameters=num_elements,
+        parameters=num_elements,
+    )
+
+
+def _weights_moved(parameter: Parameter, model: spec.Model, num_tokens: int) -> float:
+    """Return the stored bytes of a tensor's weights that a pass reads."""
+    copies = float(parameter.copies)
+    if parameter.role is Role.EXPERT:
+        copies *= touched_share(parameter.active_copies, parameter.copies, num_tokens)
+    stored = format_of(parameter, dtype=model.dtype, quantization=model.quantization).stored_bytes(parameter.shape)
+    return copies * stored
+
+
 def _matrix(parameter: Parameter, model: spec.Model, num_tokens: int, each: float) -> tuple[float, float, float]:
     """Return (FLOPs, bytes, parameters used) of one tensor of a layer."""
     if parameter.buffer:

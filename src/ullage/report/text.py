@@ -230,7 +230,7 @@ def _short(tokens: int) -> str:
 def _print_metrics(out: Console, result: FitResult) -> None:
     out.print(f"\n[bold]{_('Ratios')}[/bold]")
     for name, value in metrics_of(result).items():
-        out.print(f"  {name:<22} {'–' if value is None else f'{value:,.4g}'}")
+        out.print(f"  {name:<26} {'–' if value is None else f'{value:,.4g}'}")
 
 
 def _print_advice(out: Console, result: FitResult) -> None:

@@ -106,23 +106,44 @@ def rank_json(rank: TrainingRank) -> dict[str, Any]:
 
 
 def metrics(result: TrainingFit) -> dict[str, float | None]:
-    """Return the ratios of a forward pass of one micro-batch, and the fragmentation of the peak (docs/metrics.md)."""
-    from ullage.account.density import count_pass
+    """Return the ratios of one micro-batch and of the optimizer step, and the peak's fragmentation (docs/metrics.md)."""
+    from ullage.account.density import count_backward, count_pass, count_step
+    from ullage.account.optimizer import rule_of
 
     job, ledger = result.job, result.ledger
-    gpu = job.machine.gpu
+    gpu, precision, tokens = job.machine.gpu, job.precision, job.micro_batch_size * job.seq_len
     counted = count_pass(
         job.model,
-        num_tokens=job.micro_batch_size * job.seq_len,
+        num_tokens=tokens,
         context=job.seq_len,
-        kv_dtype=job.precision.compute,
+        kv_dtype=precision.compute,
         num_sequences=job.micro_batch_size,
+    )
+    back = count_backward(
+        job.model,
+        counted,
+        num_tokens=tokens,
+        context=job.seq_len,
+        grad_dtype=precision.grads,
+        trained=job.lora is None,
+        recomputed=job.recompute.kind == "full",
+    )
+    moments = rule_of(job.optimizer).num_moments
+    step = count_step(
+        1,
+        params=precision.params,
+        grads=precision.grads,
+        master=precision.master,
+        moments=precision.moments,
+        num_moments=moments,
     )
     flops, reserved = dict(gpu.flops).get("bfloat16"), ledger.reserved.bytes
     ridge = flops / gpu.bandwidth_bytes_per_s if flops and gpu.bandwidth_bytes_per_s else None
     return {
         "parameter_utilisation": round(counted.parameter_utilisation, 6),
         "compute_density": round(counted.compute_density, 3),
+        "compute_density_backward": round(back.compute_density, 3),
+        "compute_density_optimizer": round(step.compute_density, 3) if moments == 2 else None,
         "compute_density_ridge": round(ridge, 3) if ridge else None,
         "fragmentation_rate": round(ledger.reserved_overhead.bytes / reserved, 6) if reserved else None,
     }

@@ -34,12 +34,13 @@ def print_training(result: TrainingFit, *, metrics: bool = False, console: Conso
     _print_moments(out, result)
     if len(result.step.ranks) > 1:
         _print_ranks(out, result)
+    _print_host(out, result)
     _print_routing(out, result)
     _print_largest(out, result)
     if metrics:
         out.print(f"\n[bold]{_('Ratios')}[/bold]")
         for name, value in metrics_of(result).items():
-            out.print(f"  {name:<22} {'–' if value is None else f'{value:,.4g}'}")
+            out.print(f"  {name:<26} {'–' if value is None else f'{value:,.4g}'}")
     _print_advice(out, result)
     assumed = list(dict.fromkeys(job_summary(result)["assumed"]))
     print_list(out, _("Assumed"), assumed)
@@ -83,6 +84,19 @@ def _print_ranks(out: Console, result: TrainingFit) -> None:
         sizes = (rank.peak.allocated.bytes, rank.peak.device_used.bytes, rank.after_step.allocated.bytes)
         table.add_row(f"{rank.num_ranks:,}", str(rank.pp_rank), escape(rank.peak.moment), *map(format_bytes, sizes))
     out.print(table)
+
+
+def _print_host(out: Console, result: TrainingFit) -> None:
+    """Print what offload keeps in host memory: of the rank that keeps most, and of all ranks of a node."""
+    most = max(rank.host_bytes for rank in result.step.ranks)
+    if not most:
+        return
+    machine = result.job.machine
+    out.print(f"\n[bold]{_('Host memory')}[/bold]")
+    sentence = _("{each} for a rank, {all} for the {count} of a node").format(
+        each=format_bytes(most), all=format_bytes(most * machine.gpus_per_node), count=machine.gpus_per_node
+    )
+    print_line(out, escape(sentence))
 
 
 def _print_routing(out: Console, result: TrainingFit) -> None:
