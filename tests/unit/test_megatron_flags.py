@@ -87,6 +87,7 @@ def test_layers_in_bf16_matter_beside_fp8_only():
 def test_a_vision_encoder_and_generation_are_said():
     assert "vision encoder" in said({"img-h": 336, "patch-dim": 14})
     assert "generation" in said({"perform-rl-step": True, "grpo-group-size": 8})
+    assert "deepep holds" in said({**EXPERTS, "moe-token-dispatcher-type": "flex", "moe-enable-deepep": True})
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,12 @@ def test_buckets_may_end_at_multiples_of_two_to_the_sixteenth():
     odd = {**SHARED, "ffn-hidden-size": 2001}
     padded = states({**odd, "ddp-pad-buckets-for-high-nccl-busbw": True})["gradients"] // 4
     assert padded % 2**16 == 0 and 0 < padded - states(odd)["gradients"] // 4 < 2 * 2**16  # two buckets
+
+
+def test_ends_that_count_as_layers_make_more_chunks():
+    split = {"num-layers": 10, "pipeline-model-parallel-size": 4, "num-layers-per-virtual-pipeline-stage": 1}
+    split |= {"account-for-embedding-in-pipeline-split": True, "account-for-loss-in-pipeline-split": True}
+    assert job(split).parallel.virtual_pipeline_parallel_size == 3
 
 
 def test_letters_of_a_hybrid_pattern():

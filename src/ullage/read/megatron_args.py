@@ -141,7 +141,9 @@ def _parallel(args: Arguments, machine: Machine) -> TrainingParallel:
     virtual = args.count("num-virtual-stages-per-pipeline-rank", 0)
     per_stage = args.count("num-layers-per-virtual-pipeline-stage", 0)
     if not virtual and per_stage:
-        virtual = max(1, args.count("num-layers", 0) // pipeline // per_stage)
+        ends = ("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split")
+        layers = args.count("num-layers", 0) + sum(args.on(name) for name in ends)
+        virtual = max(1, layers // pipeline // per_stage)
     return TrainingParallel(
         data_parallel_size=machine.num_gpus // group,
         tensor_parallel_size=tensor,

@@ -58,7 +58,6 @@ DOUBTS: dict[str, tuple[str, ...]] = {
     "moe-apply-probs-on-input": (),
     "moe-combine-bwd-dtype": ("bf16",),
     "moe-dispatch-fwd-dtype": ("bf16",),
-    "moe-enable-deepep": (),
     "moe-enable-routing-replay": (),
     "moe-expert-rank-capacity-factor": (),
     "moe-input-jitter-eps": (),
@@ -184,6 +183,11 @@ def doubts(args: Arguments) -> tuple[str, ...]:
         said.append(_("flags that can change the memory and are not followed: {flags}").format(flags=", ".join(found)))
     if any(args.stated(name) for name in _VISION) or "vlm" in args.get("model-provider"):
         said.append(_("a vision encoder beside the text model is not counted"))
+    if args.get("moe-token-dispatcher-type") == "flex":
+        backend = args.get("moe-flex-dispatcher-backend") or "deepep"
+        said.append(
+            _("what the dispatcher {backend} holds outside PyTorch is not counted").format(backend=backend[:40])
+        )
     if args.on("perform-rl-step"):
         said.append(
             _("reinforcement learning: what generation holds (KV cache, graphs, a second model) is not counted")

@@ -56,7 +56,7 @@ _NAMES = """
     max-seqlen-per-dp-cp-rank max-tokens-to-oom memory-snapshot-path merge-file mhc-init-gating-factor
     mhc-num-residual-streams mhc-recompute-layer-num mhc-sinkhorn-iterations mid-level-dataset-surplus
     min-loss-scale min-lr mla-down-proj-fusion mlp-chunks-for-prefill mlp-int-list mock-data model-temperature
-    moe-aux-loss-coeff moe-deepep-num-sms moe-expert-int-list moe-flex-dispatcher-backend
+    moe-aux-loss-coeff moe-deepep-num-sms moe-enable-deepep moe-expert-int-list moe-flex-dispatcher-backend
     moe-flex-dispatcher-num-sms moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute
     moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs
     moe-mlp-glu-interleave-size moe-pad-experts-for-cuda-graph-inference moe-paged-stash-buffer-size-factor-cpu
