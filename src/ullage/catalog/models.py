@@ -29,10 +29,14 @@ SUFFIXES: dict[str, str | None] = {
     "int8": "w8a8_int8",
     "bnb-4bit": "bnb_nf4",
     "bnb-8bit": "bnb_int8",
+    "fp4": "nvfp4",
+    "mxfp8": "mxfp8",
+    "quantized.w8a8": "w8a8_int8",
+    "quantized.w4a16": "int4",
     "gguf": None,
 }
 #: Endings that people leave out, in the order in which they are tried.
-RELEASES = ("-instruct", "-chat", "-it", "-base", "-hf", "-v0.1", "-instruct-hf")
+RELEASES = ("-instruct", "-chat", "-it", "-base", "-hf", "-v0.1", "-instruct-hf", "-bf16")
 #: Endings of further training and of releases: the shape is that of the model without them.
 _TUNED = re.compile(
     r"-(instruct|chat|it|base|hf|preview|thinking|reasoning|sft|dpo|rl|qat|abliterated|dequantized|\d{4}|v\d+(\.\d+)?)$"
@@ -92,8 +96,9 @@ def find(text: str) -> Found | None:
             at, name = keys[short + ending]
             return Found(entry=entries()[at], name=name)
     base, quantization, suffix = _without_suffix(short)
-    if suffix and base in keys:
-        at, name = keys[base]
+    plain = next((base + ending for ending in ("", *RELEASES) if base + ending in keys), "")
+    if suffix and plain:
+        at, name = keys[plain]
         return _copy_of(text, entries()[at], name, suffix, quantization)
     tuned = base.removeprefix("huihui-")
     while match := _TUNED.search(tuned):

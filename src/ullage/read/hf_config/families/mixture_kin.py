@@ -96,9 +96,15 @@ def read_exaone_moe(keys: Keys) -> Model:
 
 
 def read_hy_v3(keys: Keys) -> Model:
-    """Read Hunyuan 3 (HY-V3): norms of queries and keys, one dense layer first, a correction bias beside the router."""
-    common.only(keys, mlp_bias=False)
+    """Read Hunyuan 3 (HY-V3): norms of queries and keys, one dense layer first, a correction bias beside the router.
+
+    The module that predicts further tokens is a layer of experts with DeepSeek-V3's projection and norms, whose last is
+    called final_layernorm; it holds neither an embedding nor a head.
+    Source: vllm@0.33.0:vllm/model_executor/models/hy_v3_mtp.py:HYV3MultiTokenPredictorLayer.
+    """
+    common.only(keys, mlp_bias=False, qk_norm=True)
     keys.skip("router_scaling_factor", "enable_moe_fp32_combine", "moe_router_use_sigmoid", "route_norm")
+    keys.skip("expert_hidden_dim")  # moe_intermediate_size by its older name
     num_layers, width = keys.layers(), keys.integer("moe_intermediate_size")
     shared = width * keys.integer("num_shared_experts", 1)
     head: dict[str, Any] = {"kv_default": 8, "head_dim_default": 128, "qk_norm": "head"}
@@ -109,7 +115,13 @@ def read_hy_v3(keys: Keys) -> Model:
         correction_bias=True,
         correction_bias_name="e_score_correction_bias",
     )
-    return _stack(keys, mixers, _blocks(sparse, common.dense(keys), common.sparse_after(keys, num_layers, 1)))
+    hidden = keys.integer("hidden_size")
+    model = _stack(keys, mixers, _blocks(sparse, common.dense(keys), common.sparse_after(keys, num_layers, 1)))
+    num_mtp = keys.integer("num_nextn_predict_layers", 0, low=0, high=64)
+    module = common.mtp_module(Layer(mixers=(mixers[0],), ffns=(sparse,), norms=common.pre_norms(hidden)), hidden)
+    norms = tuple(Norm(name=name, size=hidden) for name in ("enorm", "hnorm", "final_layernorm"))
+    module = replace(module, norms=norms, stores_embedding=False, stores_head=False)
+    return replace(model, mtp=(module,) * num_mtp)
 
 
 def read_solar_open(keys: Keys) -> Model:
