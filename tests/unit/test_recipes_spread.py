@@ -292,6 +292,13 @@ def test_axolotl_runs_by_its_own_rules():
     assert weights[0] < weights[1] / 2 and weights[2] == weights[0]
 
 
+def test_the_allocator_is_set_by_programs_and_by_lines():
+    assert job("axolotl", {}).alloc_conf == "expandable_segments:True"
+    assert job("trl", "trl sft --bf16 true").alloc_conf == ""
+    line = "PYTORCH_ALLOC_CONF=max_split_size_mb:128 trl sft --bf16 true"
+    assert job("trl", line).alloc_conf == "max_split_size_mb:128"
+
+
 def test_axolotl_fuses_what_its_switches_say():
     cut = job("axolotl", {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]})
     assert (cut.loss, dict(cut.flags)["fused_kernels"]) == ("liger", "")

@@ -11,6 +11,7 @@ from ullage.spec.training import Evaluation
 SCRIPT = """\
 nproc_per_node=2
 
+PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' \\
 CUDA_VISIBLE_DEVICES=0,1 \\
 NPROC_PER_NODE=$nproc_per_node \\
 swift sft \\
@@ -36,7 +37,9 @@ def recipe(values, **more):
 def test_a_script_is_read(tmp_path):
     path = tmp_path / "lora.sh"
     path.write_text(SCRIPT)
-    words = READERS["swift"](read_fields(str(path)))
+    fields = read_fields(str(path))
+    assert fields.word("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    words = READERS["swift"](fields)
     assert (words.micro_batch_size, words.grad_accum, words.seq_len) == (1, 8, 2048)
     assert words.lora.rank == 16 and words.lora.targets == ("all-linear",) and words.lora.dropout == 0.05
     assert words.attention == "flash" and words.recompute and words.precision == "bf16"

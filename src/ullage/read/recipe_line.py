@@ -33,6 +33,9 @@ LAUNCH = (
     "same_network", "main_training_function", "max_restarts", "script", "use_cpu", "tee", "log_dir",
 )  # fmt: skip
 _MAX_SCRIPT = 200_000
+#: The setting under which a line's environment says how PyTorch's allocator works, and where it says so.
+ALLOC_CONF = "PYTORCH_ALLOC_CONF"
+_ENVIRONMENT = re.compile(r"(?:^|[\s;])PYTORCH_(?:CUDA_)?ALLOC_CONF=(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
 
 
 def fields_of_line(line: str, where: str) -> Fields:
@@ -61,6 +64,9 @@ def fields_of_line(line: str, where: str) -> Fields:
         elif name is not None:
             before = values[name]
             values[name] = word if before is True else f"{before},{word}"
+    stated = _ENVIRONMENT.findall("\n".join(one for one in line.splitlines() if not one.lstrip().startswith("#")))
+    if stated:
+        values[ALLOC_CONF] = stated[-1].strip("\"'")
     script = [one.group(1) or one.group(2) for one in _SCRIPT.finditer(command)]
     if script:
         values["script"] = script[-1]
@@ -69,7 +75,7 @@ def fields_of_line(line: str, where: str) -> Fields:
 
 def _command(text: str) -> str:
     """Return the last command of a script that starts a job, its variables filled in; the text itself where none is."""
-    whole = text.replace("\\\r\n", " ").replace("\\\n", " ")
+    whole = re.sub(r"\\[ \t]*\r?\n", " ", text).rstrip().rstrip("\\")
     logical = [one for one in whole.splitlines() if not one.lstrip().startswith("#")]
     if len(logical) < 2:
         return whole
@@ -83,7 +89,6 @@ def _command(text: str) -> str:
 
 def _filled(text: str, known: dict[str, str]) -> str:
     """Return the text with variables replaced, also where their values name others; unknown ones stay."""
-    text = text.rstrip().rstrip("\\")
     for _round in range(4):
         text = _VARIABLE.sub(
             lambda one: known.get(one.group(1) or one.group(3), one.group(2) or one.group(0))[:4000], text

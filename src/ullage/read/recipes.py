@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ullage.errors import InputError
@@ -11,7 +12,7 @@ from ullage.read.axolotl_recipe import axolotl_recipe
 from ullage.read.jsonfile import is_file
 from ullage.read.llamafactory_recipe import llamafactory_recipe
 from ullage.read.recipe_fields import Fields
-from ullage.read.recipe_line import fields_of_line
+from ullage.read.recipe_line import ALLOC_CONF, fields_of_line
 from ullage.read.recipe_words import RecipeWords, lay_over
 from ullage.read.swift_recipe import swift_recipe
 from ullage.read.trainer_recipe import trainer_recipe, trl_recipe
@@ -26,6 +27,9 @@ READERS: dict[str, Callable[..., RecipeWords]] = {
     "axolotl": axolotl_recipe,
     "swift": swift_recipe,
 }
+#: What a program asks of PyTorch's allocator by itself.
+#: Source: axolotl@0.19.0:axolotl/utils/__init__.py:set_pytorch_cuda_alloc_conf.
+_ALLOC_CONF = {"axolotl": "expandable_segments:True"}
 #: Options of the command line that a recipe states itself; a Trainer without a length leaves ``seq`` to the flags.
 STATED = (
     "engine", "dp", "tp", "pp", "cp", "ep", "sp", "zero", "fsdp", "micro_batch", "grad_accum", "precision", "optimizer",
@@ -58,4 +62,6 @@ def with_recipe(kind: str, fields: Fields, job: TrainingJob) -> TrainingJob:
     Raises:
         InputError: a setting with a value that it cannot have, or one that is not followed.
     """
-    return lay_over(job, READERS[kind](fields, job.engine_version), Path(fields.where))
+    stated = fields.word(ALLOC_CONF) or _ALLOC_CONF.get(kind, "")
+    words = READERS[kind](fields, job.engine_version)
+    return lay_over(replace(job, alloc_conf=stated), words, Path(fields.where))

@@ -126,7 +126,15 @@ def _recipe(
 def _refuse(fields: Fields) -> None:
     for key in _NOT_FOLLOWED:
         if str(fields.raw(key)).lower() not in ("none", "false", "0", "1", "", "[]"):
-            raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
+            raise InputError(
+                _("{key} is not followed").format(key=key),
+                where=fields.where,
+                remedy=_(
+                    "write --use_peft --lora_r 64 ... : which adapters a script makes by itself is not in its line"
+                )
+                if key in ("use_lora", "q_lora")
+                else "",
+            )
     smoothing = fields.raw("label_smoothing_factor")
     if smoothing not in (None, 0, 0.0, "0", "0.0"):  # transformers@5.23.0:trainer_pt_utils.py:LabelSmoother
         raise InputError(_("{key} is not followed").format(key="label_smoothing_factor"), where=fields.where)
