@@ -350,3 +350,10 @@ def test_a_tied_head_is_copied_by_itself():
 def test_towers_are_said_not_to_be_counted():
     found = job("llamafactory", {}, model="Qwen/Qwen2.5-VL-7B-Instruct")
     assert any("towers" in one for one in found.assumed)
+
+
+def test_llamafactory_under_unsloth():
+    settings = {"use_unsloth": True, "quantization_bit": 4, "lora_target": "all"}
+    found = job("llamafactory", settings, machine="1xH100", model="meta-llama/Llama-3.1-8B-Instruct")
+    assert "unsloth" in found.engine_version and step(found).job.engine == "unsloth"
+    assert ("activations", "cpu") in job("llamafactory", {"use_unsloth_gc": True}).offload

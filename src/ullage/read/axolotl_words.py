@@ -20,12 +20,13 @@ HARMLESS = (
     "eta_min", "vllm", "use_ray", "mean_resizing_embeddings", "device", "pretrain_multipack_attn", "use_wandb",
     "torch_compile_backend", "torch_compile_mode", "flex_attn_compile_kwargs", "excess_length_strategy",
     "fp8_config", "quantization", "center_rewards_coefficient", "num_labels", "trl", "bf16", "reward_model",
+    "reinit_weights", "freeze_mm_modules", "gptq_disable_exllama", "full_finetune", "base_model_config",
 )  # fmt: skip
 PREFIXES = (
     "loss_watchdog", "otel_", "use_otel", "dataset", "eval", "evals_", "saves_", "num_generation", "generation_",
     "generate_samples", "max_packed", "min_sample", "max_prompt", "sample_packing", "pretrain", "streaming",
     "curriculum",
-    "shuffle_", "multipack", "is_", "loraplus_", "profiler", "ddp_", "dynamic_checkpoint", "unsloth", "comet_", "ray_",
+    "shuffle_", "multipack", "is_", "loraplus_", "profiler", "ddp_", "dynamic_checkpoint", "comet_", "ray_",
     "gradio_", "scaling_softmax", "eaft_", "ebft", "total_", "auto_", "added_tokens", "default_system",
 )  # fmt: skip
 #: Settings that change the memory in ways that are not followed: better refused than left out.

@@ -186,7 +186,10 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
 
     said = list(words.said)
     base = words.base_quantization or _stored(job, words)
-    if any(job.model.towers):
+    if job.model.quantization is not None and base is None:
+        name = job.model.quantization.method
+        said.append(_("the checkpoint's weights in {name} are made 16-bit for training").format(name=name[:40]))
+    if job.model.towers:
         said.append(_("text alone: the towers and what they make of images or sound are not counted"))
     if words.unknown:
         said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(words.unknown)[:400]))

@@ -33,13 +33,13 @@ _HARMLESS = (
     "lora_task_type", "bnb_4bit_quant_storage", "eos_token", "pad_token", "completion_only_loss", "assistant_only_loss",
     "fp16_opt_level", "half_precision_backend", "length_column_name", "ddp_find_unused_parameters", "use_cache",
     "loss_type", "padding_free", "packing_strategy", "model_init_kwargs", "benchmarks", "callbacks", "hub_", "code_",
-    "parallelism_config", "use_mps_device", "do_eval", "liger_kernel_config", "no_remove_unused_columns",
+    "use_mps_device", "do_eval", "liger_kernel_config", "no_remove_unused_columns",
     "lazy_preprocess", "system_prompt", "task", "ignore_bias_buffers", "trackio_space_id", "router_aux_loss_coef",
 )  # fmt: skip
 #: Settings that change the memory in ways that are not followed: better refused than left out.
 _NOT_FOLLOWED = (
     "lora_target_parameters", "use_kernels", "tp_size", "use_lora", "q_lora", "optim_target_modules", "mp_parameters",
-    "sharded_ddp", "deepcompile",
+    "sharded_ddp", "deepcompile", "cast_lm_head_to_fp32", "use_liger_loss", "use_transformers_paged",
 )  # fmt: skip
 _TRL_LENGTH = 1024
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "bf16"}
