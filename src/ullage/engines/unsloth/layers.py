@@ -110,35 +110,37 @@ def _layer(job: TrainingJob, rules: Rules, layer: spec.Layer, stream: int) -> La
     implementation = _implementation(job, mlp=fused.mlp, repeats=rules.repeats)
     table = layer_table(layer, hidden, shape, implementation) + _rows(job, rules, layer, fused, shape)
     recomputed = rules.checkpoints != "none"
-    points = [
+    moments = [
         point
         for point in backward_points(layer, hidden, shape, implementation, table, recomputed=recomputed)
         if not (fused.mlp and point.name == "feed-forward")
     ]
     if fused.mlp:
-        points += [_fused_mlp(job, ffn, stream) for ffn in layer.ffns if isinstance(ffn, spec.DenseFFN)]
-    elif job.base_quantization is not None:
-        points += written_out_points(layer, hidden, shape, implementation, table, recomputed=recomputed, reentrant=True)
+        moments += [_fused_mlp(job, ffn, stream) for ffn in layer.ffns if isinstance(ffn, spec.DenseFFN)]
+    points = [point.extra_bytes + (stream if recomputed else 0) for point in moments]
+    if not fused.mlp and job.base_quantization is not None:  # these count the second output themselves
+        written = written_out_points(layer, hidden, shape, implementation, table, recomputed=recomputed, reentrant=True)
+        points += [point.extra_bytes for point in written]
     return _memory(rules, layer, table, points, stream)
 
 
-def _memory(rules: Rules, layer: spec.Layer, table: Table, points: list[Point], stream: int) -> LayerMemory:
+def _memory(rules: Rules, layer: spec.Layer, table: Table, points: list[int], stream: int) -> LayerMemory:
     """Return a layer's memory by where its checkpoint is.
 
-    Formula: recomputed, the whole table comes back and the layer's second output stands beside it; the checkpoint lies
-        there already, on the GPU or in the buffer, or is a new tensor that comes from the host.
+    Formula: recomputed, the whole table comes back, and the layer's second output stands beside it (in ``points``); the
+        checkpoint lies there already, on the GPU or in the buffer, or is a new tensor that comes from the host.
     Source: unsloth-zoo@ce232d6c:gradient_checkpointing.py:UnslothCheckpointFunction.backward (outputs),
         Unsloth_Offloaded_Gradient_Checkpointer.backward (hidden_states.to); torch@2.13.0:torch/utils/checkpoint.py:
         CheckpointFunction.backward.
     """
     if rules.checkpoints == "none":
-        return LayerMemory(kept_bytes=table_bytes(table), points=tuple((one.extra_bytes, 0) for one in points))
+        return LayerMemory(kept_bytes=table_bytes(table), points=tuple((extra, 0) for extra in points))
     first = layer.norms[0].name
     lies = rules.checkpoints != "host"
     again = table_bytes(row for row in table if not (lies and row.module == first and row.name == "input"))
     return LayerMemory(
         kept_bytes=stream if rules.checkpoints == "gpu" else 0,
-        points=tuple((again + stream + one.extra_bytes, 0) for one in points),
+        points=tuple((again + extra, 0) for extra in points),
     )
 
 
