@@ -46,17 +46,20 @@ def requantised(job: ServingJob) -> ServingJob:
     if job.engine not in ELASTIC_POOLS:
         return replace(job, quantization=_gguf_type(name))
     if gguf:
-        raise InputError(
-            _("what {engine} holds of a GGUF file of type {name} is not counted").format(
-                engine=job.engine, name=name[:40]
-            ),
-            where="--quantization",
-            remedy=_("ask llama.cpp with --engine llamacpp, or name the .gguf file as the model"),
-        )
+        raise gguf_elsewhere(job.engine, name)
     from ullage.read.quantization_names import release
 
     model, left = release(job.model, name)
     return replace(job, model=model, quantization=left)
+
+
+def gguf_elsewhere(engine: str, name: str) -> InputError:
+    """Return the error for a type of GGUF files under an engine whose copies of them are not counted."""
+    return InputError(
+        _("what {engine} holds of a GGUF file of type {name} is not counted").format(engine=engine, name=name[:40]),
+        where="--quantization",
+        remedy=_("ask llama.cpp with --engine llamacpp, or name the .gguf file as the model"),
+    )
 
 
 def _gguf_type(name: str) -> str:

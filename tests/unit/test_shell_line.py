@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ullage.engines.llamacpp.start import start as llama_start
+from ullage.engines.vllm.start import start
 from ullage.errors import InputError
 from ullage.read import llamacpp_args, sglang_args, vllm_args
 from ullage.read.gguf_name import named_gguf
@@ -189,6 +191,39 @@ def test_a_gguf_file_that_is_not_here_is_taken_by_its_name():
 def test_the_file_type_stays_when_the_model_is_named_beside_the_line():
     job = load("llamacpp:llama-server -m /models/x-Q6_K.gguf", "1xH200", model="qwen3-8b")
     assert job.model.name == "Qwen/Qwen3-8B"
+
+
+def test_a_gguf_repository_under_vllm_is_sent_to_llamacpp():
+    with pytest.raises(InputError, match="GGUF file of type Q4_K_M"):
+        load("vllm:vllm serve unsloth/Qwen3-0.6B-GGUF:Q4_K_M --tokenizer Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize(
+    ("flags", "pieces", "whole"),
+    [
+        ("", True, True),
+        ("-O1", True, False),
+        ("-O0", False, False),
+        ("-cc.cudagraph_mode=PIECEWISE", True, False),
+        ('--compilation-config \'{"cudagraph_mode": "FULL_DECODE_ONLY"}\'', False, True),
+        ('--compilation-config \'{"cudagraph_mode": "NONE"}\'', False, False),
+        ("--compilation-config '{\"mode\": 0}'", False, True),
+        ("-O.cudagraph_mode=FULL", False, True),
+    ],
+)
+def test_the_graphs_that_are_asked_for_are_captured(flags, pieces, whole):
+    job = start(load(f"vllm:vllm serve qwen3-8b {flags}", "1xH100")).ranks[0]
+    term = next((term for term in job.ledger.terms() if term.name == "cuda_graphs"), None)
+    said = term.formula if term is not None else ""
+    assert ("0 graphs of pieces" not in said and "graphs of pieces" in said) == pieces
+    assert ("full graphs" in said and ", 0 full graphs" not in said) == whole
+
+
+def test_what_does_not_fit_is_shrunk_by_llamacpp_itself():
+    line = "llamacpp:llama-server -hf x/Llama-3.3-70B-Instruct-GGUF:Q4_K_M"
+    assert any("--fit" in warning for warning in llama_start(load(line, "24GiB")).warnings)
+    for typed in ("-ngl 99 -c 65536", "--fit off"):
+        assert not any("--fit is on" in warning for warning in llama_start(load(f"{line} {typed}", "24GiB")).warnings)
 
 
 @given(st.text(max_size=120))

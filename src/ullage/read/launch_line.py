@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullage.errors import InputError
+from ullage.fitting import ELASTIC_POOLS
 from ullage.i18n import _
 from ullage.read.jsonfile import MAX_CONFIG_BYTES, is_file
 from ullage.read.machine import parse_machine
 from ullage.read.model_source import load_model
 from ullage.read.shell_line import is_unset
-from ullage.request import check_layout, parse_engine, requantised
+from ullage.request import check_layout, gguf_elsewhere, parse_engine, requantised
 from ullage.spec.machine import Machine
 from ullage.spec.model import Model
 from ullage.spec.serving import ServingJob
@@ -57,11 +58,20 @@ def read_launch_line(
     def load(name: str) -> Model:
         if not name or is_unset(name):
             raise _unnamed(name)
+        if engine in ELASTIC_POOLS:
+            _not_gguf(engine, name)
         return load_model(name, assume=assume, network=True)
 
     reader = _READERS.get(engine, _llamacpp)
     job = reader(version, line, parse_machine(machine), load, model or "")
     return check_layout(requantised(replace(job, engine=engine, native=line)))
+
+
+def _not_gguf(engine: str, name: str) -> None:
+    """Refuse the name of a GGUF repository and its type, as in ``unsloth/Qwen3-0.6B-GGUF:Q4_K_M``."""
+    repository, colon, kind = name.partition(":")
+    if colon and repository.lower().endswith("-gguf"):
+        raise gguf_elsewhere(engine, kind)
 
 
 def _unnamed(name: str) -> InputError:

@@ -122,6 +122,8 @@ _ALIASES = {
     "fp8_online": "fp8",
     "fp8_per_tensor": "fp8",
     "fp8_per_channel": "fp8_dynamic",
+    "fp8_per_block": "fp8_block",
+    "int8_per_channel_weight_only": "experts_int8",
     "fp8_compressed_tensors": "fp8_dynamic",
     "modelopt": "fp8",
     "modelopt_fp4": "nvfp4",

@@ -7,6 +7,7 @@ from typing import Any
 
 from ullage.account.gguf_types import ggml_type
 from ullage.engines.llamacpp.defaults import by_memory, default, default_entry, version_day
+from ullage.engines.llamacpp.values import integer, overrides
 from ullage.errors import InputError, LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
@@ -65,6 +66,7 @@ class Settings(Frozen):
         mask_f16: the attention mask is F16 from the start instead of a cast; groups_one_by_one: head groups of latent
             attention are used as soon as they are expanded; num_outputs: rows of logits reserved.
         window_cache: sliding-window layers have a smaller cache.
+        fit: what was not typed is made smaller at the start until it fits.
         assumed: what was taken for granted.
     """
 
@@ -99,6 +101,7 @@ class Settings(Frozen):
     mask_f16: bool
     groups_one_by_one: bool
     num_outputs: int
+    fit: bool
     assumed: tuple[str, ...]
 
     @property
@@ -132,11 +135,12 @@ class _Request(Frozen):
     def integer(self, name: str, given: int | None = None) -> int:
         """Return a flag, the job's own field, or the default, which is then noted."""
         if name in self.flags:
-            return _integer(name, self.flags[name][-1])
+            return integer(name, self.flags[name][-1])
         if given is not None:
             return given
         value = self.default(name)
-        self.assumed.append(_("{name} = {value}, the default of {day}").format(name=name, value=value, day=self.day))
+        said = _("{name} = {value}, the default of {day}").format(name=name, value=value, day=self.day)
+        self.assumed.append(said + _(": the length that the model was trained on") * (name == "n_ctx" and value == 0))
         return int(value or 0)
 
     def switch(self, name: str, fallback: Any) -> bool:
@@ -177,7 +181,7 @@ def _placing(request: _Request) -> dict[str, Any]:
         "tensor_split": _split(request.flags),
         "split_known": num_devices < 2 or "tensor_split" in request.flags or not _from_log(request),
         "main_gpu": _main_gpu(request, num_devices),
-        "overrides": _overrides(request.flags),
+        "overrides": overrides(request.flags),
         "kv_offload": "no_kv_offload" not in request.flags,
         "op_offload": "no_op_offload" not in request.flags,
         "repack": request.switch("run_time_repack", False),
@@ -192,7 +196,7 @@ def _from_log(request: _Request) -> bool:
 
 
 def _main_gpu(request: _Request, num_devices: int) -> int:
-    number = _integer("main_gpu", request.text("main_gpu", "0"))
+    number = integer("main_gpu", request.text("main_gpu", "0"))
     if num_devices and not 0 <= number < num_devices:
         raise LayoutError(_("-mg {number}: there are {count} devices").format(number=number, count=num_devices))
     return number
@@ -214,7 +218,7 @@ def _shape(request: _Request) -> dict[str, Any]:
     n_ctx = round_up(n_ctx, 256 if flash or job.engine != "ik_llama.cpp" else 32)
     n_batch = max(1, min(n_ctx, request.integer("n_batch")))
     n_ubatch = max(1, min(n_batch, request.integer("n_ubatch", job.max_num_batched_tokens)))
-    rows = _integer("worst_graph_tokens", request.text("worst_graph_tokens", "0"))
+    rows = integer("worst_graph_tokens", request.text("worst_graph_tokens", "0"))
     fused: bool | None = request.switch("fused_moe", request.default("fused_moe"))
     if "fused_moe" not in request.flags and job.engine == "ik_llama.cpp" and _from_log(request):
         fused = None
@@ -228,7 +232,7 @@ def _shape(request: _Request) -> dict[str, Any]:
         "fused_moe": fused,
         "fused_glu": bool(request.default("fused_glu")),
         "mask_f16": bool(request.default("mask_f16")) and flash,
-        "attention_max_mib": _integer(
+        "attention_max_mib": integer(
             "attn_max_batch", request.text("attn_max_batch", str(request.default("attn_max_batch") or 0))
         ),
         "groups_one_by_one": request.default("latent_groups") == "one_by_one",
@@ -262,7 +266,18 @@ def _caching(request: _Request) -> dict[str, Any]:
         "mla": request.integer("mla") if latent and job.engine == "ik_llama.cpp" else 0,
         "latent_cache": _latent_cache(request) if latent else "",
         "window_cache": bool(request.default("window_cache")) and "swa_full" not in request.flags,
+        "fit": _fits_itself(request),
     }
+
+
+def _fits_itself(request: _Request) -> bool:
+    """Return whether the start shrinks what was not typed: the context first, then the layers on devices.
+
+    Source: llama-cpp-python@0.3.36:vendor/llama.cpp/common/fit.cpp:common_params_fit_impl (``--fit``, on by default).
+    """
+    typed = {"n_gpu_layers", "tensor_split", "override_tensor"} & set(request.flags)
+    left = not typed or ("n_ctx" not in request.flags and request.job.max_model_len is None)
+    return left and bool(request.default("fit_margin_mib")) and request.switch("fit", True)
 
 
 def _flags(job: ServingJob) -> dict[str, list[str]]:
@@ -296,7 +311,7 @@ def _gpu_layers(job: ServingJob, flags: dict[str, list[str]], num_devices: int, 
         if not value:
             assumed.append(_("all layers on the devices: -ngl was not given"))
         return every
-    return min(_integer("n_gpu_layers", value), every)
+    return min(integer("n_gpu_layers", value), every)
 
 
 def _flash(request: _Request) -> bool:
@@ -339,36 +354,6 @@ def _cache_type(flags: dict[str, list[str]], name: str, job: ServingJob, fallbac
     return ggml_type({"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(value, value)).name
 
 
-def _overrides(flags: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
-    """Return (pattern, buffer) pairs from ``-ot a=CPU,b=CUDA0``, ``--cpu-moe`` and ``--n-cpu-moe``."""
-    found: list[tuple[str, str]] = []
-    for value in flags.get("override_tensor", []):
-        for piece in value.split(","):
-            pattern, equals, buffer = piece.rpartition("=")
-            if not equals or not buffer:
-                raise InputError(
-                    _("{piece!r} is not an override").format(piece=piece[:80]), remedy=_("write for example exps=CPU")
-                )
-            found.append((_checked(pattern), buffer.strip()))
-    if "cpu_moe" in flags:
-        found.append((r"\.ffn_(up|down|gate)_(ch|)exps", "CPU"))
-    for name, tensors in (("n_cpu_moe", "_(ch|)exps"), ("n_cpu_ffn", r"\.weight")):
-        num_host = min(_integer(name, flags.get(name, ["0"])[-1]), 10_000)
-        found += [(rf"blk\.{layer}\.ffn_(up|down|gate){tensors}", "CPU") for layer in range(num_host)]
-    return tuple(found)
-
-
-def _checked(pattern: str) -> str:
-    """Return ``pattern`` if it is a regular expression of sane size."""
-    if len(pattern) > 2000:
-        raise InputError(_("an override pattern is longer than 2,000 characters"))
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(_("{pattern!r} is not a regular expression").format(pattern=pattern[:80])) from error
-    return pattern
-
-
 def _split(flags: dict[str, list[str]]) -> tuple[float, ...] | None:
     value = flags.get("tensor_split", [""])[-1]
     if not value:
@@ -380,12 +365,3 @@ def _split(flags: dict[str, list[str]]) -> tuple[float, ...] | None:
     if any(part < 0 for part in parts):
         raise LayoutError(_("the shares of -ts must not be negative"))
     return parts if sum(parts) > 0 else None
-
-
-def _integer(name: str, value: str) -> int:
-    try:
-        return int(float(str(value)))
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            _("{name} = {value!r} is not a whole number").format(name=name, value=str(value)[:40])
-        ) from error

@@ -276,6 +276,10 @@ def _warnings(settings: Settings, worst: Term, limit: int) -> tuple[str, ...]:
     found = []
     if settings.num_devices and margin and worst.bytes <= limit < worst.bytes + margin * 2**20:
         found.append(_("less than the {margin} MiB stay free that --fit keeps").format(margin=margin))
+    if settings.num_devices and settings.fit and worst.bytes > limit:
+        found.append(
+            _("--fit is on: the start would shorten the context or keep layers on the host instead of failing")
+        )
     if settings.num_devices and not settings.kv_offload:
         found.append(_("the cache is in host memory (-nkvo): attention scratch on the device is overstated"))
     return tuple(found)
