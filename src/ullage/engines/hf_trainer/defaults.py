@@ -191,7 +191,7 @@ def refuse(job: TrainingJob) -> None:
             )
         )
     if "unsloth" in job.engine_version.lower():
-        raise InputError(_("Unsloth's kernels and its own recompute are not known"))
+        raise InputError(_("Unsloth has rules of its own"), remedy=_("write --engine unsloth"))
 
 
 def _recipe(job: TrainingJob, version: Version) -> Recipe:
