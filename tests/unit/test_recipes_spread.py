@@ -357,3 +357,18 @@ def test_llamafactory_under_unsloth():
     found = job("llamafactory", settings, machine="1xH100", model="meta-llama/Llama-3.1-8B-Instruct")
     assert "unsloth" in found.engine_version and step(found).job.engine == "unsloth"
     assert ("activations", "cpu") in job("llamafactory", {"use_unsloth_gc": True}).offload
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "\0", "no/such.json", ""])
+@pytest.mark.parametrize("key", ["deepspeed", "config_file"])
+def test_names_of_files_that_cannot_be_are_refused(key, name):
+    settings = {key: name}
+    if name == "" and key == "deepspeed":
+        assert job("trainer", settings).engine == "hf_trainer"
+        return
+    if name == "":
+        assert job("trl", settings).parallel.zero_stage == 0
+        return
+    with pytest.raises(InputError) as caught:
+        job("trl", settings)
+    assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from ullage.errors import InputError, LayoutError
 from ullage.i18n import _
 from ullage.read.accelerate_yaml import AccelerateConfig, parse_accelerate, read_accelerate
 from ullage.read.fsdp_words import FsdpWords, lay_fsdp
+from ullage.read.jsonfile import is_file
 from ullage.spec.training import Precision, Recompute, TrainingJob
 
 _BF16 = {"mixed_precision": "bf16"}
@@ -92,7 +93,7 @@ def _found(source: dict[str, Any], path: Path) -> tuple[AccelerateConfig, Path]:
     if name in SHIPPED:
         return parse_accelerate({**SHIPPED[name], **stated}, where=str(name)), path
     for place in (path.parent / name, Path(name)):
-        if "\0" not in name and place.is_file():
+        if "\0" not in name and is_file(place):
             found = read_accelerate(place)
             return replace(found, num_gpus=stated.get("num_processes", found.num_gpus)), place
     raise InputError(
@@ -147,7 +148,7 @@ def _with_plugin(job: TrainingJob, section: dict[str, Any], compute: str, path: 
     file = section.get("deepspeed_config_file")
     if isinstance(file, str) and file:
         place = path.parent / file
-        return with_deepspeed(job, place if place.is_file() else Path(file))
+        return with_deepspeed(job, place if is_file(place) else Path(file))
     zero: dict[str, Any] = {"stage": section.get("zero_stage", 2)}
     for key in ("offload_optimizer", "offload_param"):
         device = section.get(f"{key}_device")

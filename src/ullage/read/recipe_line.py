@@ -9,6 +9,7 @@ from typing import Any
 
 from ullage.errors import InputError
 from ullage.i18n import _
+from ullage.read.jsonfile import is_file
 from ullage.read.recipe_fields import Fields
 
 #: Which of TRL's scripts a line runs: ``trl dpo``, or a copy of its file.
@@ -116,7 +117,7 @@ def _config(values: dict[str, Any], where: str) -> dict[str, Any]:
     from ullage.read.yamlfile import read_yaml
 
     for place in (Path(where).parent / named, Path(named)):
-        if "\0" not in named and place.is_file():
+        if "\0" not in named and is_file(place):
             found = read_yaml(place)
             if not isinstance(found, dict):
                 raise InputError(_("is not a mapping of settings"), where=str(place))

@@ -10,6 +10,7 @@ from ullage.errors import InputError, LayoutError
 from ullage.frozen import Frozen
 from ullage.i18n import _
 from ullage.read.fsdp_words import FsdpWords, lay_fsdp
+from ullage.read.jsonfile import is_file
 from ullage.read.recipe_fields import Fields
 from ullage.spec.model import Model
 from ullage.spec.rlhf import Rlhf
@@ -310,6 +311,6 @@ def _with_deepspeed(job: TrainingJob, config: Any, path: Path) -> TrainingJob:
     if not isinstance(config, str) or "\0" in config:
         raise InputError(_("deepspeed is neither a file nor a configuration"), where=str(path))
     for place in (path.parent / config, Path(config)):
-        if place.is_file():
+        if is_file(place):
             return with_deepspeed(job, place)
     raise InputError(_("the DeepSpeed file {name} is not there").format(name=config[:200]), where=f"{path}: deepspeed")
