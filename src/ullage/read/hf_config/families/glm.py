@@ -65,9 +65,14 @@ def read_glm4(keys: Keys) -> Model:
     return _read_dense(keys, SANDWICH)
 
 
-def _read_dense(keys: Keys, norm_names: tuple[str, ...]) -> Model:
+def read_glm4v_text(keys: Keys) -> Model:
+    """Read the text part of GLM-4.1V: GLM-4-0414 whose heads share hidden_size among them."""
+    return _read_dense(keys, SANDWICH, head_dim=None)
+
+
+def _read_dense(keys: Keys, norm_names: tuple[str, ...], head_dim: int | None = 128) -> Model:
     hidden, bias = keys.integer("hidden_size"), keys.flag("attention_bias", True)
-    attention = common.gqa(keys, hidden, kv_default=2, head_dim_default=128, qkv_bias=bias)
+    attention = common.gqa(keys, hidden, kv_default=2, head_dim_default=head_dim, qkv_bias=bias)
     ffn: DenseFFN = common.dense(keys, fused_gate_up="gate_up_proj")
     layer = Layer(mixers=(attention,), ffns=(ffn,), norms=common.norms(hidden, *norm_names))
     return common.decoder(keys, hidden, (layer,) * keys.layers())

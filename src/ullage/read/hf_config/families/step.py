@@ -127,8 +127,8 @@ def read(keys: Keys) -> Model:
             "num_hidden_layers": VISION["layers"],
             "patch_size": VISION["patch"],
         }
-        common.only(vision, intermediate_size=VISION["inner"], **sizes)
-        vision.skip("image_size", "heads", "num_attention_heads", "ls_init_value", "num_channels", "mlp_ratio")
+        common.only(vision, intermediate_size=VISION["inner"], num_channels=3, image_size=728, **sizes)
+        vision.skip("heads", "num_attention_heads", "ls_init_value", "mlp_ratio")
         vision.skip(
             "layer_scale_init_value",
             "output_dim",
@@ -138,9 +138,8 @@ def read(keys: Keys) -> Model:
             "use_ln_pre",
         )
         vision.skip("use_abs_posemb", "use_rope2d")
-    keys.skip(
-        "image_token_len", "patch_token_len", "understand_projector_stride", "vision_select_layer", "projector_bias"
-    )
+    common.only(keys, projector_bias=False)
+    keys.skip("image_token_len", "patch_token_len", "understand_projector_stride", "vision_select_layer")
     said = _("no vision_config: the tower has the sizes of the class Step3p7VisionConfig (transformers 5.23.0)")
     return replace(
         model, tied_embeddings=tied, towers=_towers(model.hidden_size), assumed=() if vision is not None else (said,)

@@ -274,7 +274,8 @@ def _intern_vit(part: Keys, at: str, hidden: int) -> Tensors:
     patch = _square(part, "patch_size", 14)
     has_bias = _choice(part, "norm_type", "layer_norm", "rms_norm") == "layer_norm"
     layer = replace(_INTERN_LAYER, qkv_bias=part.flag("attention_bias", False), norm_bias=has_bias)
-    tensors = conv(at + "embeddings.patch_embeddings.projection", hidden, 3, patch, patch, bias=True)
+    channels = part.integer("num_channels", 3)
+    tensors = conv(at + "embeddings.patch_embeddings.projection", hidden, channels, patch, patch, bias=True)
     tensors += table(at + "embeddings.cls_token", 1, 1, hidden)
     if part.flag("use_mask_token", False):
         tensors += table(at + "embeddings.mask_token", 1, 1, hidden)
@@ -290,5 +291,5 @@ def _intern_vit(part: Keys, at: str, hidden: int) -> Tensors:
             tensors += norm(block + "attention.q_norm", hidden) + norm(block + "attention.k_norm", hidden)
     if not part.flag("use_mean_pooling", True):
         tensors += norm(at + "layernorm", hidden, bias=True)
-    part.skip("num_channels", "image_size")
+    part.skip("image_size")
     return tensors

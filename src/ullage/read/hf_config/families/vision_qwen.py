@@ -1,4 +1,4 @@
-"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4.5V.
+"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4.1V and GLM-4.5V.
 
 Source: transformers@5.23.0:models/qwen2_vl/, qwen2_5_vl/, qwen3_vl/, qwen3_5/, glm4v_moe/ modeling files; splits:
 vllm@0.33.0:vllm/model_executor/models/qwen2_vl.py, qwen2_5_vl.py, qwen3_vl.py, glm4_1v.py.
@@ -112,7 +112,7 @@ def _merger_3(at: str, width: int, out: int, *, norm_size: int) -> Tensors:
 
 
 def read_glm4v_moe(keys: Keys) -> Model:
-    """Read GLM-4.5V. The blocks' inner size is the decoder's hidden size; ``intermediate_size`` is the merger's."""
+    """Read GLM-4.1V and 4.5V. The blocks' inner size is the decoder's hidden size; ``intermediate_size`` the merger's."""
     part = vision.need_part(keys, "vision_config")
     depth, hidden, _merged, patch = _sizes(part)
     out, inner = part.integer("out_hidden_size"), part.integer("intermediate_size")
