@@ -116,6 +116,13 @@ def test_nothing_said_is_the_default_of_the_release() -> None:
     assert any("use_gradient_checkpointing" in one for one in filled.assumed)
 
 
+def test_a_release_that_is_not_known_yet_gets_the_newest_rules_and_says_so() -> None:
+    filled, rules = resolve(job(release="2027.3"))
+    assert rules == resolve(job())[1]
+    assert any("newest whose rules are known" in one for one in filled.assumed)
+    assert not any("newest whose rules are known" in one for one in resolve(job())[0].assumed)
+
+
 def test_short_and_small_checkpoints_stay_on_the_gpu() -> None:
     assert resolve(job(seq_len=256, micro_batch_size=32, **ON_HOST))[1].checkpoints == "gpu"
     assert resolve(job(release="2025.8", seq_len=256, micro_batch_size=32, **ON_HOST))[1].checkpoints == "buffered"

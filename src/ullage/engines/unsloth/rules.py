@@ -119,9 +119,9 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Rules]:
     Raises:
         InputError: what Unsloth does not do, or these rules do not.
     """
-    version, said = release(job.engine_version), []
-    if version is None:
-        version = NEWEST
+    stated, said = release(job.engine_version), []
+    version = min(stated or NEWEST, NEWEST)
+    if version != stated:
         said.append(_("Unsloth {version}, the newest whose rules are known").format(version="2026.8"))
     check(job, version)
     job = _with_checkpoints(adapted.as_run(job), version, said)
@@ -131,7 +131,7 @@ def resolve(job: TrainingJob) -> tuple[TrainingJob, Rules]:
     if job.attention is None:
         said.append(_("attention: xformers, which Unsloth installs; FlashAttention where it is installed takes less"))
     checkpoints = _checkpoints(job, version)
-    unplaced = checkpoints == "gpu" and bool(job.engine_version) and release(job.engine_version) is None
+    unplaced = checkpoints == "gpu" and bool(job.engine_version) and stated is None
     if unplaced:
         said.append(_("whether checkpoints are on the GPU or on the host is not said: the range has both"))
     rules = Rules(
