@@ -219,6 +219,23 @@ def test_the_graphs_that_are_asked_for_are_captured(flags, pieces, whole):
     assert ("full graphs" in said and ", 0 full graphs" not in said) == whole
 
 
+def test_the_attention_backend_may_stand_in_its_config():
+    lines = (
+        "--attention-backend FLASHINFER",
+        "-ac.backend FLASHINFER",
+        '--attention-config \'{"backend":"FLASHINFER"}\'',
+    )
+    jobs = [load(f"vllm:vllm serve qwen3-8b {flags}", "1xH100") for flags in ("", *lines)]
+    plain, *asked = [start(job).ranks[0].ledger.device_used.bytes for job in jobs]
+    assert len(set(asked)) == 1 and asked[0] != plain
+
+
+def test_what_is_not_counted_under_vllm_is_said():
+    line = 'VLLM_USE_V1=0 vllm serve m --enable-eplb --kv-transfer-config \'{"kv_connector": "NixlConnector"}\''
+    said = " ".join(vllm_args.settings(vllm(line))["assumed"])
+    assert all(word in said for word in ("--enable-eplb", "NixlConnector", "VLLM_USE_V1=0"))
+
+
 def test_what_does_not_fit_is_shrunk_by_llamacpp_itself():
     line = "llamacpp:llama-server -hf x/Llama-3.3-70B-Instruct-GGUF:Q4_K_M"
     assert any("--fit" in warning for warning in llama_start(load(line, "24GiB")).warnings)

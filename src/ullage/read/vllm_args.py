@@ -40,6 +40,11 @@ NOT_COUNTED = (
     "mm_ipc_gpu_memory_gb",
     "enable_dbo",
     "kv_sharing_fast_prefill",
+    "enable_eplb",
+    "enable_prompt_embeds",
+    "mamba_cache_mode",
+    "quantization_config",
+    "weight_transfer_config",
     "additional_config",
     "diffusion_config",
     "engram_config",
@@ -335,6 +340,8 @@ def settings(command: VllmCommand) -> dict[str, Any]:
     if command.get("config") and file_flags(command.get("config") or "") is None:
         missing = _("--config: the file {name} is not here, what it sets is not counted")
         said.append(missing.format(name=(command.get("config") or "")[:80]))
+    if dict(command.environment).get("VLLM_USE_V1") == "0":
+        said.append(_("VLLM_USE_V1=0: the rules are those of the engine that is this version's default"))
     found["assumed"] = (*said, *transfer_assumed(_json(command, "kv_transfer_config")))
     return found
 

@@ -7,6 +7,7 @@ subtract a graph estimate capture a full graph for it, so that the workspace sta
 from __future__ import annotations
 
 from ullage.engines.vllm.defaults import Setup
+from ullage.engines.vllm.graph_mode import json_flag
 from ullage.engines.vllm.layout import Stage
 from ullage.ledger import Term, exact
 from ullage.spec import model as spec
@@ -25,7 +26,7 @@ def _asked(setup: Setup) -> str:
     for name in ("attention_backend", "VLLM_ATTENTION_BACKEND", "vllm_attention_backend"):
         if setup.flag(name):
             return setup.flag(name).upper()
-    return ""
+    return str(json_flag(setup, "attention_config").get("backend") or "").upper()
 
 
 def uses_flashinfer(setup: Setup) -> bool:

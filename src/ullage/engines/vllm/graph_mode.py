@@ -52,18 +52,22 @@ def graph_mode(setup: Setup) -> str:
 
 def compilation_config(setup: Setup) -> dict[str, Any]:
     """Return ``--compilation-config``: its JSON, or a level alone, with its dotted parts laid over it."""
+    alone = setup.flag(_CONFIG).strip()
+    return {**({"level": alone} if alone.isdigit() else {}), **json_flag(setup, _CONFIG)}
+
+
+def json_flag(setup: Setup, flag: str) -> dict[str, Any]:
+    """Return a flag that holds JSON, with its dotted parts (``--attention-config.backend``) laid over it."""
     found: dict[str, Any] = {}
     for name, value in setup.job.flags:
-        if name == _CONFIG and value.strip().isdigit():
-            found["level"] = value.strip()
-        elif name == _CONFIG:
+        if name == flag:
             try:
                 parsed = json.loads(value)
             except (ValueError, RecursionError):
                 parsed = None  # the reader of the line refuses it
             found.update(parsed if isinstance(parsed, dict) else {})
-        elif name.startswith(f"{_CONFIG}."):
-            found[name.removeprefix(f"{_CONFIG}.")] = value
+        elif name.startswith(f"{flag}."):
+            found[name.removeprefix(f"{flag}.")] = value
     return found
 
 
