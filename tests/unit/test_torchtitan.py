@@ -221,3 +221,64 @@ def test_a_bad_toml_is_one_sentence(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(InputError):
         read_torchtitan(path)
+
+
+def toml(**sections: dict[str, object]) -> dict[str, object]:
+    return {"model": {"flavor": "8B"}, "training": {"local_batch_size": 8, "seq_len": 4096}, **sections}
+
+
+def test_a_toml_says_how_the_pipeline_and_the_optimizer_run() -> None:
+    layout = {"pipeline_parallel_degree": 4, "pipeline_parallel_schedule": "Interleaved1F1B"}
+    found = parse_torchtitan(toml(parallelism=layout, optimizer={"implementation": "foreach"}), where="f")
+    assert (found.schedule, found.pipeline_micro_batch) == ("interleaved", 1)
+    assert (found.optimizer, found.optimizer_impl) == ("adamw", "foreach")
+    plain = parse_torchtitan(toml(), where="f")
+    assert (plain.schedule, plain.pipeline_micro_batch, plain.optimizer_impl) == (None, None, "fused")
+    old = parse_torchtitan(
+        toml(experimental={"pipeline_parallel_degree": 2, "pipeline_parallel_microbatches": 4}), where="f"
+    )
+    assert old.pipeline_micro_batch == 2
+
+
+def test_a_toml_says_what_stays_gathered_and_what_lives_on_the_host() -> None:
+    training = {"local_batch_size": 2, "seq_len": 4096, "enable_cpu_offload": True, "global_batch_size": 64}
+    found = parse_torchtitan(
+        {**toml(parallelism={"fsdp_reshard_after_forward": "never"}), "training": training}, where="f"
+    )
+    assert found.parallel.fsdp == "shard_grad_op" and found.global_batch_size == 64
+    assert found.offload == (("params", "cpu"), ("optimizer", "cpu"))
+
+
+def test_settings_of_a_toml_are_followed_or_named() -> None:
+    found = parse_torchtitan(
+        toml(
+            parallelism={"enable_async_tensor_parallel": True, "expert_tensor_parallel_degree": 1, "frobnicate": 1},
+            compile={"enable": True, "components": ["model"]},
+        ),
+        where="f",
+    )
+    assert found.doubtful == ("compile.components", "parallelism.enable_async_tensor_parallel")
+    assert found.unknown == ("parallelism.frobnicate",)
+    mixed = parse_torchtitan(
+        toml(model={"converters": ["quantize.linear.float8", "quantize.grouped_mm.mx"]}), where="f"
+    )
+    assert mixed.float8 and mixed.doubtful == ("model.converters: quantize.grouped_mm.mx",)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "match"),
+    [
+        ("model", {"name": "flux"}, "no language model"),
+        ("optimizer", {"name": "Muon"}, "optimizer Muon"),
+        (
+            "parallelism",
+            {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "DualPipeV"},
+            "schedule DualPipeV",
+        ),
+    ],
+)
+def test_settings_of_a_toml_that_are_not_followed_are_refused(
+    section: str, values: dict[str, object], match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        parse_torchtitan(toml(**{section: values}), where="f")

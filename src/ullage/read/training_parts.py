@@ -15,7 +15,7 @@ from ullage.spec.training import Precision, TrainingJob
 STATED = {
     "deepspeed": ("engine", "zero", "fsdp", "offload"),
     "torchtitan": ("engine", "dp", "tp", "pp", "cp", "ep", "sp", "zero", "fsdp", "micro_batch", "seq", "recompute",
-                   "compile"),
+                   "compile", "optimizer", "optimizer_impl"),
     "accelerate": ("engine", "zero", "fsdp", "offload", "precision"),
 }  # fmt: skip
 
@@ -107,7 +107,6 @@ def with_torchtitan(job: TrainingJob, path: Path) -> TrainingJob:
         InputError: not such a configuration. LayoutError: its degrees do not make up the GPUs.
     """
     from ullage.read.torchtitan import read_torchtitan
-    from ullage.read.training_words import filled_pipeline
 
     config = read_torchtitan(path)
     layout, world = config.parallel, job.machine.num_gpus
@@ -118,18 +117,32 @@ def with_torchtitan(job: TrainingJob, path: Path) -> TrainingJob:
     group = shards if config.data_replicas > 1 else None
     layout = replace(layout, data_parallel_size=shards * config.data_replicas, shard_group_size=group)
     if layout.pipeline_parallel_size > 1:
-        layout = replace(layout, schedule=job.parallel.schedule or "1f1b")
+        layout = replace(layout, schedule=job.parallel.schedule or config.schedule)
     said = [_("the model is the one named, of flavour {flavour!r}").format(flavour=config.flavor[:40])]
     if config.unknown:
         said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(config.unknown)[:400]))
+    if config.doubtful:
+        said.append(
+            _("settings that can change the memory and are not followed: {keys}").format(
+                keys=", ".join(config.doubtful)[:400]
+            )
+        )
     precision = replace(job.precision, fp8_recipe="tensorwise") if config.float8 else job.precision
+    batch = max(1, config.micro_batch_size)
+    micro = config.pipeline_micro_batch or batch
+    passes = (config.global_batch_size or 0) // (batch * layout.data_parallel_size)
+    if config.pipeline_micro_batch is not None:
+        passes = batch // micro  # a step of the schedule; the next begins when none is in flight
     return replace(
         job,
         parallel=layout,
         precision=precision,
-        micro_batch_size=max(1, config.micro_batch_size),
+        optimizer=config.optimizer,
+        optimizer_impl=config.optimizer_impl,
+        offload=config.offload or job.offload,
+        micro_batch_size=micro,
         seq_len=max(1, config.seq_len),
-        grad_accum=max(job.grad_accum, filled_pipeline(layout)),
+        grad_accum=max(job.grad_accum, passes, 1),
         compile=config.compile,
         recompute=config.recompute,
         assumed=(*job.assumed, *said),
