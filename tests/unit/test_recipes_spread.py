@@ -372,3 +372,21 @@ def test_names_of_files_that_cannot_be_are_refused(key, name):
     with pytest.raises(InputError) as caught:
         job("trl", settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_may_name_its_file_alone(tmp_path):
+    lora = written(tmp_path, "lora.yaml", {"cutoff_len": 512, "lora_rank": 4})
+    assert job("llamafactory", f"llamafactory-cli train {lora}").seq_len == 512
+    fsdp = written(
+        tmp_path,
+        "fsdp.yaml",
+        {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}, "mixed_precision": "bf16"},
+    )
+    found = job("llamafactory", f"accelerate launch --config_file {fsdp} src/train.py {lora} --lora_rank 16")
+    assert (found.lora.rank, found.seq_len, found.parallel.fsdp) == (16, 512, "full_shard")
+    full = written(tmp_path, "full.yml", {"sequence_len": 256, "bf16": True})
+    assert job("axolotl", f"axolotl train {full} --micro-batch-size 3").micro_batch_size == 3
+    with pytest.raises(InputError, match="is not there"):
+        job("axolotl", "axolotl train nowhere.yaml")
+    with pytest.raises(InputError, match="neither"):
+        job("axolotl", "axolotl train")

@@ -17,7 +17,7 @@ _SCRIPT = re.compile(r"\b(?:trl|swift)\s+([a-z]+)\b(?!/)|(?:^|[\s/])([a-z][\w]*)
 #: What starts a job: the last such command of a script is the one that is read.
 _LAUNCHER = re.compile(
     r"(?:^|[\s;&(])(?:accelerate\s+launch|torchrun|deepspeed|trl\s+[a-z]+|swift\s+(?:sft|pt|rlhf)|"
-    r"llamafactory-cli\s+train|python3?(?:\.\d+)?)\s"
+    r"llamafactory-cli\s+train|axolotl\s+train|python3?(?:\.\d+)?)\s"
 )
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)", re.MULTILINE)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}|\$([A-Za-z_]\w*)")
@@ -62,6 +62,8 @@ def fields_of_line(line: str, where: str) -> Fields:
             values[name] = True if flag.group(2) is None else flag.group(2)
         elif word.endswith(".py"):  # the script: what stands before it was said to its launcher
             name = None
+        elif name is None and word.endswith((".yaml", ".yml")):  # llamafactory-cli train FILE, axolotl train FILE
+            values.setdefault("config", word)
         elif name is not None:
             before = values[name]
             values[name] = word if before is True else f"{before},{word}"
@@ -107,7 +109,7 @@ def _counted(one: re.Match[str]) -> str:
 
 
 def _config(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings of the file that ``--config`` names; flags of the line win over them.
+    """Return the settings of the file that ``--config`` or a bare word names; flags of the line win over them.
 
     Source: trl@1.16.0:scripts/utils.py:TrlParser.parse_args_and_config.
     """

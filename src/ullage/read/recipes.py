@@ -41,7 +41,7 @@ def read_fields(rest: str) -> Fields:
     """Return the settings of a file, of a file that holds a command line, or of the line itself."""
     path = Path(rest)
     if not is_file(path):
-        if "--" not in rest:
+        if "--" not in rest and not rest.endswith((".yaml", ".yml")):
             raise InputError(_("is neither a file nor a command line"), where=rest[:80])
         return fields_of_line(rest, "--from")
     if path.suffix.lower() in (".sh", ".txt", ".bash"):
