@@ -1,6 +1,7 @@
 """What a report prints can be explained: every term by its name, and with the numbers of the fit it stands in."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -68,3 +69,25 @@ def test_a_wrong_fit_behind_a_term_is_one_sentence(capsys):
     for line, words in (("serve deepseek-v3 --on 8xH9", "H9"), ("train llama-3.1-8b --on H100 --sq 5", "--seq")):
         assert main(["explain", "weights", "fit", *shlex.split(line)]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [line for line in FITS if line.startswith("train")])
+def test_every_term_of_a_step_says_where_it_is_from(capsys, line):
+    values = of(capsys, ["fit", *shlex.split(line), "--no-advice"])
+    for term in values["terms"]:
+        if term["bytes"]:
+            assert term["source"] or any(child["source"] for child in term["children"]), term["name"]
+            assert term["formula"] or term["children"] or term["certainty"] == "exact", term["name"]
+
+
+@pytest.mark.parametrize(
+    "line", ["llama-3.1-8b --on H100", "llama-3.2-1b --on H100 --packing", "llama-3.1-8b --on H100 --lora r=8"]
+)
+def test_the_formula_of_the_loss_gives_its_bytes(capsys, line):
+    """A reader who multiplies finds the number: the worst point may be the backward of the loss."""
+    values = of(capsys, ["fit", "train", *shlex.split(line), "--no-advice"])
+    loss = next(term for term in values["terms"] if term["name"] == "loss")
+    tokens, vocabulary, widths = re.fullmatch(r"([\d,]+) tokens x ([\d,]+) x \((.*)\)", loss["formula"]).groups()
+    width = sum(int(part.rsplit(" ", 1)[1]) for part in widths.split(" + "))
+    product = int(tokens.replace(",", "")) * int(vocabulary.replace(",", "")) * width
+    assert loss["bytes"] == pytest.approx(product, rel=1e-3)

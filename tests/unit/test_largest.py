@@ -95,3 +95,14 @@ def test_where_few_runs_may_be_spent_the_strongest_changes_are_tried_first(capsy
     assert found["verdict"] == "does_not_fit"
     assert found["advice"][0]["verdict"] == "fits"
     assert any("recompute" in item["change"] for item in found["advice"])
+
+
+def test_padding_is_said_and_can_be_taken_away(capsys):
+    """A mask makes SDPA repeat keys and values for every head; a trace of packed sequences has none."""
+    words = ["fit", "train", "llama-3.2-1b", "--on", "H100", "--seq", "2048", "--engine", "hf_trainer", "--no-advice"]
+    padded, packed = of(capsys, words), of(capsys, [*words, "--packing"])
+    assert "attention mask" in " ".join(padded["job"]["assumed"])
+    assert "attention mask" not in " ".join(packed["job"]["assumed"])
+    assert packed["worst"]["allocated_peak_bytes"] < padded["worst"]["allocated_peak_bytes"]
+    assert main(["fit", "train", "llama-3.2-1b", "--on", "8xH100", "--engine", "fsdp2", "--packing"]) == 2
+    assert "--packing" in capsys.readouterr().err

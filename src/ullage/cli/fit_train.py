@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ullage.training_fit import TrainingFit
 
 DEFAULT_SEQ_LEN = 4096
+#: Frameworks whose batches are padded as a rule: SDPA gets a mask then, and keys and values repeated for every head.
+MASKED = ("hf_trainer", "single", "ddp", "unsloth")
 #: What the frameworks call the same; not listed, so that the help stays short.
 OTHER_NAMES = {
     "--tensor-model-parallel-size": "tp", "--tensor-parallel-size": "tp", "--pipeline-model-parallel-size": "pp",
@@ -79,11 +81,12 @@ def _add_layout(group: Any) -> None:
 def _add_step(group: Any) -> None:
     group.add_argument("--micro-batch", type=COUNT, metavar="N", help=_("sequences per GPU and pass"))
     group.add_argument("--seq", type=COUNT, metavar="TOKENS", help=_("length of a sequence"))
+    group.add_argument("--packing", action="store_true", help=_("sequences without padding: no attention mask"))
     group.add_argument("--grad-accum", type=COUNT, metavar="N", help=_("passes per optimizer step"))
     group.add_argument(
         "--precision", metavar="RECIPE", help=_("bf16-mixed, bf16-master, amp, bf16, fp32, fp8, mxfp8, nvfp4 ...")
     )
-    group.add_argument("--optimizer", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon ..."))
+    group.add_argument("--optimizer", metavar="NAME", help=_("adamw, sgd, adamw_8bit, muon, galore_adamw,rank=128 ..."))
     impls = ("fused", "foreach", "for_loop")
     group.add_argument("--optimizer-impl", choices=impls, help=_("how PyTorch runs the optimizer"))
     group.add_argument("--recompute", metavar="KIND", help=_("none, full, selective, every=4, MODULES"))
@@ -188,7 +191,7 @@ def _from_recipe(arguments: argparse.Namespace, kind: str, version: str, rest: s
     """Build the job of a fine-tuning recipe; MODEL wins over the one that it names."""
     from ullage.read.recipes import STATED, model_of, read_fields, with_recipe
 
-    _refuse(arguments, arguments.line, only=STATED)
+    _refuse(arguments, arguments.line, only=(*STATED, "packing"))
     fields = read_fields(rest)
     arguments.model = arguments.model or model_of(fields)
     if arguments.model is None:
@@ -202,7 +205,7 @@ def _from_tuner(arguments: argparse.Namespace, engine: str, version: str, rest: 
     from ullage.read.machine import parse_machine
     from ullage.read.tuner_recipes import STATED, read_tuner, with_tuner
 
-    _refuse(arguments, arguments.line, only=STATED)
+    _refuse(arguments, arguments.line, only=(*STATED, "packing"))
     words = read_tuner(engine, rest, parse_machine(arguments.on).num_gpus)
     arguments.model = arguments.model or words.model
     if arguments.model is None:
@@ -250,6 +253,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
     engine = arguments.engine or ("hf_trainer" if machine.num_gpus == 1 else "fsdp2")
     engine, _at, version = engine.partition("@")
     precision, said = parse_precision(arguments.precision, engine)
+    optimizer, _ranked, rank = (arguments.optimizer or "").partition(",rank=")
     lora, method = parse_adapters(arguments.method, arguments.lora)
     parallel = _parallel(arguments, machine, engine)
     accumulated = arguments.grad_accum or filled_pipeline(parallel)
@@ -264,10 +268,11 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         engine_version=version,
         parallel=parallel,
         precision=precision,
-        optimizer=_optimizer(arguments.optimizer),
+        optimizer=_optimizer(optimizer or None),
         optimizer_impl=arguments.optimizer_impl,
         micro_batch_size=arguments.micro_batch or 1,
         seq_len=arguments.seq or DEFAULT_SEQ_LEN,
+        packing=_packing(arguments, engine),
         grad_accum=accumulated,
         recompute=parse_recompute(arguments.recompute),
         attention=arguments.attention,
@@ -279,6 +284,7 @@ def _from_flags(arguments: argparse.Namespace) -> TrainingJob:
         routing_sigma=parse_routing(arguments.routing) if arguments.routing else None,
         evaluation=parse_evaluation(arguments.evaluate) if arguments.evaluate else None,
         base_quantization=quantization,
+        flags=(("optim_rank", rank),) if rank else (),
         offload=_offload(arguments.offload or ()),
         assumed=(*said, *(() if arguments.line else _not_given(arguments, engine, parallel))),
     )
@@ -298,9 +304,21 @@ def _not_given(arguments: argparse.Namespace, engine: str, parallel: TrainingPar
         _("optimizer adamw"): arguments.optimizer,
         _("no recompute"): arguments.recompute or (engine == "unsloth") or None,  # Unsloth has a default of its own
     }
+    if engine in MASKED and not arguments.packing and arguments.attention in (None, "sdpa"):
+        words[_("padding with an attention mask")] = None
     taken = ", ".join(word for word, given in words.items() if given is None)
     if taken:
         yield _("not given: {taken}").format(taken=taken)
+
+
+def _packing(arguments: argparse.Namespace, engine: str) -> bool:
+    if arguments.packing and engine not in MASKED:
+        raise InputError(
+            _("sequences of {engine} are counted without padding").format(engine=engine),
+            where="--packing",
+            remedy=_("leave it out"),
+        )
+    return bool(arguments.packing)
 
 
 def _optimizer(name: str | None) -> str:

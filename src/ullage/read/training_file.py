@@ -59,11 +59,14 @@ def split_line(text: str) -> tuple[str, str, str]:
 
 def megatron_job(rest: str, version: str, *, machine: str, model: str | None, assume: bool) -> TrainingJob:
     """Return the job of a script or line of Megatron-LM's flags; MODEL wins over the one that the flags describe."""
+    from ullage.read.jsonfile import is_file, missing
     from ullage.read.launch_line import line_of
     from ullage.read.machine import parse_machine
     from ullage.read.megatron_args import job_from_megatron_text
     from ullage.read.model_source import load_model
 
+    if len(rest.split()) == 1 and not rest.startswith("-") and not is_file(Path(rest)):
+        raise missing(Path(rest))
     return job_from_megatron_text(
         line_of(rest),
         machine=parse_machine(machine),

@@ -40,6 +40,7 @@ class LossPeak(Frozen):
         forward_bytes: while the loss is computed; backward_bytes: while its gradient is.
         head_grad_bytes: gradient of the head's weight that a fused linear loss makes in the forward pass already.
         kept_bytes: what stays from forward to backward.
+        formula: of ``forward_bytes``; backward_formula: of ``backward_bytes``, where that is another.
     """
 
     forward_bytes: int
@@ -48,6 +49,7 @@ class LossPeak(Frozen):
     formula: str
     source: str
     head_grad_bytes: int = 0
+    backward_formula: str = ""
 
 
 def loss_peak(
@@ -86,21 +88,25 @@ def _plain_or_fused(recipe: LossRecipe, num_tokens: int, num_logits: int, width:
     plain = recipe.kind == "plain"
     if recipe.upcast == "none":
         copies = [("logits", width)] + ([("log-softmax", width)] if plain else [])
-        backward = 3 * width if plain else width
+        backward = [("log-softmax", width), ("its gradient", width)] if plain else []
+        backward += [("gradient of the logits", width)]
     else:
         narrow = width if width < 4 else 0
         copies = [("logits", narrow)] if recipe.upcast == "loss" and narrow else []
         copies += [("logits as fp32", 4)]
         copies += [("shifted copy", 4)] if recipe.shift_copies else []
         copies += [("log-softmax", 4)] if plain else []
-        backward = 12 if plain else 4 + narrow
-    per_logit = sum(size for _name, size in copies)
-    made_of = " + ".join(f"{name} {size}" for name, size in copies)
+        backward = [("log-softmax", 4), ("its gradient", 4)] if plain else [("logits", narrow)] if narrow else []
+        backward += [("gradient of the logits", 4)]
+    per_logit, of_backward = (sum(size for _name, size in each) for each in (copies, backward))
+    shape = f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,}"
+    made_of, undone = (" + ".join(f"{name} {size}" for name, size in each) for each in (copies, backward))
     return LossPeak(
         forward_bytes=_bytes(num_logits * per_logit),
-        backward_bytes=_bytes(num_logits * backward),
+        backward_bytes=_bytes(num_logits * of_backward),
         kept_bytes=_bytes(num_logits * (4 if plain or recipe.upcast != "none" else width)),
-        formula=f"{num_tokens:,} tokens x {num_logits // max(1, num_tokens):,} x ({made_of})",
+        formula=f"{shape} x ({made_of})",
+        backward_formula=f"{shape} x ({undone})",
         source="transformers@4.48.1:loss/loss_utils.py:ForCausalLMLoss",
     )
 

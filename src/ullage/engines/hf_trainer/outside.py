@@ -51,7 +51,10 @@ def outside(job: TrainingJob) -> Term:
 
     Source: difference of nvidia-smi and torch in public reports (0.4 GiB on an A100, 0.6 GiB on an H100).
     """
-    children = [ranged("cuda_context", 480 * MiB, low=200 * MiB, high=900 * MiB, formula="driver context and kernels")]
+    seen = "difference of nvidia-smi and torch in public reports"
+    words = "driver context and kernels"
+    children = [ranged("cuda_context", 480 * MiB, low=200 * MiB, high=900 * MiB, formula=words, source=seen)]
     if job.machine.num_gpus > 1:
-        children.append(ranged("nccl", 600 * MiB, low=100 * MiB, high=2048 * MiB, formula="channels and buffers"))
+        wires = ranged("nccl", 600 * MiB, low=100 * MiB, high=2048 * MiB, formula="channels and buffers", source=seen)
+        children.append(wires)
     return total("outside", children)

@@ -105,7 +105,12 @@ def _buckets(job: TrainingJob, gradients: Term) -> Term:
     """
     parallel = job.parallel
     plain = parallel.data_parallel_size > 1 and parallel.fsdp is None and not parallel.zero_stage
-    return exact("ddp_buckets", gradients.bytes if plain else 0, formula="one copy of the gradients")
+    return exact(
+        "ddp_buckets",
+        gradients.bytes if plain else 0,
+        formula="one copy of the gradients",
+        source="torch@2.13.0:torch/csrc/distributed/c10d/reducer.cpp:Reducer.initialize_buckets",
+    )
 
 
 def _adapters(trained: Trained, dtype: str, copies: Trained, base: str) -> Term:

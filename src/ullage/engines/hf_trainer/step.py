@@ -23,6 +23,8 @@ from ullage.units import MiB, dtype_bytes
 
 #: How far sums of activations were off against published peaks (docs/training.md).
 ACTIVATION_ERROR = 0.05
+#: What is said of tensors that no other sentence makes up.
+SAVED_WORDS = "tensors that autograd saves of these modules"
 
 
 class Walk(Frozen):
@@ -133,7 +135,8 @@ def _last_outputs(walk: Walk, *, mean: bool = False) -> tuple[Term, ...]:
     most = walk.job.seq_len * per_token + (adapted.cache_bytes(walk.job) if cache else 0)
     high = round(most * adapted.LENGTH_RANGE[1]) if unknown else most
     formula = "16-bit logits of the last batch, keys and values"
-    return (ranged("last_outputs", expected, low=0, high=high, formula=formula),)
+    source = "peft@0.19.1:method_comparison/MetaMathQA/run.py:train"
+    return (ranged("last_outputs", expected, low=0, high=high, formula=formula, source=source),)
 
 
 def _kept_gradients(walk: Walk) -> Term:
@@ -169,7 +172,9 @@ def _gathered(walk: Walk, *, backward: bool) -> tuple[Term, ...]:
 def _loss_term(walk: Walk, peak: int) -> Term:
     """Return the loss's own bytes; in a loop of one's own it may lie outside a compiled model."""
     high = peak + outside_graph(walk.job, walk.recipe)
-    return ranged("loss", peak, low=peak, high=high, formula=walk.loss.formula, source=walk.loss.source)
+    formula = {walk.loss.forward_bytes: walk.loss.formula, walk.loss.backward_bytes: walk.loss.backward_formula}
+    words = formula.get(peak) or f"gradients of the logits, of the head and of its input: {peak:,} bytes"
+    return ranged("loss", peak, low=peak, high=high, formula=words, source=walk.loss.source)
 
 
 def _loss_and_frames(walk: Walk) -> tuple[int, list[int]]:
@@ -308,7 +313,9 @@ def _casts(walk: Walk) -> tuple[Term, ...]:
         return ()
     size = int(walk.states.trained.num_elements * dtype_bytes(walk.job.precision.compute))
     low = 0 if adapters else size
-    return (ranged("autocast_casts", size, low=low, high=size, source="torch@2.13.0:autocast_mode.cpp:cached_cast"),)
+    words = f"{walk.states.trained.num_elements:,} trained values in {walk.job.precision.compute}"
+    source = "torch@2.13.0:autocast_mode.cpp:cached_cast"
+    return (ranged("autocast_casts", size, low=low, high=size, formula=words, source=source),)
 
 
 def _inputs(walk: Walk) -> Term:
@@ -319,7 +326,14 @@ def _inputs(walk: Walk) -> Term:
     """
     tokens = walk.job.micro_batch_size * walk.job.seq_len * 3 * 8
     small = clipping_bytes(walk.states.trained)
-    return ranged("inputs_and_scalars", tokens, low=0, high=2 * tokens + 4 * small + 4 * MiB)
+    return ranged(
+        "inputs_and_scalars",
+        tokens,
+        low=0,
+        high=2 * tokens + 4 * small + 4 * MiB,
+        formula="3 x 8 bytes per token of the micro-batch",
+        source="torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp",
+    )
 
 
 def _head_gradient(walk: Walk) -> int:
@@ -349,7 +363,14 @@ def _near(name: str, num_bytes: int, other: int | None = None, *, formula: str =
     """Return a term of activations with their error; ``other``: what it is where a base was not prepared."""
     margin = round(num_bytes * ACTIVATION_ERROR)
     low = min(num_bytes, num_bytes if other is None else other) - margin
-    return ranged(name, num_bytes, low=max(0, low), high=num_bytes + margin, formula=formula)
+    return ranged(
+        name,
+        num_bytes,
+        low=max(0, low),
+        high=num_bytes + margin,
+        formula=formula or SAVED_WORDS,
+        source="torch@2.13.0:tools/autograd/derivatives.yaml",
+    )
 
 
 def _ledger(walk: Walk, moment: str, terms: tuple[Term, ...]) -> Ledger:

@@ -181,7 +181,8 @@ def _rotary(job: TrainingJob, settings: Settings, sizes: Sizes) -> Term:
                 width = part.head_dim
     if settings.flags.get("position-embedding-type") == "none":
         width = 0
-    return exact("rotary_tables", 4 * width * job.seq_len, formula="4*s*d")
+    source = "Megatron-LM@adc69db:megatron/core/models/common/embeddings/rotary_pos_embedding.py"
+    return exact("rotary_tables", 4 * width * job.seq_len, formula="4*s*d", source=source)
 
 
 def _dummy_gradients(job: TrainingJob, settings: Settings, held: tuple[Held, ...]) -> Term:

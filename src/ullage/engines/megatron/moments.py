@@ -22,6 +22,7 @@ from ullage.spec.training import TrainingJob
 from ullage.units import tensor_bytes
 
 SCHEDULES = "Megatron-LM@adc69db:megatron/core/pipeline_parallel/schedules.py"
+BATCH = "Megatron-LM@adc69db:megatron/training/utils.py:get_batch_on_this_tp_rank"
 
 
 class Peak(Frozen):
@@ -136,9 +137,10 @@ def resident_terms(
     kept_terms = [term for term in persistent if term.name != "stage_inputs"]
     stream = tensor_bytes(sizes.stream_tokens * job.model.hidden_size, job.precision.compute)
     if any(chunk.receives for chunk in parts):
-        kept_terms.append(_modelled("stage_transfer", 2 * stream))
+        source = "Megatron-LM@adc69db:megatron/core/pipeline_parallel/p2p_communication.py"
+        kept_terms.append(_modelled("stage_transfer", 2 * stream, formula="2 x s*b*h", source=source))
     if any(chunk.embedding or chunk.head for chunk in parts):
-        kept_terms.append(exact("batch", batch_bytes(job, settings, sizes), formula="68*b*s/c + b*s*s/c"))
+        kept_terms.append(exact("batch", batch_bytes(job, settings, sizes), formula="68*b*s/c + b*s*s/c", source=BATCH))
     if any(chunk.head for chunk in parts):
         kept_terms.append(exact("deferred_head_gradients", deferred_bytes(job, settings, sizes)))
     return tuple(kept_terms)
@@ -208,8 +210,15 @@ def moments_of(tables: Tables, cost: ChunkCost, *, forward: bool) -> list[tuple[
     return [("backward", tuple(terms))]
 
 
-def _modelled(name: str, num_bytes: int) -> Term:
-    return ranged(name, num_bytes, low=num_bytes // 2, high=num_bytes * 2)
+def _modelled(name: str, num_bytes: int, *, formula: str = "", source: str = "") -> Term:
+    return ranged(
+        name,
+        num_bytes,
+        low=num_bytes // 2,
+        high=num_bytes * 2,
+        formula=formula or "the chunk's fullest layer while it runs; half to twice as much",
+        source=source or "Megatron-LM@adc69db:megatron/core/transformer/transformer_layer.py",
+    )
 
 
 def _activations(tables: Tables, costs: tuple[ChunkCost, ...], peak: Peak) -> tuple[Term, ...]:

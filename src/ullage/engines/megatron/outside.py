@@ -50,6 +50,7 @@ def outside(job: TrainingJob) -> Term:
         CONTEXT_BYTES,
         low=CONTEXT_BYTES // 2,
         high=CONTEXT_BYTES + GiB // 2,
+        formula="driver context and kernels, on any GPU",
         source="Pith-Train@23db182:tools/memory_estimator",
         certainty=Certainty.MODELLED,
     )

@@ -83,4 +83,5 @@ def _layer(job: TrainingJob) -> Term:
         low=found.low_bytes,
         high=found.high_bytes,
         formula="the widest layer, nothing kept",
+        source="torch@2.13.0:torch/autograd/grad_mode.py:no_grad",
     )

@@ -110,7 +110,8 @@ def _gathered(policy: TrainingJob, rank: TrainingRank) -> Term:
         return exact("gathered_weights", 0)
     share = replace(whole(policy.model), mtp=False, towers=False)
     size = weights_term(policy.model, share, quantization=None, dtype=policy.precision.params).bytes
-    return ranged("gathered_weights", size, low=size // 2, high=size, formula="all shards")
+    source = "trl@1.16.0:trainer/grpo_config.py:GRPOConfig.ds3_gather_for_generation"
+    return ranged("gathered_weights", size, low=size // 2, high=size, formula="all shards", source=source)
 
 
 def _logits(policy: TrainingJob, asked: Rlhf) -> Term:
@@ -118,4 +119,11 @@ def _logits(policy: TrainingJob, asked: Rlhf) -> Term:
     rows = policy.micro_batch_size * (asked.steps_per_generation or 1)
     size = rows * policy.model.vocab_size * (int(dtype_bytes(policy.precision.compute)) + 2 * 4)
     layer = min(policy.seq_len, TILE_TOKENS) * policy.model.hidden_size * 8
-    return ranged("generation_work", size + layer, low=size // 2, high=3 * (size + layer), formula="last logits, layer")
+    return ranged(
+        "generation_work",
+        size + layer,
+        low=size // 2,
+        high=3 * (size + layer),
+        formula="last logits, layer",
+        source="transformers@5.23.0:generation/utils.py:GenerationMixin._sample",
+    )

@@ -83,12 +83,19 @@ def _outside(start: StageStart, settings: Settings) -> list[Term]:
     contexts = [case.case.context for case in (start.expected, start.low, start.high)]
     wires = [case.case.distributed for case in (start.expected, start.low, start.high)]
     value, low, high = start.graphs
-    context = ranged("cuda_context", contexts[0], low=min(contexts), high=max(contexts), source=source)
+    context = ranged(
+        "cuda_context",
+        contexts[0],
+        low=min(contexts),
+        high=max(contexts),
+        formula="driver context and kernels",
+        source=source,
+    )
     gpu = settings.job.machine.gpu
     measured = serving_context(gpu) if settings.job.device_free_bytes is None else None
     return [
         calibrated(context, gpu, measured),
-        ranged("nccl", wires[0], low=min(wires), high=max(wires), source=source),
+        ranged("nccl", wires[0], low=min(wires), high=max(wires), formula="channels and buffers", source=source),
         start.loaded.modules,
         ranged("cuda_graphs", value, low=low, high=high, formula="layers x sizes x nodes + tables", source=source),
     ]

@@ -118,10 +118,20 @@ def outside_of(num_gpus: int) -> Term:
     Source: measured constants published by other tools for H100 (context 0.52, NCCL world 0.39, FSDP 0.96 GiB).
     Known error: differs by driver, GPU and the number of communicators; hence the range.
     """
-    context = ranged("cuda_context", GiB // 2, low=int(0.3 * GiB), high=int(0.8 * GiB), formula="CUDA context")
+    seen = "published by other tools for H100: context 0.52, NCCL 0.39 and 0.96 GiB"
+    context = ranged(
+        "cuda_context", GiB // 2, low=int(0.3 * GiB), high=int(0.8 * GiB), formula="0.5 GiB on any GPU", source=seen
+    )
     if num_gpus == 1:
         return total("outside", (context,))
-    nccl = ranged("nccl", int(0.9 * GiB), low=int(0.3 * GiB), high=int(2.0 * GiB), formula="NCCL communicators")
+    nccl = ranged(
+        "nccl",
+        int(0.9 * GiB),
+        low=int(0.3 * GiB),
+        high=int(2.0 * GiB),
+        formula="communicators of the world and of a sharding group",
+        source=seen,
+    )
     return total("outside", (context, nccl))
 
 
