@@ -134,3 +134,14 @@ def test_what_is_not_followed_is_refused(settings):
 def test_a_base_in_four_bits():
     assert recipe({"quant_method": "bnb", "quant_bits": 4}).base_quantization == "nf4"
     assert recipe({"quant_method": "bnb", "quant_bits": 8}).base_quantization == "int8"
+
+
+def test_a_reward_model_stands_on_the_card():
+    words = recipe({"rlhf_type": "grpo", "max_length": 512, "reward_model": "x/y"})
+    assert words.rlhf.reward_model
+    assert not recipe({"rlhf_type": "grpo", "max_length": 512}).rlhf.reward_model
+
+
+def test_megatron_lines_are_refused():
+    with pytest.raises(InputError, match="megatron"):
+        recipe({"micro_batch_size": 1, "tensor_model_parallel_size": 2})

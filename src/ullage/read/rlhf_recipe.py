@@ -81,6 +81,8 @@ def trl_rlhf(fields: Fields) -> tuple[Rlhf | None, int | None]:
     if kind not in ON_POLICY:
         return found, None
     completion = fields.count("max_completion_length") or fields.count("response_length") or 512
+    judged = fields.raw("reward_model_name_or_path") or fields.raw("reward_model_path")
+    found = replace(found, reward_model=judged is not None)
     found = replace(found, completion_len=completion, steps_per_generation=fields.count("steps_per_generation"))
     prompt, whole = fields.count("max_prompt_length"), fields.count("vllm_max_model_length")
     return replace(found, rollout=_trl_rollout(fields)), prompt + completion if prompt else whole

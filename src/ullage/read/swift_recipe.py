@@ -50,6 +50,7 @@ _NOT_FOLLOWED = (
     "deepspeed_autotp_size", "zero_hpz_partition_size", "optimizer", "teacher_model", "label_smoothing_factor",
     "enable_channel_loss", "use_ray", "activation_cpu_offload", "use_unsloth",
 )  # fmt: skip
+_OF_MEGATRON = ("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 _ZERO_12 = {"allgather_bucket_size": 200_000_000, "reduce_bucket_size": 200_000_000, "overlap_comm": False}
 _ZERO_3 = {
     "stage": 3, "overlap_comm": False, "sub_group_size": 10**9, "reduce_bucket_size": "auto",
@@ -114,6 +115,12 @@ def _refuse(fields: Fields) -> None:
     for key in _NOT_FOLLOWED:
         if str(fields.raw(key)).lower() not in ("none", "false", "0", "0.0", "", "[]"):
             raise InputError(_("{key} is not followed").format(key=key), where=fields.where)
+    if any(key in fields.values for key in _OF_MEGATRON):
+        raise InputError(
+            _("a line of megatron sft is not read as one of swift"),
+            where=fields.where,
+            remedy=_("write --from megatron:FILE"),
+        )
     task = fields.word("task_type")
     if task not in (None, "causal_lm"):
         raise InputError(
@@ -251,6 +258,7 @@ def _rlhf(fields: Fields, *, adapted: bool) -> tuple[Rlhf | None, int | None]:
         completion_len=completion,
         steps_per_generation=fields.count("steps_per_generation"),
         rollout=_rollout(fields),
+        reward_model=fields.raw("reward_model") is not None,
     )
     whole = fields.count("vllm_max_model_len")  # bounds prompt and completion together
     if length is None and whole is not None and whole <= completion:
