@@ -34,20 +34,33 @@ def read_3(keys: Keys) -> Model:
     )
 
 
-def siglip(part: Keys, at: str) -> Tensors:
-    """Return a SigLIP tower; one with the pooling head is not understood."""
-    hidden, patch = part.integer("hidden_size"), part.integer("patch_size")
+def siglip(part: Keys, at: str, *, has_head: bool | None = None) -> Tensors:
+    """Return a SigLIP tower, with its pooling head where ``vision_use_head`` (or ``has_head``) says so."""
+    hidden, patch = part.integer("hidden_size"), part.integer("patch_size", 16)
     vision.head_size(part, hidden, "num_attention_heads")
     part.skip("dtype", "torch_dtype")
-    if part.flag("vision_use_head", True):
-        raise InputError(_("a pooling head is not understood"), where=part.at("vision_use_head"))
-    positions = (part.integer("image_size") // patch) ** 2
+    inner, positions = part.integer("intermediate_size"), (part.integer("image_size", 224) // patch) ** 2
     tensors = conv(at + "embeddings.patch_embedding", hidden, part.integer("num_channels", 3), patch, patch, bias=True)
     tensors += table(at + "embeddings.position_embedding.weight", positions, hidden)
-    tensors += CLIP_LAYER.stack(
-        at + "encoder.layers", vision.num_layers(part), hidden, part.integer("intermediate_size")
-    )
-    return tensors + norm(at + "post_layernorm", hidden, bias=True)
+    tensors += CLIP_LAYER.stack(at + "encoder.layers", vision.num_layers(part), hidden, inner)
+    tensors += norm(at + "post_layernorm", hidden, bias=True)
+    return tensors + _pooling(at + "head.", hidden, inner) if _is_pooled(part, has_head) else tensors
+
+
+def _is_pooled(part: Keys, has_head: bool | None) -> bool:
+    return bool(part.flag("vision_use_head", True)) if has_head is None else has_head
+
+
+def _pooling(at: str, hidden: int, inner: int) -> Tensors:
+    """Return attention pooling by one learned query, whole on every rank.
+
+    Source: transformers@5.23.0:models/siglip/modeling_siglip.py:SiglipMultiheadAttentionPoolingHead.
+    """
+    tensors = table(at + "probe", 1, 1, hidden) + table(at + "attention.in_proj_weight", 3 * hidden, hidden)
+    tensors += table(at + "attention.in_proj_bias", 3 * hidden)
+    tensors += linear(at + "attention.out_proj", hidden, hidden, bias=True) + norm(at + "layernorm", hidden, bias=True)
+    tensors += linear(at + "mlp.fc1", inner, hidden, bias=True)
+    return tensors + linear(at + "mlp.fc2", hidden, inner, bias=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- Gemma 4

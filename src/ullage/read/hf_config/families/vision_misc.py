@@ -123,11 +123,11 @@ def read_mistral3(keys: Keys) -> Model:
     at, bias = "multi_modal_projector.", keys.flag("multimodal_projector_bias", False)
     tensors = _pixtral(part, "vision_tower.") + norm(at + "norm", hidden)
     tensors += linear(at + "patch_merger.merging_layer", hidden, merged * hidden)
-    tensors += _two_layers(keys, at, hidden, text.hidden_size, bias)
+    tensors += two_layers(keys, at, hidden, text.hidden_size, bias)
     return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
 
 
-def _two_layers(keys: Keys, at: str, hidden: int, out: int, bias: bool) -> Tensors:
+def two_layers(keys: Keys, at: str, hidden: int, out: int, bias: bool) -> Tensors:
     """Return a projector of two linear layers, over one or several layers' features side by side."""
     keys.skip("projector_hidden_act", "vision_feature_select_strategy")
     features = keys.raw("vision_feature_layer", -1)
@@ -160,16 +160,19 @@ _LLAMA_DEFAULTS = {
 }
 
 
-def read_llava(keys: Keys) -> Model:
-    """Read LLaVA 1.5: a CLIP tower and a Llama, whose published config leaves the default sizes out."""
+def read_llava(keys: Keys, *, newline: bool = False) -> Model:
+    """Read LLaVA 1.5: a CLIP tower and a Llama, whose published config leaves the default sizes out.
+
+    ``newline``: with a learned row between tiles (LLaVA-NeXT).
+    """
     part, nested = vision.need_part(keys, "vision_config"), vision.need_part(keys, "text_config")
     if nested.text("model_type", "llama") == "llama":
         nested.values = {**_LLAMA_DEFAULTS, **nested.values}
     keys.skip("vocab_size", "projection_dim")
     text = vision.read_text(nested, "llama")
-    tensors = _clip(part, "vision_tower.vision_model.")
+    tensors = _clip(part, "vision_tower.vision_model.") + (table("image_newline", text.hidden_size) if newline else ())
     bias = keys.flag("multimodal_projector_bias", True)
-    tensors += _two_layers(keys, "multi_modal_projector.", part.integer("hidden_size"), text.hidden_size, bias)
+    tensors += two_layers(keys, "multi_modal_projector.", part.integer("hidden_size"), text.hidden_size, bias)
     return vision.assemble(keys, text, [vision.tower(part, tensors)], prefix=_TEXT, head=_HEAD)
 
 

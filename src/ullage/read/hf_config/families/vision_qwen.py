@@ -112,7 +112,10 @@ def _merger_3(at: str, width: int, out: int, *, norm_size: int) -> Tensors:
 
 
 def read_glm4v_moe(keys: Keys) -> Model:
-    """Read GLM-4.1V and 4.5V. The blocks' inner size is the decoder's hidden size; ``intermediate_size`` the merger's."""
+    """Read GLM-4.1V and GLM-4.5V.
+
+    The blocks' inner size is the decoder's hidden size; ``intermediate_size`` is the merger's.
+    """
     part = vision.need_part(keys, "vision_config")
     depth, hidden, _merged, patch = _sizes(part)
     out, inner = part.integer("out_hidden_size"), part.integer("intermediate_size")
