@@ -1,4 +1,4 @@
-"""Steps that cannot run on meta tensors: one sentence with the operator, the user's own line, and what would be right."""
+"""Steps that cannot run on meta tensors: the operator, the user's own line, and what would be right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from ullage.errors import InputError
-from ullage.trace import trace
+from ullage.trace.api import trace
 
 pytestmark = pytest.mark.reference
 STEPS = """

@@ -6,6 +6,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ullage.errors import InputError, UllageError
@@ -80,7 +81,7 @@ def _operator(error: Exception) -> str:
 def _place(error: Exception) -> str:
     """Return file and line of the user's own code that failed, "" where there is none."""
     found = [
-        f"{os.path.basename(frame.f_code.co_filename)}:{line}"
+        f"{Path(frame.f_code.co_filename).name}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
         if not any(part in frame.f_code.co_filename for part in _OURS)
     ]
