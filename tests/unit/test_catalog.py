@@ -411,3 +411,21 @@ def test_mpt_as_published_has_neither_biases_nor_positions():
     per_layer = 64 * (64 + 2 * 16) + 64 * 64 + 2 * 64 * 256 + 2 * 64
     assert count(model).total == 2 * per_layer + 100 * 64 + 64
     assert model.assumed == ()
+
+
+def test_hy3_and_its_prediction_layer_fill_the_published_checkpoint():
+    entry = models.find("tencent/Hy3-preview").entry
+    biases = 4 * 192 * 80  # of the routers of 79 layers and the prediction layer, kept in float32
+    stored = 2 * (entry["num_parameters"] + entry["num_mtp_parameters"]) + biases
+    assert stored == 597_572_342_272  # metadata.total_size of its index
+
+
+def test_kimi_k2_thinking_is_stored_in_int4():
+    model = models.load_entry(models.find("moonshotai/Kimi-K2-Thinking"))
+    assert model.quantization is not None and model.quantization.method == "compressed-tensors"
+    assert not model.assumed
+
+
+def test_a_release_of_a_quantised_model_says_whose_formats_it_takes():
+    found = models.find("moonshotai/Kimi-K2.5-Preview")
+    assert "number formats" in found.assumed[0]

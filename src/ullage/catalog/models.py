@@ -108,7 +108,8 @@ def find(text: str) -> Found | None:
             at, name = keys[candidate]
             if suffix:
                 return _copy_of(text, entries()[at], name, suffix, quantization)
-            return Found(entry=entries()[at], name=text.strip(), assumed=(_dimensions_of(name),))
+            said = _stored_like(name) if entries()[at]["quantization"] else _dimensions_of(name)
+            return Found(entry=entries()[at], name=text.strip(), assumed=(said,))
     return _without_hyphens(short, keys)
 
 
@@ -132,6 +133,10 @@ def _without_suffix(short: str) -> tuple[str, str | None, str]:
 
 def _dimensions_of(name: str) -> str:
     return _("the dimensions are those of {name}").format(name=name)
+
+
+def _stored_like(name: str) -> str:
+    return _("the dimensions and the number formats are those of {name}").format(name=name)
 
 
 def _copy_of(text: str, entry: dict[str, Any], name: str, suffix: str, quantization: str | None) -> Found:
