@@ -5,6 +5,8 @@ Source: axolotl@0.19.0:src/axolotl/utils/schemas/ for names and defaults, utils/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.axolotl_words import HARMLESS, NOT_FOLLOWED, PLUGINS, PREFIXES
@@ -31,18 +33,13 @@ def axolotl_recipe(fields: Fields, version: str = "") -> RecipeWords:
     rlhf = axolotl_rlhf(fields, adapted=bool(adapter))
     length += (rlhf.completion_len or 0) if rlhf else 0  # of generated rows sequence_len bounds the prompt
     precision, compute = _precision(fields)
-    micro = fields.count("micro_batch_size") or 1
-    total = fields.count("batch_size")
-    accumulated = fields.count("gradient_accumulation_steps") or (max(1, total // micro) if total else 1)
-    context = fields.count("context_parallel_size") or fields.count("sequence_parallel_degree") or 1
+    micro, accumulated = _batch(fields)
     checkpointing = fields.raw("gradient_checkpointing")
     offloaded = fields.raw("activation_offloading") not in (None, False, "false")
     loss, kernels = _loss(fields)
     attention, like = _attention(fields)
-    base = _quantization(fields)
     lora = (_llama_adapter(fields) if adapter == "llama-adapter" else _lora(fields)) if adapter else None
-    mixed = fields.raw("bf16") != "full"
-    return RecipeWords(
+    words = RecipeWords(
         program="axolotl",
         micro_batch_size=micro,
         grad_accum=accumulated,
@@ -59,17 +56,29 @@ def axolotl_recipe(fields: Fields, version: str = "") -> RecipeWords:
         compute=compute,
         lora=lora,
         rlhf=rlhf,
-        base_quantization=base,
+        base_quantization=_quantization(fields),
+        said=(_("sequences of the full length, {length:,} tokens").format(length=length), *like),
+    )
+    return _spread(fields, words, adapter, kernels)
+
+
+def _batch(fields: Fields) -> tuple[int, int]:
+    """Return sequences per GPU and pass, and passes per step."""
+    micro, total = fields.count("micro_batch_size") or 1, fields.count("batch_size")
+    return micro, fields.count("gradient_accumulation_steps") or (max(1, total // micro) if total else 1)
+
+
+def _spread(fields: Fields, words: RecipeWords, adapter: str | None, kernels: str | None) -> RecipeWords:
+    """Return the words with how the job is spread and evaluated, its flags, and what is said of the rest."""
+    context = fields.count("context_parallel_size") or fields.count("sequence_parallel_degree") or 1
+    return replace(
+        words,
         deepspeed=fields.raw("deepspeed") or None,
-        fsdp=axolotl_fsdp(fields, mixed=mixed),
-        evaluation=_evaluation(fields, micro),
+        fsdp=axolotl_fsdp(fields, mixed=fields.raw("bf16") != "full"),
+        evaluation=_evaluation(fields, words.micro_batch_size),
         context=context,
-        flags=_flags(fields, kernels, quantised=base is not None),
-        said=(
-            _("sequences of the full length, {length:,} tokens").format(length=length),
-            *like,
-            *_said(fields, adapter, context),
-        ),
+        flags=_flags(fields, kernels, quantised=words.base_quantization is not None),
+        said=(*words.said, *_said(fields, adapter, context)),
         unknown=fields.not_asked(
             (*HARMLESS, *RLHF_HARMLESS),
             (*HARMLESS_PREFIXES, *PREFIXES, *(() if adapter else ("lora_", "peft_"))),

@@ -5,6 +5,8 @@ Source: llamafactory@0.9.5:hparams/model_args.py, data_args.py, finetuning_args.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.read.fsdp_words import trainer_fsdp
@@ -129,10 +131,9 @@ def llamafactory_recipe(fields: Fields, version: str = "") -> RecipeWords:
     precision, compute = _precision(fields, adapted=lora is not None)
     packing = fields.flag("packing", fields.word("stage") == "pt") or fields.flag("neat_packing")
     length = fields.count("cutoff_len") or _DEFAULT_LENGTH
-    mixed = not fields.flag("pure_bf16")
     unsloth = fields.flag("use_unsloth")
     on_host = fields.flag("use_unsloth_gc") and not fields.flag("disable_gradient_checkpointing")
-    return RecipeWords(
+    words = RecipeWords(
         program="llamafactory with unsloth" if unsloth else "llamafactory",
         micro_batch_size=fields.count("per_device_train_batch_size") or 8,
         grad_accum=fields.count("gradient_accumulation_steps") or 1,
@@ -150,9 +151,17 @@ def llamafactory_recipe(fields: Fields, version: str = "") -> RecipeWords:
         lora=lora,
         rlhf=llamafactory_rlhf(fields, adapted=lora is not None),
         base_quantization=_quantization(fields),
+    )
+    return _spread(fields, words, length, on_host=on_host)
+
+
+def _spread(fields: Fields, words: RecipeWords, length: int, *, on_host: bool) -> RecipeWords:
+    """Return the words with how the job is launched and evaluated, its flags, and what is said of the rest."""
+    return replace(
+        words,
         deepspeed=fields.raw("deepspeed") or None,
         accelerate=accelerate_of(fields),
-        fsdp=trainer_fsdp(fields, version=2, mixed=mixed),
+        fsdp=trainer_fsdp(fields, version=2, mixed=not fields.flag("pure_bf16")),
         evaluation=evaluation(fields),
         flags=_checkpoint_flags(fields, on_host=on_host),
         said=(_("sequences of the cut-off length, {length:,} tokens").format(length=length), *_said(fields)),

@@ -185,15 +185,8 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
     """
     from ullage.read.training_words import RECIPES
 
-    said = list(words.said)
     base = words.base_quantization or _stored(job, words)
-    if job.model.quantization is not None and base is None:
-        name = job.model.quantization.method
-        said.append(_("the checkpoint's weights in {name} are made 16-bit for training").format(name=name[:40]))
-    if job.model.towers:
-        said.append(_("text alone: the towers and what they make of images or sound are not counted"))
-    if words.unknown:
-        said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(words.unknown)[:400]))
+    said = _said(job, words, base)
     precision = RECIPES[words.precision]
     if precision.compute != words.compute and words.precision != "fp32":
         precision = replace(precision, compute=words.compute)
@@ -222,6 +215,19 @@ def lay_over(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:
         assumed=tuple(said),
     )
     return _evaluated(_spread(found, words, path), words)
+
+
+def _said(job: TrainingJob, words: RecipeWords, base: str | None) -> list[str]:
+    """Return what is taken for granted of the recipe and of the model under it."""
+    said = list(words.said)
+    if job.model.quantization is not None and base is None:
+        name = job.model.quantization.method
+        said.append(_("the checkpoint's weights in {name} are made 16-bit for training").format(name=name[:40]))
+    if job.model.towers:
+        said.append(_("text alone: the towers and what they make of images or sound are not counted"))
+    if words.unknown:
+        said.append(_("keys not known, taken as without memory: {keys}").format(keys=", ".join(words.unknown)[:400]))
+    return said
 
 
 def _spread(job: TrainingJob, words: RecipeWords, path: Path) -> TrainingJob:

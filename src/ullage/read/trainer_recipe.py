@@ -7,6 +7,7 @@ trainer/model_config.py:ModelConfig for models, adapters and lengths.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ullage.errors import InputError
@@ -91,10 +92,7 @@ def _recipe(
     recompute, every = _checkpointing(fields, program == "trl")
     attention, like = attention_of(fields)
     lengths = (fields.count("max_length"), fields.count("max_seq_length"))
-    compiled = [fields.flag("torch_compile")] + [
-        fields.raw(f"torch_compile_{what}") is not None for what in ("backend", "mode")
-    ]
-    return RecipeWords(
+    words = RecipeWords(
         program=program,
         micro_batch_size=fields.count("per_device_train_batch_size") or 8,
         grad_accum=fields.count("gradient_accumulation_steps") or 1,
@@ -105,20 +103,23 @@ def _recipe(
         recompute_every=every,
         attention=attention,
         loss=loss[0],
-        compile=any(compiled),
+        compile=_compiles(fields),
         packing=fields.flag("packing"),
         precision=precision[0],
         compute=precision[1],
         lora=_lora(fields),
         rlhf=rlhf,
         base_quantization="nf4" if four else "int8" if eight else None,
-        deepspeed=fields.raw("deepspeed") or None,
-        accelerate=accelerate_of(fields),
-        fsdp=trainer_fsdp(fields, version=fsdp_version, mixed=fields.flag("bf16", program == "trl") or _half(fields)),
         activation_offload=fields.flag("activation_offloading"),
         evaluation=evaluation(fields, spares_logits=loss[0] == "tiled"),
         flags=_flags(fields, loss[1]),
         said=(*precision[2], *like, *loss[2]),
+    )
+    return replace(
+        words,
+        deepspeed=fields.raw("deepspeed") or None,
+        accelerate=accelerate_of(fields),
+        fsdp=trainer_fsdp(fields, version=fsdp_version, mixed=fields.flag("bf16", program == "trl") or _half(fields)),
         unknown=fields.not_asked((*_HARMLESS, *RLHF_HARMLESS, "model_name_or_path"), HARMLESS_PREFIXES),
     )
 
@@ -138,6 +139,12 @@ def _refuse(fields: Fields) -> None:
     smoothing = fields.raw("label_smoothing_factor")
     if smoothing not in (None, 0, 0.0, "0", "0.0"):  # transformers@5.23.0:trainer_pt_utils.py:LabelSmoother
         raise InputError(_("{key} is not followed").format(key="label_smoothing_factor"), where=fields.where)
+
+
+def _compiles(fields: Fields) -> bool:
+    """Source: transformers@5.23.0:training_args.py:TrainingArguments.__post_init__ (a backend or mode asks for it)."""
+    named = [fields.raw(f"torch_compile_{what}") is not None for what in ("backend", "mode")]
+    return fields.flag("torch_compile") or any(named)
 
 
 def _half(fields: Fields) -> bool:
