@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional  # noqa: E402
 
-from ullage.account.kernels import attention, ffn, heads, losses, norms, ops, rotary  # noqa: E402
+from ullage.account.kernels import attention, experts, ffn, heads, losses, norms, ops, rotary  # noqa: E402
 from ullage.account.kernels.tape import Tape, Tensor  # noqa: E402
 from ullage.trace.api import trace  # noqa: E402
 
@@ -85,6 +85,15 @@ def test_cross_entropy() -> None:
         module,
         lambda m: functional.cross_entropy(m.x_wide, m.labels),
         lambda t, m: losses.cross_entropy(t, m["x_wide"], ROWS),
+    )
+
+
+@pytest.mark.parametrize("tokens", [2048, 4096, 65536])
+def test_embedding(tokens: int) -> None:
+    _agree(
+        Leaves({"weight": (VOCAB, HIDDEN)}, {"labels": (tokens,)}),
+        lambda m: functional.embedding(m.labels, m.weight),
+        lambda t, m: experts.embedding(t, m["weight"], m["labels"], HIDDEN),
     )
 
 

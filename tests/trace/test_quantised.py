@@ -171,7 +171,13 @@ def test_fused_adapters_give_every_adapter_its_gradient(tmp_path: Path, base: st
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora": "r=4", "fsdp": 2}, {"lora": "r=4", "base": "int3"}, {"lora": "r=4", "prepare": "all"}],
+    [
+        {},
+        {"lora": "r=4", "fsdp": 2},
+        {"inference": True, "tp": 2},
+        {"lora": "r=4", "base": "int3"},
+        {"lora": "r=4", "prepare": "all"},
+    ],
 )
 def test_what_has_no_stand_in_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ullage.account.adapters.rule import Buffer, Rows, Rule, Shape, Target
+from ullage.account.adapters.rule import BASE, Buffer, Rows, Rule, Shape, Target
 from ullage.spec.training import Lora
 
 
@@ -239,8 +239,8 @@ class Supertuning(Rule):
 class Frod(Rule):
     """The weight as U (S + L) V, with frozen U and V, trained diagonal L and sparse S.
 
-    Formula: i + int(rate i i) per target; frozen U o i beside the base; kept: n i, S written out i i, V copied from
-        the host i i, indices of the sparse matrix twice and its values twice.
+    Formula: i + int(rate i i) per target; frozen U o i beside the base, in its format; kept: n i, S written out i i, V
+        copied from the host i i, indices of the sparse matrix twice and its values twice.
     Source: peft@0.20.1:tuners/frod/layer.py:Linear.forward, :_sparse_activation_mm (16-bit: S is written out).
     """
 
@@ -257,7 +257,7 @@ class Frod(Rule):
         return ((target.in_features,), (self._sparse(target, lora),))
 
     def held(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
-        return ((target.size, "bfloat16"),)
+        return ((target.size, BASE),)
 
     def freed_bytes(self, target: Target, lora: Lora, base_width: float) -> int:
         return int(target.size * base_width) if self.whole(lora, "runtime_offload_base_weight") else 0

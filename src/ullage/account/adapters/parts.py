@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ullage.account.adapters.rule import Buffer, Rows, Rule, Shape, Target
+from ullage.account.adapters.rule import BASE, Buffer, Rows, Rule, Shape, Target
 from ullage.spec import model as spec
 from ullage.spec.training import Lora
 
@@ -193,7 +193,7 @@ class AdaMss(Rule):
         return ((clusters * rank, lora.rank), (target.out_features, rank))
 
     def held(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
-        return ((lora.rank * target.in_features, "bfloat16"), (target.out_features, "int64"))
+        return ((lora.rank * target.in_features, BASE), (target.out_features, "int64"))
 
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         clusters, rank = self.whole(lora, "num_subspaces"), self.whole(lora, "subspace_rank")

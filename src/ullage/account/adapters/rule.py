@@ -10,7 +10,9 @@ from ullage.spec import model as spec
 from ullage.spec.training import Lora
 
 Shape = tuple[int, ...]
-#: (elements, canonical dtype or ``""``: the adapter's own)
+#: The dtype of a buffer that is made in the base's.
+BASE = "base"
+#: (elements, canonical dtype, :data:`BASE`, or ``""``: the adapter's own)
 Buffer = tuple[int, str]
 
 

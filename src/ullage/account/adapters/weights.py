@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ullage.account.adapters.rule import Buffer, Rows, Rule, Shape, Target
+from ullage.account.adapters.rule import BASE, Buffer, Rows, Rule, Shape, Target
 from ullage.spec.training import Lora
 
 
@@ -105,8 +105,8 @@ class Glora(Rule):
     """A weight that is scaled and shifted by paths of their own, and used instead of the base's.
 
     Formula: paths A and B: lora r(i + o) each, vector o each; kept: the shared input, the new weight o i. Without a
-        bias the paths C, D and E are frozen zeros of i, o and o; with one C is trained as lora r(i + 1) or vector i,
-        D and E as constants or vectors of o.
+        bias the paths C, D and E are frozen zeros of i, o and o in the base's format; with one C is trained as lora
+        r(i + 1) or vector i, D and E as constants or vectors of o.
     Source: peft@0.21.2:tuners/glora/layer.py:GloraLinear.forward, :make_param.
     """
 
@@ -135,7 +135,7 @@ class Glora(Rule):
         return ((rows, 1),) if kind == "vector" else ((1,),) if kind == "constant" else ()
 
     def held(self, target: Target, lora: Lora) -> tuple[Buffer, ...]:
-        return () if target.bias else ((target.in_features + 2 * target.out_features, "bfloat16"),)
+        return () if target.bias else ((target.in_features + 2 * target.out_features, BASE),)
 
     def keep(self, rows: Rows, target: Target, lora: Lora) -> None:
         rows.shared_input()

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ullage.account.activations.saved import SavedTensor, Shape
 from ullage.account.adapters.names import rule_of
 from ullage.account.adapters.naming import is_named
-from ullage.account.adapters.rule import AdapterPrecision, Buffer, Rows, Target, key_value_width
+from ullage.account.adapters.rule import BASE, AdapterPrecision, Buffer, Rows, Target, key_value_width
 from ullage.account.optimizer import Trained
 from ullage.account.parameters import Parameter, Role, layer_parameters
 from ullage.errors import InputError
@@ -119,9 +119,9 @@ def _by_rule(model: spec.Model, lora: Lora) -> Trained:
 def held_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision, *, base_width: float) -> int:
     """Return what lies frozen beside a method's targets, less what leaves of their base."""
     rule, targets = rule_of(lora.kind), tuple(targets_of(model, lora))
-    found = _sum(rule.shared_held(model, targets, lora), precision)
+    found = _sum(rule.shared_held(model, targets, lora), precision, base_width)
     for target in targets:
-        own = _sum(rule.held(target, lora), precision)
+        own = _sum(rule.held(target, lora), precision, base_width)
         found += target.copies * (own - rule.freed_bytes(target, lora, base_width))
     return found
 
@@ -132,8 +132,11 @@ def hosted_bytes(model: spec.Model, lora: Lora, precision: AdapterPrecision) -> 
     return sum(one.copies * _sum(rule.hosted(one, lora), precision) for one in targets_of(model, lora))
 
 
-def _sum(buffers: tuple[Buffer, ...], precision: AdapterPrecision) -> int:
-    return sum(int(elements * dtype_bytes(dtype or precision.dtype)) for elements, dtype in buffers)
+def _sum(buffers: tuple[Buffer, ...], precision: AdapterPrecision, base_width: float = 0.0) -> int:
+    def width(dtype: str) -> float:
+        return base_width if dtype == BASE else float(dtype_bytes(dtype or precision.dtype))
+
+    return sum(int(elements * width(dtype)) for elements, dtype in buffers)
 
 
 def layer_rows(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ullage.account.activations.embedding import embedding_gradient_tables
 from ullage.account.kernels import ops
 from ullage.account.kernels.tape import Backward, Tape, Tensor
 
@@ -107,18 +108,21 @@ def fused_experts(
     return t.record([x, gate_up, down, routing], made, [x, gate_up, down, both, indices], backward)
 
 
-def embedding(t: Tape, weight: Tensor, ids: Tensor, hidden_size: int) -> Tensor:
-    """Rows of a table.
+def embedding(t: Tape, weight: Tensor, ids: Tensor, hidden_size: int, *, fused: bool = False) -> Tensor:
+    """Rows of a table; ``fused``: Liger's, which adds to the gradient in place.
 
-    Formula: output rhw; backward: a gradient of the whole table Vhw.
-    Source: torch@2.13.0:aten/src/ATen/native/cuda/Embedding.cu:embedding_dense_backward_cuda; liger-kernel@0.8.0:
+    Formula: output rhw; backward: a gradient of the whole table Vhw, and for a moment PyTorch's tables of indices and
+        partial sums (:func:`embedding_gradient_tables`).
+    Source: torch@2.9.0:aten/src/ATen/native/cuda/Embedding.cu:embedding_dense_backward_cuda; liger-kernel@0.8.0:
         ops/experimental/embedding.py.
-    Known error: PyTorch's sort of the indices and its sums of ten rows each in fp32 (4rh / 10) are left out.
     """
     rows = ids.num_elements
     size, width = weight.num_elements, weight.width
 
     def backward(t: Tape, kept: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [t.empty(size, width)]
+        made = t.empty(size, width)
+        tables = () if fused else embedding_gradient_tables(rows, size // hidden_size, hidden_size)
+        t.brief(sum(tables))
+        return [made]
 
     return t.op([weight], rows * hidden_size, width, keeps=[ids], backward=backward)

@@ -97,6 +97,7 @@ def jensen_shannon_head(
 ) -> Tensor:
     """Jensen-Shannon divergence of two heads in the compute dtype and fp32.
 
+    Formula: per head logits nw, scaled nw and log-softmax nw (kept); then :func:`jensen_shannon` of both.
     Source: liger-kernel@0.8.0:benchmark/scripts/benchmark_fused_linear_jsd.py:TorchLMHeadJSD.
     """
     logits = ops.linear(t, *student, num_rows)

@@ -33,6 +33,8 @@ def _root(t: Tape, x: Tensor) -> Tensor:
 def added_rms_norm(t: Tape, x: Tensor, residual: Tensor, weight: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """RMSNorm of the sum with the residual, written out in fp32.
 
+    Formula: fp32 copies of both 2 x 4n, their sum 4n (kept, as the square's input and a factor), unit 4n, and the cast,
+        the product and the sum's cast 3nw.
     Source: liger-kernel@0.8.0:benchmark/scripts/benchmark_fused_add_rms_norm.py:NaiveAddRMSNorm.
     """
     wide = ops.add(t, ops.cast(t, x, ops.WIDE), ops.cast(t, residual, ops.WIDE))
@@ -133,6 +135,7 @@ def compiled_pointwise(t: Tape, x: Tensor, weights: Sequence[Tensor], *, width: 
 def polynomial_norm(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, num_rows: int) -> Tensor:
     """PolyNorm written out: three powers in fp32, each normed and weighted.
 
+    Formula: fp32 copy 4n; kept per power: itself and its normed value 2 x 4n; sums of the weighted ones 4n each.
     Source: liger-kernel@0.8.0:benchmark/scripts/benchmark_poly_norm.py:NaivePolyNorm.
     """
     wide = ops.cast(t, x, ops.WIDE)
@@ -150,6 +153,7 @@ def polynomial_norm(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, num_rows: 
 def squared_relu(t: Tape, x: Tensor) -> Tensor:
     """ReLU and its square: both keep their results or inputs.
 
+    Formula: ReLU nw, kept once, and its square nw; backward: the square's gradient with its factors 3nw.
     Source: liger-kernel@0.8.0:benchmark/scripts/benchmark_relu_squared.py:TorchReLUSquared.
     """
     return ops.square(t, ops.pointwise(t, x, keeps_result=True))
@@ -158,6 +162,7 @@ def squared_relu(t: Tape, x: Tensor) -> Tensor:
 def fused_pointwise(t: Tape, x: Tensor, *, keeps_result: bool = False) -> Tensor:
     """One kernel over rows that keeps its input or its result: softmax, squared ReLU.
 
+    Formula: result nw; backward: one gradient nw.
     Source: liger-kernel@0.8.0:ops/softmax.py:_softmax_forward; ops/relu_squared.py:relu_squared_forward.
     """
     return ops.pointwise(t, x, keeps_result=keeps_result)

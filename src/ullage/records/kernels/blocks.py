@@ -57,7 +57,7 @@ def embedding(case: Case, t: Tape) -> Trial:
         raise NotComparableError(_("the figure holds compiled modules of the table's rows before it"))
     rows, hidden, width = case.tokens, case.size("hidden"), case.width("fp32")
     weight, ids = t.leaf(case.vocab * hidden, width), t.empty(rows, 8)
-    return Trial(lambda: experts.embedding(t, weight, ids, hidden))
+    return Trial(lambda: experts.embedding(t, weight, ids, hidden, fused=case.liger))
 
 
 #: Streams of Transformer Engine's grouped products, each with a workspace of cuBLAS.

@@ -36,7 +36,7 @@ def quantise_base(model: Any, job: TraceJob) -> list[str]:
     """
     if job.lora is None and not job.inference:
         raise InputError(_("a quantised base is frozen"), remedy=_("give adapters with --lora, or --inference"))
-    if job.fsdp or job.ddp:
+    if job.fsdp or job.ddp or job.tp:
         raise InputError(_("a quantised base on several ranks has no stand-in"))
     prepares = job.base != "gptq" and not job.inference and job.prepare != "none"
     if prepares and any(each.dim() == 3 for each in model.parameters()):
