@@ -12,7 +12,7 @@ from ullage.allocator.rounding import next_division, round_size
 from ullage.allocator.run import run_workload
 from ullage.allocator.settings import normalise, parse_settings, split_entries
 from ullage.allocator.simulate import Allocator
-from ullage.allocator.state import AWAITING, FREE, IN_USE, UNMAPPED
+from ullage.allocator.state import ADDRESS_BITS, AWAITING, FREE, IN_USE, UNMAPPED
 from ullage.errors import InputError
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
@@ -69,7 +69,7 @@ def check(allocator):
     for pool in allocator.pools.values():
         for free_set in pool.free_sets.values():
             assert free_set.keys == sorted(free_set.keys)
-            assert free_set.keys == [block.size << 64 | block.address for block in free_set.blocks]
+            assert free_set.keys == [block.size << ADDRESS_BITS | block.address for block in free_set.blocks]
             listed.update({block.address: (block.size, FREE) for block in free_set.blocks})
             listed.update({at: (free_set.unmapped[at].size, UNMAPPED) for at in free_set.unmapped_addresses})
     ends = 0
@@ -136,7 +136,7 @@ def test_giving_everything_back_leaves_nothing(steps, conf):
     assert allocator.allocated == allocator.requested == allocator.awaiting == 0
     kept = sum(block.size for base in allocator.segments for block in allocator.blocks_of(base) if block.state == FREE)
     private = [pool for (pool_id, _small), pool in allocator.pools.items() if pool_id != (0, 0)]
-    assert kept == sum(key >> 64 for pool in private for one in pool.free_sets.values() for key in one.keys)
+    assert kept == sum(key >> ADDRESS_BITS for pool in private for one in pool.free_sets.values() for key in one.keys)
 
 
 class Plain:

@@ -64,18 +64,43 @@ def test_streams_keep_their_own_segments() -> None:
 @pytest.mark.parametrize("conf", ["", "expandable_segments:True"])
 def test_a_walk_goes_on_when_the_card_is_full(conf: str) -> None:
     pools = Pools(parse_settings(conf), capacity_bytes=100 * MiB)
-    kept = [pools.take(60 * MiB, "main"), pools.take(60 * MiB, "main")]
+    pools.give(pools.take(60 * MiB, "side"))
+    kept = [pools.take(60 * MiB, "main")]
+    assert pools.peak_reserved == 60 * MiB, "what was free has gone back"
+    kept.append(pools.take(60 * MiB, "main"))
     assert pools.peak_reserved == 120 * MiB
     for block in kept:
         pools.give(block)
     pools.take(40 * MiB, "side")
-    assert pools.reserved <= 100 * MiB, "what is free goes back once more is there than the card has"
+    assert pools.peak_reserved == 120 * MiB, "the card is taken to have what was needed, and no more"
+
+
+def test_a_hopeless_job_is_walked_without_a_card() -> None:
+    pools = Pools(capacity_bytes=100 * MiB)
+    for size in (60, 60, 100):
+        pools.take(size * MiB, "main")
+    pools.give(pools.take(40 * MiB, "side"))
+    pools.take(42 * MiB, "side")
+    assert pools.peak_reserved == (60 + 60 + 100 + 40 + 42) * MiB, "nothing goes back any more"
 
 
 def test_no_request_is_too_large_for_a_walk() -> None:
     pools = Pools(parse_settings("expandable_segments:True"), capacity_bytes=80 * GiB)
     pools.take(5 * TiB, "main")
     assert pools.peak_reserved >= 5 * TiB
+
+
+@pytest.mark.parametrize("conf", ["", "expandable_segments:True", "max_split_size_mb:64"])
+def test_absurd_sizes_are_laid_out_or_refused(conf: str) -> None:
+    draw, pools, live = random.Random(3), Pools(parse_settings(conf), capacity_bytes=80 * GiB), []
+    for _ in range(300):
+        if live and draw.random() < 0.5:
+            pools.give(live.pop(draw.randrange(len(live))))
+        else:
+            live.append(pools.take(draw.choice([1, MiB, 2**40, 2**66, 2**70 + 12345, 10**30]), draw.choice("ab")))
+    assert pools.peak_reserved >= 10**30
+    with pytest.raises(InputError, match="address"):
+        pools.take(2**130, "a")
 
 
 def test_a_fraction_of_the_card_bounds_what_is_kept() -> None:

@@ -13,13 +13,17 @@ from ullage.allocator.state import IN_USE, Block, FreeSet, Pool
 __all__ = ["Block", "Pools", "Unpooled"]
 
 
+#: Jobs that need so many cards are walked without one: what goes back decides nothing, and looking for it takes long.
+HOPELESS = 2
+
+
 class Pools:
     """The simulator of :mod:`ullage.allocator`, asked for sizes on named streams.
 
     Args:
         settings: of the allocator, as the job states them.
         capacity_bytes: what the card has for the allocator; no limit when not given. What is free goes back before it
-            is passed; a request that fits no more is served beyond it, so that the walk says what the job would need.
+            is passed; where a request fits no more, the walk goes on with a card that is just large enough for it.
         total_bytes: what the driver reports as the card's memory, for a fraction of it.
     """
 
@@ -32,6 +36,7 @@ class Pools:
     ) -> None:
         settings = settings or AllocatorSettings()
         self._allocator = Allocator(settings, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
+        self._card = capacity_bytes
         self._requests: dict[tuple[int, str], Request] = {}
         self._streams: dict[str, int] = {}
         self.give: Callable[[Block], None] = self._allocator.free
@@ -61,14 +66,17 @@ class Pools:
         return self._allocator.malloc(request) or self._beyond(request)
 
     def _beyond(self, request: Request) -> Block:
-        """Serve what the card has no room for."""
+        """Serve what the card has no room for, and take the card to be as large from now on."""
         allocator = self._allocator
-        capacity, cap, total = allocator.capacity, allocator.cap, allocator.total
-        allocator.capacity = allocator.cap = None
+        capacity, cap, gc_threshold = allocator.capacity, allocator.cap, allocator.gc_threshold
+        allocator.capacity, allocator.cap, allocator.gc_threshold = None, None, 0.0
         allocator.total = max(allocator.total or 0, request.rounded)  # so many addresses have to be there
         block = allocator.malloc(request)
-        allocator.capacity, allocator.cap, allocator.total = capacity, cap, total
         assert block is not None
+        if allocator.active <= HOPELESS * (self._card or 0):
+            allocator.capacity = None if capacity is None else max(capacity, allocator.reserved)
+            allocator.cap = None if cap is None else max(cap, allocator.reserved)
+            allocator.gc_threshold = gc_threshold
         return block
 
 

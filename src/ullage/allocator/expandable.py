@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 UNKNOWN_TOTAL_BYTES = 1 * TiB
 
 
-def page_bytes(allocator: Allocator, free_set: FreeSet) -> int:
+def page_bytes(allocator: Allocator, *, small: bool) -> int:
     """Return the bytes that are mapped at a time: 2 MiB for small blocks, large_segment_size for large ones."""
-    return SMALL_SEGMENT_BYTES if free_set.small else allocator.settings.large_segment_size_bytes
+    return SMALL_SEGMENT_BYTES if small else allocator.settings.large_segment_size_bytes
 
 
 def reserve_bytes(allocator: Allocator, page: int) -> int:
@@ -65,7 +65,7 @@ def _can_grow_to(block: Block) -> int:
 
 def allocate(allocator: Allocator, free_set: FreeSet, size: int) -> Block | None:
     """Map memory until a block of ``size`` is there (source: try_allocate_expandable_block)."""
-    if size > reserve_bytes(allocator, page_bytes(allocator, free_set)):
+    if size > reserve_bytes(allocator, page_bytes(allocator, small=free_set.small)):
         return None
     block: Block | None = _find(free_set, size) or _new_segment(allocator, free_set)
     assert block is not None
@@ -82,7 +82,10 @@ def allocate(allocator: Allocator, free_set: FreeSet, size: int) -> Block | None
 
 def _find(free_set: FreeSet, size: int) -> Block | None:
     """Return where enough free or unmapped addresses begin (source: find_expandable_block)."""
+    end = 0  # of the stretch that was last too short
     for address in free_set.unmapped_addresses:
+        if address < end:
+            continue
         start = free_set.unmapped[address]
         if start.prev is not None and start.prev.state == FREE:
             start = start.prev
@@ -92,11 +95,12 @@ def _find(free_set: FreeSet, size: int) -> Block | None:
             block = block.next  # type: ignore[assignment]
         if available >= size:
             return start
+        end = start.address + available
     return None
 
 
 def _new_segment(allocator: Allocator, free_set: FreeSet) -> Block:
-    size = reserve_bytes(allocator, page_bytes(allocator, free_set))
+    size = reserve_bytes(allocator, page_bytes(allocator, small=free_set.small))
     block = Block(allocator.addresses(size), size, free_set, UNMAPPED, True)
     allocator.segments[block.address] = block
     insort(free_set.bases, block.address)
@@ -107,7 +111,7 @@ def _new_segment(allocator: Allocator, free_set: FreeSet) -> Block:
 def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
     """Map whole pages at the start of an unmapped block; return the free block they are part of (source: map_block)."""
     free_set = block.free_set
-    page = page_bytes(allocator, free_set)
+    page = page_bytes(allocator, small=free_set.small)
     mapped = min(cdiv(size, page) * page, block.size)
     if not allocator.take(mapped):
         return None
@@ -129,7 +133,7 @@ def _map(allocator: Allocator, block: Block, size: int) -> Block | None:
 def unmap(allocator: Allocator, block: Block) -> None:
     """Unmap the whole pages inside a free block (source: unmap_block, release_blocks)."""
     free_set = block.free_set
-    page = page_bytes(allocator, free_set)
+    page = page_bytes(allocator, small=free_set.small)
     base = free_set.bases[bisect_right(free_set.bases, block.address) - 1]
     start = base + cdiv(block.address - base, page) * page
     end = base + (block.address + block.size - base) // page * page
@@ -181,7 +185,7 @@ def adopt_range(allocator: Allocator, layout: SegmentLayout, free_set: FreeSet) 
     A snapshot lists mapped ranges, not the reserved addresses. Ranges of the same pool and stream are taken as parts of
     one segment that begins at the lowest, as long as they lie within one reservation of it.
     """
-    size = reserve_bytes(allocator, page_bytes(allocator, free_set))
+    size = reserve_bytes(allocator, page_bytes(allocator, small=free_set.small))
     index = bisect_right(free_set.unmapped_addresses, layout.address) - 1
     hole = free_set.unmapped[free_set.unmapped_addresses[index]] if index >= 0 else None
     if hole is None or layout.address + layout.size_bytes > hole.address + hole.size:

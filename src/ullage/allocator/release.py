@@ -29,10 +29,11 @@ def release_block(allocator: Allocator, block: Block) -> None:
 
 def release_pool(allocator: Allocator, pool: Pool) -> None:
     """Free all whole segments of a pool, then unmap what can be unmapped (source: release_blocks)."""
-    growing = []
+    growing, page = [], expandable.page_bytes(allocator, small=pool.small)
     for block in pool.blocks():
         if block.expandable:
-            growing.append(block)
+            if block.size >= page:  # a smaller one holds no whole page
+                growing.append(block)
         elif block.whole:
             release_block(allocator, block)
     for block in growing:

@@ -12,6 +12,8 @@ from ullage.allocator.events import SEGMENT_ALLOC, Place, SegmentLayout
 from ullage.allocator.request import Request
 from ullage.allocator.settings import AllocatorSettings
 from ullage.allocator.state import ADDRESS_BITS, AWAITING, FREE, IN_USE, UNMAPPED, Block, FreeSet, Pool
+from ullage.errors import InputError
+from ullage.i18n import _
 from ullage.units import round_up
 
 #: Where made-up segments start; any value does, ties between equal blocks apart.
@@ -148,6 +150,8 @@ class Allocator:
     def _next_address(self, size: int) -> int:
         address = self._top
         self._top = round_up(address + size, ROUND_LARGE_BYTES)
+        if self._top >> ADDRESS_BITS:
+            raise InputError(_("no address can be written for what is asked of the allocator"))
         return address
 
     # -- allocate -------------------------------------------------------------------------------------------------

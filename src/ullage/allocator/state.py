@@ -1,7 +1,7 @@
 """Blocks, the sets of free ones, and the pools they belong to.
 
 A block never changes pool or stream, so each (pool, stream) has a set of its own; within it the allocator's order is
-(size, address), kept as one sorted list of integers ``size << 64 | address``.
+(size, address), kept as one sorted list of integers ``size << 128 | address``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 IN_USE, FREE, AWAITING, UNMAPPED = range(4)
-ADDRESS_BITS = 64
+#: Room for addresses in a key: far more than a device has, so that a job of absurd size is answered, too.
+ADDRESS_BITS = 128
 
 
 class Block:
