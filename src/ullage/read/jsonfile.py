@@ -22,7 +22,11 @@ def is_file(path: Path) -> bool:
 
 def missing(path: Path) -> InputError:
     """Return the error for a path that is no file: a folder is told apart from nothing."""
-    return InputError(_("is a folder, not a file") if path.is_dir() else _("no such file"), where=str(path))
+    try:
+        folder = path.is_dir()
+    except OSError:
+        folder = False
+    return InputError(_("is a folder, not a file") if folder else _("no such file"), where=str(path)[:200])
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
