@@ -34,6 +34,7 @@ DEFAULTS: dict[str, dict[str, int | bool]] = {
     "kimi_linear": {"num_shared_experts": 1, "first_k_dense_replace": 1},
     "lfm2": {_KV: 8},
     "lfm2_moe": {_KV: 8},
+    "minimax_m3_vl_text": {_KV: 4, "head_dim": 128},
     "ministral3": {_KV: 8},
     "mistral": {_KV: 8},
     "mistral4": {_SHARED: 1},

@@ -94,6 +94,11 @@ def read_bailing(keys: Keys) -> Model:
     )
     context = ("max_position_embeddings", "model_max_length")
     model = common.decoder(keys, hidden, layers, context=context)
+    return _without_mtp(keys, model)
+
+
+def _without_mtp(keys: Keys, model: Model) -> Model:
+    """Say that announced MTP modules are left out."""
     if not keys.integer("num_nextn_predict_layers", 0, low=0):
         return model
     said = _("num_nextn_predict_layers: the MTP modules are not understood here and are left out of every figure")

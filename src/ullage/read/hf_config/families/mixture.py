@@ -141,10 +141,7 @@ def read_mimo_v2(keys: Keys) -> Model:
     shared = keys.integer("moe_intermediate_size") * keys.integer("n_shared_experts", 0, low=0)
     sparse = common.moe(keys, shared_intermediate_size=shared, correction_bias=True)
     dense = common.dense(keys)
-    named = common.layer_types(
-        keys, num_layers, ("dense", "sparse"), lambda index: "sparse" if index else "dense", key="mlp_layer_types"
-    )
-    has_experts = keys.integers("moe_layer_freq", [int(kind == "sparse") for kind in named], length=num_layers)
+    has_experts = _mimo_experts(keys, num_layers)
 
     def make(kind: tuple[str, int]) -> Layer:
         swa = "swa_" if kind[0] == common.SLIDING else ""
@@ -166,6 +163,15 @@ def read_mimo_v2(keys: Keys) -> Model:
         return Layer(mixers=(attention,), ffns=(sparse if kind[1] else dense,), norms=common.pre_norms(hidden))
 
     return common.decoder(keys, hidden, common.by_kind(zip(kinds, has_experts, strict=True), make))
+
+
+def _mimo_experts(keys: Keys, num_layers: int) -> list[int]:
+    """Return 1 for layers with experts, by one of two keys; by default all but the first have some."""
+    named = common.layer_types(
+        keys, num_layers, ("dense", "sparse"), lambda index: "sparse" if index else "dense", key="mlp_layer_types"
+    )
+    found: list[int] = keys.integers("moe_layer_freq", [int(kind == "sparse") for kind in named], length=num_layers)
+    return found
 
 
 def _pattern(sliding: list[int] | None, index: int) -> int:

@@ -197,12 +197,15 @@ def read_laguna(keys: Keys) -> Model:
             window=kind[0],
             extras=(gate,),
         )
+    ffns = _blocks(_laguna_experts(keys), common.dense(keys), common.sparse_after(keys, num_layers, 1))
+    return _stack(keys, [made[kind] for kind in zip(kinds, heads, strict=True)], ffns)
+
+
+def _laguna_experts(keys: Keys) -> MoEFFN:
     name = "gate.e_score_correction_bias"
     correction = ExtraTensor(name=name, shape=(keys.first_integer("num_experts"),), dtype="float32", linear=False)
     shared = keys.integer("shared_expert_intermediate_size", 512)
-    sparse = common.moe(keys, shared_intermediate_size=shared, extras=(correction,))
-    ffns = _blocks(sparse, common.dense(keys), common.sparse_after(keys, num_layers, 1))
-    return _stack(keys, [made[kind] for kind in zip(kinds, heads, strict=True)], ffns)
+    return common.moe(keys, shared_intermediate_size=shared, extras=(correction,))
 
 
 def read_hunyuan_moe(keys: Keys) -> Model:

@@ -39,6 +39,8 @@ def read_smolvlm(keys: Keys) -> Model:
     """Read SmolVLM and Idefics 3: patches shuffled into ``scale_factor`` squared fewer, and one projection."""
     part = vision.need_part(keys, "vision_config")
     text = vision.read_text(vision.need_part(keys, "text_config"), "llama")
+    for size in ("image_size", "patch_size"):
+        part.integer(size)  # the class has other defaults than SigLIP's
     part.skip("size", "max_image_size", "use_base_siglip", "tie_word_embeddings")
     columns = part.integer("hidden_size") * keys.integer("scale_factor", 2) ** 2
     tensors = siglip(part, "model.vision_model.", has_head=False)
