@@ -32,6 +32,12 @@ _SGLANG = {
     "block_size": "--page-size",
     "cuda_graph_max_batch_size": "--cuda-graph-max-bs",
 }
+_LLAMACPP = {"max_num_batched_tokens": "-ub", "max_num_seqs": "-np"}
+
+
+def own_flag(engine: str, field: str) -> str:
+    """Return the engine's own flag that takes a field of the job as it is; llama.cpp's for what runs on it."""
+    return {"vllm": _VLLM, "sglang": _SGLANG}.get(engine, _LLAMACPP)[field]
 
 
 def launch_line(result: FitResult) -> str:
@@ -137,11 +143,11 @@ def _llamacpp(result: FitResult) -> str:
     kind = (job.quantization or "").removeprefix("gguf:")
     source = job.model.source if job.model.source.endswith(".gguf") else ""
     file = shlex.quote(source) if source else (f"MODEL-{kind}.gguf" if kind else "MODEL.gguf")
-    words = [f"llama-server -m {file} -c {context * requests} -np {requests} -ngl 999"]
+    words = [f"llama-server -m {file} -c {context * requests} {own_flag(job.engine, 'max_num_seqs')} {requests} -ngl 999"]
     if asked.kv_cache_dtype:
         words.append(f"-fa on -ctk {asked.kv_cache_dtype} -ctv {asked.kv_cache_dtype}")
     if asked.max_num_batched_tokens:
-        words.append(f"-ub {asked.max_num_batched_tokens}")
+        words.append(f"{own_flag(job.engine, 'max_num_batched_tokens')} {asked.max_num_batched_tokens}")
     return " ".join(words)
 
 

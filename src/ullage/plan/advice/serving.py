@@ -9,6 +9,7 @@ from typing import Any
 from ullage.fitting import ELASTIC_POOLS, FitResult, replicas
 from ullage.frozen import Frozen
 from ullage.i18n import _
+from ullage.launch import own_flag
 from ullage.spec.machine import Machine
 from ullage.spec.model import LatentAttention, MoEFFN
 from ullage.spec.serving import ServingJob, ServingParallel
@@ -67,14 +68,13 @@ def _settings(result: FitResult) -> Iterator[Change]:
     tokens, seqs, fraction = job.max_num_batched_tokens, job.max_num_seqs, job.memory_fraction
     for share in FRACTIONS.get(job.engine, ()):
         if fraction is not None and fraction < share:
-            own = "--gpu-memory-utilization" if vllm else "--mem-fraction-static"
             yield Change(
                 key="memory_fraction",
                 price=FREE_PRICE,
                 change=_("give the engine {share:.0%} of the device").format(share=share),
                 cost=_("less is left for anything else on the card"),
                 flags=f"{'--gpu-memory-utilization' if vllm else '--memory-fraction'} {share}",
-                typed=f"{own} {share}",
+                typed=f"{own_flag(job.engine, 'memory_fraction')} {share}",
                 given=given,
                 fields=(("memory_fraction", share),),
             )
@@ -82,14 +82,13 @@ def _settings(result: FitResult) -> Iterator[Change]:
         yield from _smaller_shares(result, fraction)
     if tokens is not None and tokens > MIN_BATCHED_TOKENS:
         lower = max(MIN_BATCHED_TOKENS, tokens // 4)
-        own = {"vllm": "--max-num-batched-tokens", "sglang": "--chunked-prefill-size"}.get(job.engine, "-ub")
         yield Change(
             key="max_num_batched_tokens",
             price=SMALL_PRICE,
             change=_("steps of {count:,} tokens").format(count=lower),
             cost=_("long prompts take more steps"),
             flags=f"--max-batched-tokens {lower}",
-            typed=f"{own} {lower}",
+            typed=f"{own_flag(job.engine, 'max_num_batched_tokens')} {lower}",
             given=given,
             fields=(("max_num_batched_tokens", lower),),
         )
@@ -102,7 +101,7 @@ def _settings(result: FitResult) -> Iterator[Change]:
             change=_("at most {count:,} requests at a time").format(count=fewer),
             cost=_("further requests wait"),
             flags=f"--max-num-seqs {fewer}",
-            typed=f"{'--max-num-seqs' if vllm else '--max-running-requests'} {fewer}",
+            typed=f"{own_flag(job.engine, 'max_num_seqs')} {fewer}",
             given=given,
             fields=(("max_num_seqs", fewer),),
         )
@@ -135,7 +134,7 @@ def _graphs(result: FitResult) -> Iterator[Change]:
                 change=_("CUDA graphs up to a batch of {count}").format(count=FEW_GRAPHS),
                 cost=_("slower decoding of larger batches"),
                 flags="",
-                typed=f"--cuda-graph-max-bs {FEW_GRAPHS}",
+                typed=f"{own_flag(job.engine, 'cuda_graph_max_batch_size')} {FEW_GRAPHS}",
                 given=given,
                 fields=(("cuda_graph_max_batch_size", FEW_GRAPHS),),
             )
@@ -275,7 +274,7 @@ def _formats(result: FitResult) -> Iterator[Change]:
             change=_("KV cache in FP8"),
             cost=_("a little accuracy: measure it"),
             flags=f"--kv-dtype {name}",
-            typed=f"--kv-cache-dtype {name}",
+            typed=f"{own_flag(job.engine, 'kv_cache_dtype')} {name}",
             given=result.asked,
             fields=(("kv_cache_dtype", name),),
         )
