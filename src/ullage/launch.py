@@ -143,7 +143,8 @@ def _llamacpp(result: FitResult) -> str:
     kind = (job.quantization or "").removeprefix("gguf:")
     source = job.model.source if job.model.source.endswith(".gguf") else ""
     file = shlex.quote(source) if source else (f"MODEL-{kind}.gguf" if kind else "MODEL.gguf")
-    words = [f"llama-server -m {file} -c {context * requests} {own_flag(job.engine, 'max_num_seqs')} {requests} -ngl 999"]
+    slots = f"{own_flag(job.engine, 'max_num_seqs')} {requests}"
+    words = [f"llama-server -m {file} -c {context * requests} {slots} -ngl 999"]
     if asked.kv_cache_dtype:
         words.append(f"-fa on -ctk {asked.kv_cache_dtype} -ctv {asked.kv_cache_dtype}")
     if asked.max_num_batched_tokens:
