@@ -32,8 +32,8 @@ def passes(
 ) -> list[Pass]:
     """Return the passes of pipeline rank ``rank``; a long run is cut once the steady state is reached.
 
-    Zero bubble (ZB-H1): rank p holds P - p micro-batches and p more whose weight gradients wait, each counted whole (they
-    need 32/34 of it); with several chunks a rank it is walked as interleaved.
+    Zero bubble (ZB-H1): rank p holds P - p micro-batches and p more whose weight gradients wait, each counted whole
+    (they need 32/34 of it); with several chunks a rank it is walked as interleaved.
     """
     limit = SETTLED * max(2 * pipeline, group) * 2
     number = min(num_micro_batches, limit)
