@@ -222,6 +222,13 @@ def judge(
     at = max(range(len(needs)), key=lambda index: needs[index].value)
     pool = pool_for_requests(engine, needs[at], total)
     verdict, reason = _verdict(engine, needs[at], pool, total, reserve_bytes)
+    longest = largest_context(engine, pool, per_replica)
+    by_default = context is None and asked.max_model_len is None
+    if verdict == "does_not_fit" and by_default and longest and _starts_anyway(engine):
+        verdict = "tight"
+        reason = _("it starts; its pool holds {longest:,} tokens of a request, the model declares {tokens:,}").format(
+            longest=longest, tokens=tokens
+        )
     return FitResult(
         asked=asked,
         job=job,
@@ -236,7 +243,7 @@ def judge(
         worst=engine.ranks[at],
         need=needs[at],
         pool=pool,
-        max_context=largest_context(engine, pool, per_replica),
+        max_context=longest,
         max_concurrency=concurrency_at(engine, pool, tokens),
         curve=_curve(engine, pool, tokens),
         warnings=tuple(dict.fromkeys((*engine.warnings, *engine.ranks[at].ledger.warnings, *_too_long(job, tokens)))),
@@ -281,6 +288,15 @@ def _rest(ledger: Ledger) -> Amount:
         low=sum(term.low_bytes for term in terms),
         high=sum(term.high_bytes for term in terms),
     )
+
+
+def _starts_anyway(engine: EngineStart) -> bool:
+    """Return whether the engine starts although its pool is smaller than a request of the model's whole length.
+
+    vLLM refuses that; SGLang's pool is what its fraction leaves, and longer requests are refused one by one.
+    Source: sglang@0.5.23:srt/managers/tp_worker.py:TpModelWorker (max_req_len from the pool's size).
+    """
+    return engine.starts and not engine.doubt and engine.job.engine == "sglang"
 
 
 def _verdict(engine: EngineStart, need: Need, pool: Amount, total: Amount, reserve_bytes: int) -> tuple[str, str]:

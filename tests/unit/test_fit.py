@@ -284,3 +284,13 @@ def test_a_reserve_without_a_unit_is_no_reserve(text):
 def test_a_reserve_that_no_job_could_leave_is_refused():
     with pytest.raises(InputError, match="leaves nothing"):
         fit_serving(job(), reserve="500GiB", starter=fake_engine.start)
+
+
+def test_sglang_that_starts_with_a_smaller_pool_is_tight_unless_the_length_was_asked_for():
+    split = ServingParallel(tensor_parallel_size=8, data_parallel_size=8, dp_attention=True)
+    asked = serving_job(load_model("deepseek-v3.2"), parse_machine("8xH200"), engine="sglang@0.5.23", parallel=split)
+    found = fit_serving(asked, advise=False)
+    assert found.engine.starts and found.verdict == "tight"
+    assert f"{found.max_context:,} tokens of a request" in found.reason
+    assert fit_serving(asked, context=found.context, advise=False).verdict == "does_not_fit"
+    assert fit_serving(asked, context=found.max_context, advise=False).verdict != "does_not_fit"

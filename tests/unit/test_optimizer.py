@@ -133,7 +133,7 @@ def test_what_adapters_keep() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "params", "measured"),
     [
-        # states and projector of one step of galore-torch 1.0 and apollo-torch 1.0.3 with rank 16, their storages added up
+        # states and projector after one step of galore-torch 1.0 and apollo-torch 1.0.3, rank 16, storages added up
         ("galore_adamw", (256, 96), "float32", 69632),
         ("galore_adamw", (96, 256), "float32", 69632),
         ("galore_adamw", (128, 128), "float32", 81920),

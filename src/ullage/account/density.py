@@ -88,8 +88,9 @@ def count_backward(
 ) -> Pass:
     """Count the backward pass of a micro-batch of which ``forward`` is the forward pass.
 
-    Formula: gradients of inputs: FLOPs and bytes of the matrices' forward pass again; of trained weights: the same FLOPs,
-        T e (r + c) and the gradient written; attention 2.5 times its forward; recomputed layers: the forward pass again.
+    Formula: gradients of inputs: FLOPs and bytes of the matrices' forward pass again; of trained weights: the same
+        FLOPs, T e (r + c) and the gradient written; attention 2.5 times its forward; recomputed layers: the forward
+        pass again.
     Source: the matrices are the inventory's; ATTENTION_BACKWARD.
     Known error: as :func:`count_pass`; adapters are left out.
     """
@@ -115,7 +116,8 @@ def count_step(
 ) -> Pass:
     """Count a step of AdamW (or of another with moments): everything read once and written once.
 
-    Formula: FLOPs 14 a parameter; bytes: gradient read, parameters (master and 16-bit copy) and moments read and written.
+    Formula: FLOPs 14 a parameter; bytes: gradient read, parameters (master and 16-bit copy) and moments read and
+        written.
     Source: ADAMW_FLOPS. Known error: a foreach step reads and writes more.
     """
     own = float(dtype_bytes(params)) + (float(dtype_bytes(master)) if master else 0.0)

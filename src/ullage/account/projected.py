@@ -1,7 +1,7 @@
 """Optimizers that keep their moments of a projected gradient: GaLore, APOLLO.
 
-m, n: rows and columns of a matrix, l the longer and s the shorter side, r the rank, w bytes of a parameter. Every linear
-layer of the decoder is projected (``optim_target_modules`` of attention and feed-forward blocks); embeddings, head and
+m, n: rows and columns of a matrix, l the longer and s the shorter side, r the rank, w bytes of a parameter. Every
+linear layer of the decoder is projected (``optim_target_modules`` of attention and feed-forward blocks); embeddings, head and
 vectors are stepped as by AdamW.
 """
 
@@ -16,7 +16,7 @@ DEFAULT_RANK = 128
 
 
 class Projection(Frozen):
-    """How an optimizer projects. ``solved``: the projector comes of a singular value decomposition; else it is drawn."""
+    """How an optimizer projects. ``solved``: by a singular value decomposition; else the projector is drawn."""
 
     solved: bool
     source: str

@@ -106,7 +106,7 @@ def rank_json(rank: TrainingRank) -> dict[str, Any]:
 
 
 def metrics(result: TrainingFit) -> dict[str, float | None]:
-    """Return the ratios of one micro-batch and of the optimizer step, and the peak's fragmentation (docs/metrics.md)."""
+    """Return the ratios of a micro-batch and of the optimizer step, and the peak's fragmentation (docs/metrics.md)."""
     from ullage.account.density import count_backward, count_pass, count_step
     from ullage.account.optimizer import rule_of
 

@@ -23,8 +23,8 @@ def reserved_overhead(job: TrainingJob, allocated: Term, *, shift_copies: bool) 
 
     Formula: share of the allocated bytes for rounding to segments, + free blocks of the size of fp32 logits where a
         loss makes them; never more than the card leaves.
-    Source: torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp (2 MiB and 20 MiB segments; blocks above 200 MiB are split
-        only by max_split_size_mb); published pairs in docs/training.md.
+    Source: torch@2.13.0:c10/cuda/CUDACachingAllocator.cpp (2 MiB and 20 MiB segments); published pairs in
+        docs/training.md.
     Known error: fragmentation depends on the order of requests; the range is wide on purpose.
     """
     expandable = "expandable_segments:true" in job.alloc_conf.lower()

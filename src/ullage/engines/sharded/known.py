@@ -39,13 +39,12 @@ def check_formats(job: TrainingJob, *, mixed: bool) -> None:
     """
     precision = job.precision
     apart = not mixed and (precision.params != precision.compute or precision.master is not None)
-    if precision.compute == "float32" or apart:
+    wide = precision.compute in ("float32", "float64")
+    if wide or apart:
         raise InputError(
             _("ullage's rules of {engine} do not follow {formats}").format(
                 engine=job.engine,
-                formats=_("activations in fp32")
-                if precision.compute == "float32"
-                else _("parameters wider than activations"),
+                formats=_("activations in fp32 or fp64") if wide else _("parameters wider than activations"),
             ),
             where="precision",
             remedy=_("write {known}").format(known="amp" if mixed else "bf16"),

@@ -89,15 +89,19 @@ def _launched_with(job: TrainingJob) -> str:
 def _in_flight(job: TrainingJob, index: int) -> int:
     """Forward passes that a stage has run before its first backward pass.
 
-    Formula: 1F1B: p - r; interleaved: ((v - 1) p + 2 (p - 1 - r) + 1) / v passes over the rank's v chunks; GPipe: all.
-    Source: torch@2.13.0:torch/distributed/pipelining/schedules.py:Schedule1F1B, ScheduleInterleaved1F1B.
-    Known error: part passes of an interleaved schedule are rounded up to whole ones.
+    Formula: 1F1B: p - r; zero bubble (ZB-H1) p, those whose weight gradients wait included; interleaved:
+        ((v - 1) p + 2 (p - 1 - r) + 1) / v passes over the rank's v chunks; GPipe: all.
+    Source: torch@2.13.0:torch/distributed/pipelining/schedules.py:Schedule1F1B, ScheduleInterleaved1F1B; Qi et al.
+        2024, arXiv:2401.10241, sec. 2 (ZB-H1).
+    Known error: part passes of an interleaved schedule are rounded up to whole ones; zero bubble with several chunks is
+        walked as interleaved.
     """
     parallel, pipeline = job.parallel, job.parallel.pipeline_parallel_size
     if pipeline == 1:
         return 1
-    passes = pipeline - index
-    if parallel.schedule == "interleaved":
+    chunked = parallel.schedule == "zero_bubble" and parallel.virtual_pipeline_parallel_size > 1
+    passes = pipeline if parallel.schedule == "zero_bubble" else pipeline - index
+    if parallel.schedule == "interleaved" or chunked:
         chunks = max(2, parallel.virtual_pipeline_parallel_size)
         passes = cdiv((chunks - 1) * pipeline + 2 * (pipeline - 1 - index) + 1, chunks)
     elif parallel.schedule == "gpipe":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ullage.account.adapters.names import rule_of
+from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.plan.advice import costs
 from ullage.plan.advice.change import Change
@@ -38,8 +39,8 @@ def changes_of_training(job: TrainingJob, num_active: int) -> Iterator[Change]:
 
 def _free(job: TrainingJob) -> Iterator[Change]:
     """Yield what costs no time."""
-    if "expandable_segments:true" not in job.alloc_conf.lower() and job.machine.gpu.vendor in ("nvidia", "amd"):
-        settings = ",".join(part for part in (job.alloc_conf, "expandable_segments:True") if part)
+    settings = _with_expandable(job)
+    if settings is not None:
         yield Change(
             key="allocator",
             change=_("segments that grow, so that pieces join"),
@@ -61,6 +62,23 @@ def _free(job: TrainingJob) -> Iterator[Change]:
         if job.loss in (None, "plain"):
             yield _loss(job, kind)
     yield from _kernels(job)
+
+
+def _with_expandable(job: TrainingJob) -> str | None:
+    """Return the allocator's settings with segments that grow; None where they do already, or may not.
+
+    ``max_split_size_mb`` and the like go with them no more: PyTorch refuses the pair, and they are another choice.
+    """
+    if job.machine.gpu.vendor not in ("nvidia", "amd"):
+        return None
+    from ullage.allocator.settings import merge, parse_settings
+
+    try:
+        if parse_settings(job.alloc_conf).expandable_segments:
+            return None
+        return merge(job.alloc_conf, "expandable_segments:True")
+    except InputError:
+        return None
 
 
 def _kernels(job: TrainingJob) -> Iterator[Change]:
