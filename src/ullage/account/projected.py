@@ -1,8 +1,8 @@
 """Optimizers that keep their moments of a projected gradient: GaLore, APOLLO.
 
 m, n: rows and columns of a matrix, l the longer and s the shorter side, r the rank, w bytes of a parameter. Every
-linear layer of the decoder is projected (``optim_target_modules`` of attention and feed-forward blocks); embeddings, head and
-vectors are stepped as by AdamW.
+linear layer of the decoder is projected (``optim_target_modules`` of attention and feed-forward blocks); embeddings,
+head and vectors are stepped as by AdamW.
 """
 
 from __future__ import annotations

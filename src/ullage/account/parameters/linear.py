@@ -56,7 +56,8 @@ def kimi_delta_attention(part: spec.KimiDeltaAttention, hidden_size: int) -> lis
     """Tensors of Kimi Delta Attention.
 
     Formula: q, k, v (N*D, H) each with a conv (N*D, 1, K); forget gate f_a (r, H), f_b (N*D, r) or f (N*D, H),
-        dt_bias (N*D), A_log (N), stored as (1, 1, N, 1); beta (N, H); output gate g_a (rg, H), g_b (N*D, rg), or g (N*D, H);
+        dt_bias (N*D), A_log (N), stored as (1, 1, N, 1); beta (N, H);
+        output gate g_a (rg, H), g_b (N*D, rg), or g (N*D, H);
         norm (D); out (H, N*D). The gates' first halves are on every rank.
     Symbols: r gate_rank, rg output_gate_rank.
     Source: transformers@5.23.0:models/kimi_linear/modeling_kimi_linear.py:KimiLinearDeltaAttention;
