@@ -13,7 +13,7 @@ from ullage.account.fsdp import Group
 from ullage.account.optimizer import shard_state_bytes
 from ullage.account.parameters import Parameter
 from ullage.account.zero import ZeroSettings
-from ullage.engines.fsdp.plan import Rules, hf_loss, lora_of
+from ullage.engines.fsdp.plan import Rules, compute_width, hf_loss, lora_of
 from ullage.engines.sharded.groups import frame_parameters, of_layer
 from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.walk import Block, StepPlan
@@ -47,7 +47,14 @@ def plan_of(job: TrainingJob, settings: ZeroSettings, rules: Rules) -> StepPlan:
     scores = job.attention in ("eager", "unfused") or (job.attention is None and not rules.has_sdpa)
     dropout = 0.1 if any("dropout" in flag for flag, _value in job.flags) else 0.0
     clamped = not rules.has_sdpa and model.architecture in CLAMPED_SCORES
-    style = Style(repeat_kv=True, scores=scores, dropout=dropout, clamped_scores=clamped)
+    style = Style(
+        repeat_kv=True,
+        scores=scores,
+        dropout=dropout,
+        clamped_scores=clamped,
+        element_bytes=compute_width(job),
+        grad_bytes=compute_width(job),
+    )
     slice_ = Slice(batch=job.micro_batch_size, seq_len=cdiv(job.seq_len, job.parallel.context_parallel_size))
     ranks = job.parallel.data_parallel_size * job.parallel.context_parallel_size
     blocks, trained, total = [], 0, 0
@@ -74,7 +81,7 @@ def plan_of(job: TrainingJob, settings: ZeroSettings, rules: Rules) -> StepPlan:
         front=root,
         back=root,
         hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
-        embedding_grad_bytes=math.prod(frame[0].shape) * 2 if lora is None else 0,
+        embedding_grad_bytes=math.prod(frame[0].shape) * style.grad_bytes if lora is None else 0,
         loss=_loss(job, hf_loss(job, rules, style, training, slice_)),
         weights=_states(job, settings, total, trained, element, ranks),
         state_bytes=(),

@@ -9,7 +9,7 @@ from ullage.account.fsdp import Group
 from ullage.account.zero import Zero3, Zero12
 from ullage.engines.deepspeed.plan import plan_of, settings_of
 from ullage.engines.fsdp.plan import rules_of
-from ullage.engines.sharded.known import check_formats, check_recompute
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
 from ullage.engines.sharded.walk import StepPlan, Walk
@@ -24,7 +24,6 @@ VERSIONS = ("0.9", "0.17.0")
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a DeepSpeed job."""
     check_recompute(job, "none", "full")
-    check_formats(job, mixed=True)
     settings = settings_of(job)
     assumed = notes_of(job)
     if not job.native:

@@ -64,6 +64,11 @@ def lora_of(job: TrainingJob) -> Lora | None:
     return job.lora if job.method in ("lora", "qlora", "dora") else None
 
 
+def compute_width(job: TrainingJob) -> int:
+    """Return the bytes of an activation and of a gathered parameter: 2 where products run in 16 or 8 bits."""
+    return max(2, int(dtype_bytes(job.precision.compute)))
+
+
 def style_of(job: TrainingJob, rules: Rules) -> Style:
     """The implementation of a block as Transformers writes it."""
     return Style(
@@ -71,7 +76,9 @@ def style_of(job: TrainingJob, rules: Rules) -> Style:
         rope="fused" if job.compile else "halves",
         repeat_kv=rules.repeats_kv and job.attention != "flash",
         scores=job.attention in ("eager", "unfused"),
-        linear_weight_copy_bytes=2 if job.base_quantization else 0,
+        element_bytes=compute_width(job),
+        grad_bytes=compute_width(job),
+        linear_weight_copy_bytes=compute_width(job) if job.base_quantization else 0,
         keeps_frozen_inputs=bool(job.base_quantization) and rules.keeps_frozen_inputs,
     )
 
@@ -87,8 +94,9 @@ class Sizes:
 
 def sizes_of(job: TrainingJob) -> Sizes:
     """Parameters are gathered in the compute dtype; gradients are reduced in theirs."""
-    stored = 2 if job.base_quantization else int(dtype_bytes(job.precision.params))
-    return Sizes(stored=stored, gathered=2, reduced=int(dtype_bytes(job.precision.grads)))
+    width = compute_width(job)
+    stored = width if job.base_quantization else int(dtype_bytes(job.precision.params))
+    return Sizes(stored=stored, gathered=width, reduced=int(dtype_bytes(job.precision.grads)))
 
 
 def packed_bytes(num_elements: int) -> int:
@@ -139,14 +147,14 @@ def adapter_group(job: TrainingJob, index: int, num_elements: int) -> tuple[Grou
     """The unit of a block's adapters (in truth one for each small matrix)."""
     if not num_elements:
         return ()
-    ranks = num_ranks(job)
+    ranks, width = num_ranks(job), compute_width(job)
     return (
         Group(
             name=f"adapters {index}",
-            gathered_bytes=(2 * num_elements,),
-            stored_bytes=2 * cdiv(num_elements, ranks),
-            trained_gathered_bytes=2 * num_elements,
-            reduced_bytes=2 * num_elements,
+            gathered_bytes=(width * num_elements,),
+            stored_bytes=width * cdiv(num_elements, ranks),
+            trained_gathered_bytes=width * num_elements,
+            reduced_bytes=width * num_elements,
             num_ranks=ranks,
             reshard_after_forward=job.parallel.fsdp != "shard_grad_op",
         ),
@@ -185,7 +193,7 @@ def plan_of(
     back = base_group(job, "norm and head", frame[1:], root=True) if split_root else root
     groups = [one for block in blocks for one in (block.group, *block.more)] + [root]
     trained = [group for group in groups if group.reduced_bytes]
-    shards = [cdiv(group.trained_gathered_bytes // 2, group.num_ranks) for group in trained]
+    shards = [cdiv(group.trained_gathered_bytes // compute_width(job), group.num_ranks) for group in trained]
     states = tuple(shard_state_bytes(job.optimizer, shard, job.precision.moments) for shard in shards)
     offloaded = _offloaded(job) or ("optimizer", "cpu") in job.offload
     last = hf_loss(job, rules, style, training, slice_)
@@ -195,7 +203,7 @@ def plan_of(
         front=front,
         back=back,
         hidden_bytes=slice_.num_tokens * model.hidden_size * style.element_bytes,
-        embedding_grad_bytes=math.prod(frame[0].shape) * 2 if lora is None else 0,
+        embedding_grad_bytes=math.prod(frame[0].shape) * compute_width(job) if lora is None else 0,
         loss=loss(last) if loss else last,
         weights=tuple(weights),
         setup=(2 * sum(root.gathered_bytes),),
@@ -249,7 +257,7 @@ def _weights(job: TrainingJob, rules: Rules, group: Group, parameters: list[Para
 def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, slice_: Slice) -> LossPlan:
     """Final norm, head and loss as Transformers writes them; the head is not quantised."""
     model, hidden = job.model, slice_.num_tokens * job.model.hidden_size * style.element_bytes
-    plain = Style(norm=style.norm, rope=style.rope)
+    plain = Style(norm=style.norm, rope=style.rope, element_bytes=style.element_bytes, grad_bytes=style.grad_bytes)
     norm = Builder(style=plain, training=training, num_tokens=slice_.num_tokens)
     norm.norm("normed", "x", model.hidden_size)
     tokens = scored_tokens(job) if job.rlhf is not None else slice_.num_tokens
@@ -257,7 +265,7 @@ def hf_loss(job: TrainingJob, rules: Rules, style: Style, training: Training, sl
     rows = 1 if is_headless(job) else model.vocab_size
     head.linear("logits", "x", model.hidden_size, rows, names=("lm_head",))
     kinds: dict[str | None, LossKind] = {"chunked": "chunked", "fused": "fused", "liger": "fused", "tiled": "tiled"}
-    never = rules.upcast_logits and model.architecture in NEVER_UPCAST
+    never = (rules.upcast_logits and model.architecture in NEVER_UPCAST) or style.element_bytes > 2
     found = LossPlan(
         kind=kinds.get(job.loss, "native" if never else "plain"),
         norm=Graph(ops=tuple(norm.ops), input_bytes=hidden),

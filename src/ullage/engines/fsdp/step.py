@@ -9,7 +9,7 @@ from ullage.account.pools import Unpooled
 from ullage.account.timeline import Timeline
 from ullage.engines.fsdp.plan import Rules, num_ranks, plan_of, rules_of
 from ullage.engines.fsdp.xtuner import is_xtuner, with_defaults, xtuner_plan
-from ullage.engines.sharded.known import check_formats, check_recompute
+from ullage.engines.sharded.known import check_recompute
 from ullage.engines.sharded.loss import LossPlan
 from ullage.engines.sharded.memory import notes_of, timeline_of
 from ullage.engines.sharded.report import Doubt, rank_of, workspace_of
@@ -28,7 +28,6 @@ BROADCAST_BUCKET = 250 * MiB
 def step(job: TrainingJob) -> TrainingStep:
     """Walk one step of a job under FSDP."""
     check_recompute(job, "none", "full")
-    check_formats(job, mixed=True)
     assumed = notes_of(job)
     parallel = job.parallel
     if parallel.fsdp is None and parallel.zero_stage == 0 and parallel.data_parallel_size > 1:
