@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ullage import garbage
 from ullage.allocator.events import (
     ALLOC,
     FREE_COMPLETED,
@@ -136,6 +137,10 @@ class _RecordingRun:
 
     def to_the_end(self) -> Outcome:
         """Do the steps."""
+        with garbage.paused():
+            return self._to_the_end()
+
+    def _to_the_end(self) -> Outcome:
         runner, work = self.runner, self.work
         runner.start(afresh=False)
         stacks, times = work.stacks, work.times_us

@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass, field
 
+from ullage import garbage
 from ullage.allocator import expandable
 from ullage.allocator.constants import SMALL_BYTES, SMALL_SEGMENT_BYTES
 from ullage.allocator.events import (
@@ -277,6 +278,10 @@ class Replayer:
 
     def run(self) -> Placement:
         """Run to the end, or to where the recording and the simulator part for good."""
+        with garbage.paused():
+            return self._run()
+
+    def _run(self) -> Placement:
         allocator, live = self.allocator, self._live
         for at, (kind, address, size, place) in enumerate(self.recording):
             if kind == ALLOC:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ullage import garbage
 from ullage.allocator.events import (
     WORK_ALLOC,
     WORK_EMPTY_CACHE,
@@ -83,7 +84,8 @@ def run_workload(
     check_backend(settings)
     allocator = Allocator(settings, capacity_bytes=capacity_bytes, total_bytes=total_bytes)
     runner = Runner(allocator, work)
-    death = runner.start(afresh=afresh) or runner.run(stop_after)
+    with garbage.paused():
+        death = runner.start(afresh=afresh) or runner.run(stop_after)
     return runner.outcome(afresh=afresh, death=death)
 
 

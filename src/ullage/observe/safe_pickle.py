@@ -11,12 +11,12 @@ Opcodes: cpython@3.14:Lib/pickletools.py; protocols 0 to 5.
 
 from __future__ import annotations
 
-import gc
 import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
+from ullage import garbage
 from ullage.errors import InputError
 from ullage.i18n import _
 from ullage.observe.pickle_limits import (
@@ -102,10 +102,9 @@ class PlainReader:
         Raises:
             InputError: the pickle is broken, too large, or holds anything but plain values.
         """
-        collecting = gc.isenabled()
-        gc.disable()  # the collector would walk the growing tree again and again
         try:
-            self._run()
+            with garbage.paused():
+                self._run()
             self._check_limits()
             if len(self.stack) != 1 or self.marks:
                 self.refuse(_("the end does not hold one value"))
@@ -115,9 +114,6 @@ class PlainReader:
         except (ValueError, TypeError, AttributeError, UnicodeError, OverflowError) as error:
             what = " ".join(str(error).split())[:120] or type(error).__name__
             raise InputError(_("not a pickle of plain values: {what}").format(what=what)) from None
-        finally:
-            if collecting:
-                gc.enable()
 
     def _run(self) -> None:
         """Carry out the opcodes up to STOP: the frequent ones here, the others by the table."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ullage import garbage
 from ullage.trace.recorder import events as names
 from ullage.trace.recorder.accumulation import Accumulation
 from ullage.trace.recorder.collectives import Collectives
@@ -244,16 +244,13 @@ class Tracker(TorchDispatchMode):
     def watching(self) -> Iterator[Tracker]:
         """Trace what runs inside. Cycles are not collected meanwhile, so that two traces of one step are equal."""
         self._accumulation.calibrate()
-        collects, threads = gc.isenabled(), torch.get_num_threads()
-        gc.disable()
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # only small integers are computed for real
         try:
-            with self.positions.followed(self._stepped), self:
+            with garbage.paused(), self.positions.followed(self._stepped), self:
                 yield self
         finally:
             torch.set_num_threads(threads)
-            if collects:
-                gc.enable()
             self._live.clear()
             for hook in self._hooks:
                 hook.remove()
