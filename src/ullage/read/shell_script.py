@@ -14,9 +14,12 @@ from ullage.i18n import _
 from ullage.read.shell_statements import MAX_EXPANDED, Statement, arithmetic, expanded, statements
 
 MAX_STEPS = 20_000
+#: Branches and loops within each other; no script that people write comes near.
+MAX_DEPTH = 50
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=(.*)", re.DOTALL)
 _PREFIXES = ("export", "local", "declare", "readonly", "typeset")
 _SPOKEN = ("echo", "printf", "set", "shift", "exit", "return", "source", ".", "mkdir", "cd", "rm", "eval")
+_LOOPS = ("for", "while", "until", "select")
 _FILE_TESTS = ("-e", "-f", "-d", "-r", "-s", "-x", "-L")
 _NUMBERS = {
     "-eq": int.__eq__,
@@ -39,7 +42,7 @@ class Script:
     def __init__(self, text: str) -> None:
         self.variables: dict[str, str] = {}
         self.commands: list[list[str]] = []
-        self._held = 0
+        self._held = self._depth = 0
         self._statements = statements(text)
         if len(self._statements) > MAX_STEPS:
             raise InputError(_("the script has more than {limit:,} commands").format(limit=MAX_STEPS))
@@ -51,16 +54,17 @@ class Script:
         """Go over one statement with its body; ``live``: it would be run."""
         statement = self._statements[self._at]
         word = statement.words[0]
-        if word == "if":
-            self._if(live)
-        elif word == "case":
-            self._case(live)
-        elif word in ("for", "while", "until", "select"):
-            self._loop(live)
-        else:
+        nested = {"if": self._if, "case": self._case}.get(word) or (self._loop if word in _LOOPS else None)
+        if nested is None:
             self._at += 1
             if live:
                 self._chain(statement)
+            return
+        if self._depth == MAX_DEPTH:
+            raise InputError(_("the script is nested more than {limit} deep").format(limit=MAX_DEPTH))
+        self._depth += 1
+        nested(live)
+        self._depth -= 1
 
     def _chain(self, first: Statement) -> None:
         """Run a command and those that hang on it by ``&&`` and ``||``."""
@@ -204,8 +208,9 @@ class Script:
 
     def _test(self, words: tuple[str, ...]) -> bool:
         """Answer ``[ … ]``, ``[[ … ]]``, ``test …``, ``((…))``; any other command is taken to fail."""
-        if words[0] == "!":
-            return len(words) > 1 and not self._test(words[1:])
+        turns = next((at for at, word in enumerate(words) if word != "!"), len(words))
+        if turns:
+            return turns < len(words) and self._test(words[turns:]) == (turns % 2 == 0)
         if words[0] in ("true", ":"):
             return True
         if words[0] == "(" and words[-1] == ")" and len(words) > 2:
@@ -219,8 +224,9 @@ class Script:
         )
 
     def _comparison(self, words: list[str]) -> bool:
-        if words and words[0] == "!":
-            return not self._comparison(words[1:])
+        turns = next((at for at, word in enumerate(words) if word != "!"), len(words))
+        if turns:
+            return self._comparison(words[turns:]) == (turns % 2 == 0)
         values = [self._value(word) for word in words]
         if len(words) == 2 and words[0] in ("-z", "-n"):
             return (not values[1]) == (words[0] == "-z")
