@@ -39,6 +39,15 @@ def branched():
 
 def crooked():
     nn.Linear(4, 4)(torch.randn(2, 5))
+
+
+def given():
+    return nn.Linear(4, 4), torch.zeros(2, 4)
+
+
+def own():
+    module, x = nn.Linear(4, 4), torch.zeros(2, 4)
+    return module, lambda: module(x).sum().backward()
 """
 
 
@@ -65,3 +74,23 @@ def test_the_sentence_names_what_where_and_what_would_be_right(name: str, line: 
     sentence = str(caught.value)
     assert words in sentence and f"crooked_steps.py:{line}" in sentence
     assert "; " in sentence and len(sentence) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "refused"),
+    [
+        ("given", {"recompute": "full", "dtype": "float32"}, "--dtype, --recompute"),
+        ("given", {"base": "nf4"}, "--base"),
+        ("own", {"optimizer": "sgd", "grad_accum": 2}, "--grad-accum, --optimizer"),
+        ("own", {"autocast": "bfloat16"}, "--autocast"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(name: str, options: dict[str, object], refused: str) -> None:
+    with pytest.raises(InputError, match=f"^{refused} would change nothing"):
+        trace(f"crooked_steps:{name}", **options)
+
+
+def test_options_that_count_are_followed() -> None:
+    plain, twice = (trace("crooked_steps:given", optimizer=name) for name in ("sgd", "adamw"))
+    assert twice.peak_allocated_bytes > plain.peak_allocated_bytes
+    assert trace("crooked_steps:own", steps=3).trace.events

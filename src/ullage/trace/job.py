@@ -137,6 +137,15 @@ class TraceJob(Frozen):
                 remedy=_("ranks are numbered from 0"),
             )
 
+    def stated(self, *names: str) -> tuple[str, ...]:
+        """Return those of the names whose values are not the defaults."""
+        usual = TraceJob()
+
+        def same(value: object) -> object:
+            return DTYPES.get(value, value) if isinstance(value, str) else value
+
+        return tuple(name for name in names if same(getattr(self, name)) != same(getattr(usual, name)))
+
     @property
     def num_ranks(self) -> int:
         """Ranks of the process group, 0 without one."""
