@@ -89,7 +89,7 @@ def test_autocast_keeps_casts_until_it_is_left():
         net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
         return {"module": net, "inputs": torch.ones(8, 64), "loss": lambda out: out.float().sum()}
 
-    result = trace(make, autocast="bf16", dtype="fp32", engine="plain", steps=1)
+    result = trace(make, autocast="bf16", engine="plain", steps=1)
     casts = [
         number
         for number, one in enumerate(result.trace.allocations)

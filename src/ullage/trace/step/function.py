@@ -18,7 +18,7 @@ from ullage.trace.step.session import on_one_rank, replica
 #: What is done to a model that is built here; a module of the user's is as the function made it.
 OF_MODELS = ("dtype", "recompute", "lora", "base", "nested", "group_size", "prepare")
 #: What a plain step is made of; a step of the user's own does what it does.
-OF_STEPS = ("grad_accum", "engine", "autocast", "optimizer", "optimizer_impl", "clip", "inference")
+OF_STEPS = ("grad_accum", "autocast", "optimizer", "optimizer_impl", "clip", "inference")
 _OPTIONS = {"nested": "--no-double-quant"}
 
 
