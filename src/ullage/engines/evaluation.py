@@ -57,15 +57,18 @@ def _standing(rank: TrainingRank) -> list[Term]:
     return list(found.values())
 
 
+def _length(job: TrainingJob, asked: Evaluation) -> int:
+    """Return the tokens of one sequence that one rank holds."""
+    return -(-(asked.seq_len or job.seq_len) // job.parallel.context_parallel_size)
+
+
 def _tokens(job: TrainingJob, asked: Evaluation) -> int:
-    length = asked.seq_len or job.seq_len
-    return asked.batch_size * -(-length // job.parallel.context_parallel_size)
+    return asked.batch_size * _length(job, asked)
 
 
 def _layer(job: TrainingJob, asked: Evaluation) -> Term:
     """Return what the widest layer takes."""
-    length = -(-(asked.seq_len or job.seq_len) // job.parallel.context_parallel_size)
-    slice_ = Slice(batch=asked.batch_size, seq_len=length)
+    slice_ = Slice(batch=asked.batch_size, seq_len=_length(job, asked))
     found = widest_layer(job.model, slice_, dtype=job.precision.compute, attention=job.attention)
     return ranged(
         "evaluation_layer",

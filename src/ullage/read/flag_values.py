@@ -27,16 +27,21 @@ def length(text: str, flag: str) -> int:
     return -1 if text in ("-1", "auto") else whole(text, flag)
 
 
+def _number(text: str) -> float:
+    """Return a number; -1 for what is none, which no flag here takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
 def fraction(text: str, flag: str) -> float:
     """Return a fraction in (0, 1].
 
     Raises:
         InputError: none.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 < value <= 1:
         raise InputError(_("{text!r} is not a fraction in (0, 1]").format(text=text[:40]), where=flag)
     return value
@@ -48,10 +53,7 @@ def gib(text: str, flag: str) -> int:
     Raises:
         InputError: none.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value <= 1 << 30:
         raise InputError(_("{text!r} is not a size in GiB").format(text=text[:40]), where=flag)
     return int(value * GiB)
